@@ -1,0 +1,468 @@
+"""Every failure the VMM expects, with the QMP class that each one answers with.
+
+An error that is not a `VmmError` is a bug: no handler catches it, and it unwinds the nursery tree.
+
+    VmmError                                     GenericError
+    ├─ TokenError       TokenRevoked · TokenNotGranted · TokenWithheld · SessionNotGranted · ...
+    ├─ RequestError     MalformedRequest · InvalidArguments · CommandNotFound · ...
+    ├─ HostError        HostFileRefused · KvmCallFailed · KvmExtensionMissing (KVMMissingCap)
+    ├─ DeviceError      AddressConflict · NameTaken · DeviceNotFound · DeviceNotActive
+    ├─ BootError        an image that cannot be booted
+    ├─ MigrationError   a stream, a setting or a peer of a migration
+    └─ CprError         the hand-over between two processes
+
+`str()` of an error is one sentence for an operator: what was asked for, what stood in its way, with the value,
+and what would be right. The cause is chained, never repeated in the text.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+QmpClass = Literal["GenericError", "CommandNotFound", "DeviceNotActive", "DeviceNotFound", "KVMMissingCap"]
+
+
+@attrs.frozen(kw_only=True)
+class VmmError(Exception):
+    """Base of all expected failures. A subclass words itself in `text`, a format string over its fields."""
+
+    qmp_class: ClassVar[QmpClass] = "GenericError"
+    text: ClassVar[str]
+
+    def __str__(self) -> str:
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        return self.text.format(**fields)
+
+
+def leaves(group: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions at the ends of `group` (or `group` itself), in raising order."""
+    if isinstance(group, BaseExceptionGroup):
+        for error in group.exceptions:
+            yield from leaves(error)
+    else:
+        yield group
+
+
+# --- tokens and phases ------------------------------------------------------------------------------------
+
+
+class TokenError(VmmError):
+    """An effect was asked for without the authority for it."""
+
+
+@attrs.frozen(kw_only=True)
+class TokenRevoked(TokenError):
+    """A token was used after its phase window closed."""
+
+    text: ClassVar[str] = "{kind} was granted by phase {window} and ended with it"
+    kind: str
+    window: str
+
+
+@attrs.frozen(kw_only=True)
+class TokenOutOfScope(TokenError):
+    """A narrowed token was used for a name that it does not cover."""
+
+    text: ClassVar[str] = "{kind} of phase {window} covers only {scope}, not {wanted!r}"
+    kind: str
+    window: str
+    scope: str
+    wanted: str
+
+
+@attrs.frozen(kw_only=True)
+class TokenNotGranted(TokenError):
+    """No open phase grants what a command needs."""
+
+    text: ClassVar[str] = "Command {command!r} needs {kind}, which phase {phase} does not grant{hint}"
+    command: str
+    kind: str
+    phase: str
+    hint: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class TokenWithheld(TokenError):
+    """An exclusive child phase holds back what its parent would grant."""
+
+    text: ClassVar[str] = "Command {command!r} needs {kind}, which phase {phase} withholds until it ends"
+    command: str
+    kind: str
+    phase: str
+
+
+@attrs.frozen(kw_only=True)
+class SessionNotGranted(TokenError):
+    """The session's own grant does not contain a kind."""
+
+    text: ClassVar[str] = "Command {command!r} needs {kind}, which this session (grant {grant}) may not be lent"
+    command: str
+    kind: str
+    grant: str
+
+
+@attrs.frozen(kw_only=True)
+class MachineReserved(TokenError):
+    """Somebody else is in the middle of building the machine."""
+
+    text: ClassVar[str] = "Command {command!r} needs {kind}, reserved for {holder} until it is done; query and quit are not"
+    command: str
+    kind: str
+    holder: str
+
+
+@attrs.frozen(kw_only=True)
+class DrainTimeout(TokenError):
+    """An exclusive phase could not open because a user of its parent did not finish."""
+
+    text: ClassVar[str] = "Phase {phase} could not open within {seconds:g} s: {holders} still in progress"
+    phase: str
+    seconds: float
+    holders: str
+
+
+@attrs.frozen(kw_only=True)
+class CommandAborted(TokenError):
+    """The phase ended while one of its commands was still running."""
+
+    text: ClassVar[str] = "Command {command!r} was cut short because its phase ended"
+    command: str
+
+
+# --- requests ---------------------------------------------------------------------------------------------
+
+
+class RequestError(VmmError):
+    """A request that no command could answer."""
+
+
+@attrs.frozen(kw_only=True)
+class MalformedRequest(RequestError):
+    """A message that is no QMP request. `reason` is the whole sentence."""
+
+    text: ClassVar[str] = "{reason}"
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class InvalidArguments(RequestError):
+    """A request's arguments do not fit the command; `faults` has every one."""
+
+    text: ClassVar[str] = "Command {command!r}: {joined}"
+    command: str
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Command {self.command!r}: {'; '.join(self.faults)}"
+
+
+@attrs.frozen(kw_only=True)
+class CommandNotFound(RequestError):
+    """No such command, or none in this state of the session. `reason` is the whole sentence."""
+
+    qmp_class: ClassVar[QmpClass] = "CommandNotFound"
+    text: ClassVar[str] = "{reason}"
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class Unsupported(RequestError):
+    """A thing QEMU has, by name, and this VMM has not."""
+
+    text: ClassVar[str] = "{what} {name!r} is not supported here; {instead}"
+    what: str
+    name: str
+    instead: str
+
+
+@attrs.frozen(kw_only=True)
+class InvalidState(RequestError):
+    """A command that the machine's present state rules out."""
+
+    text: ClassVar[str] = "{what} is not possible {state}; {instead}"
+    what: str
+    state: str
+    instead: str
+
+
+@attrs.frozen(kw_only=True)
+class OptionInvalid(RequestError):
+    """A value that an option, an argument or a recipe line cannot have."""
+
+    text: ClassVar[str] = "{option}: {value!r} is not {wanted}"
+    option: str
+    value: object
+    wanted: str
+
+
+@attrs.frozen(kw_only=True)
+class RecipeInvalid(RequestError):
+    """A recipe that cannot be read or carried out. `reason` names what and what would be right."""
+
+    text: ClassVar[str] = "Recipe {source}, {where}: {reason}"
+    source: str
+    where: str
+    reason: str
+
+
+# --- the host ---------------------------------------------------------------------------------------------
+
+
+class HostError(VmmError):
+    """The host did not do what was asked of it."""
+
+
+@attrs.frozen(kw_only=True)
+class HostFileRefused(HostError):
+    """A path of the host could not be opened, created, bound or connected."""
+
+    text: ClassVar[str] = "Cannot {action} {path}: {reason}"
+    action: str
+    path: str
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class SocketInUse(HostError):
+    """Another live process listens on a socket path."""
+
+    text: ClassVar[str] = "Cannot listen on {path}: another process answers there; stop it or choose another path"
+    path: str
+
+
+@attrs.frozen(kw_only=True)
+class PeerRefused(HostError):
+    """A process of another user connected to a socket of ours."""
+
+    text: ClassVar[str] = "Peer of {path} has uid {uid}; only uid {wanted} and root are admitted"
+    path: str
+    uid: int
+    wanted: int
+
+
+@attrs.frozen(kw_only=True)
+class DescriptorError(HostError):
+    """A descriptor passed by a client is missing or misnamed. `reason` is the whole sentence."""
+
+    text: ClassVar[str] = "{reason}"
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class KvmCallFailed(HostError):
+    """An ioctl on a KVM descriptor returned an error. `ioctl` is the name in linux/kvm.h, `errno` the host's."""
+
+    text: ClassVar[str] = "{ioctl} failed{context}: "
+    ioctl: str
+    errno: int
+    context: str = ""
+
+    def __str__(self) -> str:
+        where = f" for {self.context}" if self.context else ""
+        return f"{self.ioctl} failed{where}: {os.strerror(self.errno)} (errno {self.errno})"
+
+
+@attrs.frozen(kw_only=True)
+class KvmUnavailable(HostError):
+    """There is no usable /dev/kvm. `reason` says why and `instead` what would help."""
+
+    text: ClassVar[str] = "Cannot use {path}: {reason}; {instead}"
+    path: str
+    reason: str
+    instead: str
+
+
+@attrs.frozen(kw_only=True)
+class KvmExtensionMissing(HostError):
+    """The host's KVM lacks an extension or a CPU feature that was asked for."""
+
+    qmp_class: ClassVar[QmpClass] = "KVMMissingCap"
+    text: ClassVar[str] = "This host's KVM does not offer {name}, which {user} needs"
+    name: str
+    user: str
+
+
+# --- devices and back ends --------------------------------------------------------------------------------
+
+
+class DeviceError(VmmError):
+    """A device or back end that cannot be had as asked."""
+
+
+@attrs.frozen(kw_only=True)
+class AddressConflict(DeviceError):
+    """Two devices claim one guest address."""
+
+    text: ClassVar[str] = "{wanted} wants guest addresses {first:#x} to {last:#x}, held by {holder}"
+    wanted: str
+    holder: str
+    first: int
+    last: int
+
+
+@attrs.frozen(kw_only=True)
+class NameTaken(DeviceError):
+    """A name is given twice."""
+
+    text: ClassVar[str] = "{what} {name!r} exists already; choose another name"
+    what: str
+    name: str
+
+
+@attrs.frozen(kw_only=True)
+class DeviceNotFound(DeviceError):
+    """No device, back end or object has that name."""
+
+    qmp_class: ClassVar[QmpClass] = "DeviceNotFound"
+    text: ClassVar[str] = "{what} {name!r} does not exist{known}"
+    what: str
+    name: str
+    known: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class DeviceNotActive(DeviceError):
+    """What was asked about does not exist in this phase of the machine."""
+
+    qmp_class: ClassVar[QmpClass] = "DeviceNotActive"
+    text: ClassVar[str] = "{what} is not there before phase {phase}"
+    what: str
+    phase: str
+
+
+@attrs.frozen(kw_only=True)
+class BackendInUse(DeviceError):
+    """A back end serves another user already."""
+
+    text: ClassVar[str] = "{what} {name!r} is in use by {user}"
+    what: str
+    name: str
+    user: str
+
+
+@attrs.frozen(kw_only=True)
+class GuestAddressInvalid(DeviceError):
+    """An access to guest memory that is not all inside one region of RAM. `regions` describes the RAM."""
+
+    text: ClassVar[str] = "{size} bytes at guest address {address:#x} are not all RAM, which is at {regions}"
+    address: int
+    size: int
+    regions: str
+
+
+# --- boot images ------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class BootError(VmmError):
+    """An image that cannot be booted, or does not fit."""
+
+    text: ClassVar[str] = "Cannot boot {image}: {reason}"
+    image: str
+    reason: str
+
+
+# --- migration --------------------------------------------------------------------------------------------
+
+
+class MigrationError(VmmError):
+    """A migration that cannot start or go on."""
+
+
+@attrs.frozen(kw_only=True)
+class MigrationRefused(MigrationError):
+    """A migration or a setting of it that cannot be. `reason` is the whole sentence."""
+
+    text: ClassVar[str] = "{reason}"
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class StreamCorrupt(MigrationError):
+    """A state stream that is not one of ours, or was damaged."""
+
+    text: ClassVar[str] = "State stream: {reason}"
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class StateRejected(MigrationError):
+    """A section is malformed, out of range or of a version that is not read here; `faults` has every one."""
+
+    text: ClassVar[str] = "Section {section}: {joined}"
+    section: str
+    faults: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Section {self.section}: {'; '.join(self.faults)}"
+
+
+@attrs.frozen(kw_only=True)
+class MigrationCancelled(MigrationError):
+    """Somebody asked for the end of the migration."""
+
+    text: ClassVar[str] = "The migration was cancelled {by}"
+    by: str
+
+
+# --- live update ------------------------------------------------------------------------------------------
+
+
+class CprError(VmmError):
+    """A live update that did not come about."""
+
+
+@attrs.frozen(kw_only=True)
+class CprRefused(CprError):
+    """One side refused, before the guest changed hands."""
+
+    text: ClassVar[str] = "Live update refused by the {side} at step {step!r}: {reason}"
+    side: str
+    step: str
+    reason: str
+
+
+@attrs.frozen(kw_only=True)
+class CprPeerGone(CprError):
+    """The other process closed its channel, died or stalled."""
+
+    text: ClassVar[str] = "The {peer} {what} at step {step!r}; {outcome}"
+    peer: str
+    what: str
+    step: str
+    outcome: str
+
+
+@attrs.frozen(kw_only=True)
+class DescriptorMissing(CprError):
+    """A descriptor that the recipe needs was not sent."""
+
+    text: ClassVar[str] = "The source sent no descriptor named {name!r}"
+    name: str
+
+
+@attrs.frozen(kw_only=True)
+class DescriptorsUnclaimed(CprError):
+    """The source sent descriptors that nothing in the recipe asks for."""
+
+    text: ClassVar[str] = "Descriptors that nothing in the recipe asks for: {joined}"
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"Descriptors that nothing in the recipe asks for: {', '.join(self.names)}"
+
+
+@attrs.frozen(kw_only=True)
+class DescriptorWrongKind(CprError):
+    """A descriptor is of another kind than its name promises."""
+
+    text: ClassVar[str] = "Descriptor {name!r} is {found}, not {wanted}"
+    name: str
+    found: str
+    wanted: str

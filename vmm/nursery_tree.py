@@ -1,0 +1,555 @@
+"""Phases as nurseries: who may do what, until when, and in which order all of it ends.
+
+A phase is two lifetimes, one inside the other::
+
+    residents   the tasks that the phase leaves behind; they end with the machine
+      window    the code that holds the phase's tokens; ends with the phase
+
+Leaving a window waits for its users, then revokes its tokens. The next phase opens inside the residents, so tear-down
+is construction reversed. Nesting of nurseries alone does not give that order when a cancel comes from outside: trio
+delivers it to every task at once. So each resident runs in a shielded scope of its own, and the phase cancels these
+scopes, last started first, once its body (with all inner phases) has left.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
+
+import attrs
+import trio
+
+from vmm.capabilities import AnyToken, Grant, MayQuery, MayQuit, Mint, Token
+from vmm.errors import (
+    CommandAborted,
+    DeviceNotActive,
+    DrainTimeout,
+    InvalidState,
+    MachineReserved,
+    SessionNotGranted,
+    TokenNotGranted,
+    TokenWithheld,
+    VmmError,
+    leaves,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+
+GrantsT = TypeVar("GrantsT")
+ResultT = TypeVar("ResultT")
+ValueT = TypeVar("ValueT")
+ViewT = TypeVar("ViewT")
+
+_ALWAYS_LENT: Final = frozenset({MayQuery, MayQuit})
+"""What every session may be lent even while somebody else builds the machine."""
+
+
+# --- decisions that a phase waits for ---------------------------------------------------------------------------
+
+
+@final
+class Turn(Generic[ValueT]):
+    """A request that a handler posts and a phase's body carries out, after the handler has left the window.
+
+    Awaiting it gives None when the machine has got where the request leads, or raises what kept it from there.
+    """
+
+    def __init__(self, value: ValueT, *, until: str | None = None) -> None:
+        self.value: Final = value
+        self.until: Final = until
+        """Name of the phase whose window settles the turn; None for whichever opens next."""
+        self._settled = trio.Event()
+        self._error: VmmError | None = None
+        self._callbacks: list[Callable[[], None]] = []
+
+    @property
+    def settled(self) -> bool:
+        """Whether the outcome is known."""
+        return self._settled.is_set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the outcome is known to be an error."""
+        return self._error is not None
+
+    def succeed(self) -> None:
+        """Settle with success. Later settlements change nothing."""
+        self._settle(None)
+
+    def fail(self, error: VmmError) -> None:
+        """Settle with `error`. Later settlements change nothing."""
+        self._settle(error)
+
+    def _settle(self, error: VmmError | None) -> None:
+        if not self._settled.is_set():
+            self._error = error
+            self._settled.set()
+            for callback in self._callbacks:
+                callback()
+
+    def on_settled(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the turn is settled, at once if it is."""
+        if self._settled.is_set():
+            callback()
+        else:
+            self._callbacks.append(callback)
+
+    def __await__(self) -> Generator[Any, None, None]:
+        yield from self._settled.wait().__await__()
+        if self._error is not None:
+            raise self._error
+
+
+@final
+class Inbox(Generic[ValueT]):
+    """Where a lingering phase waits for the decision that moves it on."""
+
+    def __init__(self, phase: str) -> None:
+        self._phase = phase
+        self._turns: list[Turn[ValueT]] = []
+        self._arrived = trio.Event()
+        self._closed = False
+
+    def post(self, value: ValueT, *, until: str | None = None) -> Turn[ValueT]:
+        """Post `value`. Never blocks."""
+        turn = Turn(value, until=until)
+        if self._closed:
+            turn.fail(_left(self._phase))
+            return turn
+        self._turns.append(turn)
+        self._arrived.set()
+        return turn
+
+    async def take(self) -> Turn[ValueT]:
+        """Wait for the next decision."""
+        while not self._turns:
+            self._arrived = trio.Event()
+            await self._arrived.wait()
+        return self._turns.pop(0)
+
+    def close(self) -> None:
+        """Fail what is still posted, and all that comes."""
+        self._closed = True
+        for turn in self._turns:
+            turn.fail(_left(self._phase))
+        self._turns.clear()
+
+
+def _left(phase: str) -> InvalidState:
+    return InvalidState(
+        what="This decision",
+        state=f"once phase {phase} has been left",
+        instead="query-machine-phase says where the machine is",
+    )
+
+
+# --- residents ----------------------------------------------------------------------------------------------------
+
+
+@final
+class _ShieldingStatus(Generic[ValueT]):
+    """Passes `started` on, and shields the resident from then on: until then its starter's cancel must reach it."""
+
+    def __init__(self, scope: trio.CancelScope, status: trio.TaskStatus[ValueT]) -> None:
+        self._scope = scope
+        self._status = status
+
+    def started(self, value: Any = None) -> None:
+        self._scope.shield = True
+        self._status.started(value)
+
+
+@final
+@attrs.define(eq=False)
+class Resident:
+    """A task that a phase leaves behind."""
+
+    name: str
+    _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
+    _left: trio.Event = attrs.Factory(trio.Event)
+
+    async def leave(self) -> None:
+        """Cancel the task and wait until it has left. The task bounds its own clean-up."""
+        self._scope.cancel()
+        await self._left.wait()
+
+
+@final
+class Residents:
+    """The tasks of one phase that outlive its window. They end in the reverse order of their start."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._here: list[Resident] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks, oldest first."""
+        return [resident.name for resident in self._here]
+
+    def start_soon(self, name: str, fn: Callable[..., Awaitable[object]], *args: Any) -> Resident:
+        """Start `fn(*args)` as a resident, without waiting for anything."""
+        resident = Resident(name)
+        resident._scope.shield = True
+        self._here.append(resident)
+        self._nursery.start_soon(self._run, resident, fn, *args, name=name)
+        return resident
+
+    async def start(self, name: str, fn: Callable[..., Awaitable[object]], *args: Any) -> Resident:
+        """Start `fn(*args, task_status=...)` and return when it has called `task_status.started()`."""
+        resident = Resident(name)
+        await self._nursery.start(self._run_started, resident, fn, *args, name=name)
+        return resident
+
+    async def _run(self, resident: Resident, fn: Callable[..., Awaitable[object]], *args: Any) -> None:
+        try:
+            with resident._scope:
+                await fn(*args)
+        finally:
+            self._here.remove(resident)
+            resident._left.set()
+
+    async def _run_started(
+        self,
+        resident: Resident,
+        fn: Callable[..., Awaitable[object]],
+        *args: Any,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        self._here.append(resident)
+
+        async def with_status() -> None:
+            await fn(*args, task_status=_ShieldingStatus(resident._scope, task_status))
+
+        await self._run(resident, with_status)
+
+    async def _leave_all(self) -> None:
+        while self._here:
+            await self._here[-1].leave()
+
+
+# --- windows ------------------------------------------------------------------------------------------------------
+
+
+@final
+@attrs.frozen(eq=False)
+class Lending:
+    """Tokens lent to one command of one caller."""
+
+    command: str
+    holder: str
+    kinds: tuple[type[AnyToken], ...]
+    since: float
+    """Loop time, in seconds."""
+
+
+@final
+@attrs.define(eq=False)
+class Window(Generic[GrantsT]):
+    """An open window: its tokens, and the nursery of their users."""
+
+    path: str
+    grants: GrantsT
+    withholds: frozenset[type[AnyToken]]
+    tokens: tuple[AnyToken, ...]
+    _nursery: trio.Nursery
+    lendings: list[Lending] = attrs.Factory(list)
+
+    async def call(self, lending: Lending, fn: Callable[..., Awaitable[ResultT]], arguments: Mapping[str, Any]) -> ResultT:
+        """Run `fn(**arguments)` as a user of the window and return what it returns.
+
+        The window cannot close under `fn`. Cancelling the caller leaves `fn` running: a client that hangs up does
+        not undo its command.
+
+        Raises:
+            CommandAborted: the window was cancelled before `fn` finished.
+        """
+        finished = trio.Event()
+        result: list[ResultT] = []
+        failure: list[VmmError] = []
+
+        async def user() -> None:
+            # Bugs are not caught here: they fail the window, hence the tree, whether or not a client still waits.
+            try:
+                result.append(await fn(**arguments))
+            except* VmmError as group:
+                failure.extend(error for error in leaves(group) if isinstance(error, VmmError))
+            finally:
+                self.lendings.remove(lending)
+                finished.set()
+
+        self.lendings.append(lending)
+        self._nursery.start_soon(user, name=f"{self.path}: {lending.command}")
+        await finished.wait()
+        if failure:
+            raise failure[0]
+        if not result:
+            raise CommandAborted(command=lending.command)
+        return result[0]
+
+
+@final
+@attrs.define(eq=False)
+class Phase:
+    """One node of the tree: a name, its residents, and what it publishes while it is open."""
+
+    name: str
+    path: str
+    machine_phase: str
+    tree: Tree
+    residents: Residents
+    since: float
+    children: list[Phase] = attrs.Factory(list)
+    open_window: Window[Any] | None = None
+    _views: list[object] = attrs.Factory(list)
+
+    @asynccontextmanager
+    async def window(
+        self,
+        build: Callable[[Mint], GrantsT],
+        *,
+        withholds: Iterable[type[AnyToken]] = (),
+    ) -> AsyncGenerator[Window[GrantsT], None]:
+        """Open the window whose tokens `build` mints; close it on exit.
+
+        Blocks on exit until every user of the window has ended, then revokes its tokens.
+        """
+        mint = Mint(self.path)
+        grants = build(mint)
+        fields = [getattr(grants, field.name) for field in attrs.fields(type(grants))]  # type: ignore[arg-type]
+        tokens = tuple(held for held in fields if isinstance(held, Token))
+        try:
+            async with trio.open_nursery() as users:
+                window = Window(self.path, grants, frozenset(withholds), tokens, users)
+                self.open_window = window
+                self.tree._opened(self, window)
+                try:
+                    yield window
+                finally:
+                    self.tree._closing(window)
+        finally:
+            mint.revoke_all()
+            self.open_window = None
+            self.tree._closed(self, tokens)
+
+    @asynccontextmanager
+    async def child(
+        self, name: str, *, machine_phase: str | None = None, aside: bool = False
+    ) -> AsyncGenerator[Phase, None]:
+        """Open phase `name` inside this one. Blocks on exit until its residents have left, last started first.
+
+        With `aside` the phase runs in a resident task beside the chain: the machine's own phase is not changed by it.
+        """
+        async with _phase(self.tree, self, name, machine_phase or self.machine_phase, aside=aside) as phase:
+            yield phase
+
+    async def decided(self, inbox: Inbox[ValueT], carry_out: Callable[[ValueT], ResultT]) -> ResultT:
+        """Wait for a decision that `carry_out` can carry out; return its result, and close the inbox.
+
+        A decision that fails is answered with its `VmmError` and leaves the phase as it was. One that succeeds is
+        answered when the window that it leads to has opened.
+        """
+        while True:
+            turn = await inbox.take()
+            try:
+                await self.tree.drain(turn, self.path)
+                result = carry_out(turn.value)
+            except VmmError as error:
+                turn.fail(error)
+                continue
+            inbox.close()
+            self.tree.move(turn)
+            return result
+
+    def publish(self, view: object) -> None:
+        """Let `may-query` see `view`, under its class, for as long as this phase is open."""
+        self._views.append(view)
+        self.tree._views.setdefault(type(view), []).append(view)
+
+
+# --- the tree -----------------------------------------------------------------------------------------------------
+
+
+@final
+class Tree:
+    """The open phases of one machine, and the one place where tokens are looked up."""
+
+    def __init__(self, observer: Callable[[str, Mapping[str, object]], None]) -> None:
+        self._observer = observer
+        self._open: list[Window[Any]] = []
+        self._views: dict[type, list[object]] = {}
+        self._turnstile = trio.CapacityLimiter(1)
+        self._passing: Lending | Turn[Any] | None = None
+        self._moving: list[Turn[Any]] = []
+        self.root: Phase | None = None
+        self.innermost: Phase | None = None
+        self.reserved_for: str | None = None
+        """Who alone may be lent more than may-query and may-quit; None for nobody in particular."""
+
+    @property
+    def path(self) -> str:
+        """Path of the innermost open phase."""
+        return self.innermost.path if self.innermost else ""
+
+    @property
+    def machine_phase(self) -> str:
+        """How far the machine is, in the words of `query-machine-phase`."""
+        return self.innermost.machine_phase if self.innermost else "no-machine"
+
+    def view(self, kind: type[ViewT]) -> ViewT:
+        """Return the innermost published view of class `kind`. Raises `DeviceNotActive`."""
+        found = self._views.get(kind)
+        if not found:
+            raise DeviceNotActive(what=getattr(kind, "what", kind.__name__), phase=getattr(kind, "phase", "a later one"))
+        view = found[-1]
+        assert isinstance(view, kind)
+        return view
+
+    # Lending.
+
+    def find(
+        self,
+        command: str,
+        kinds: tuple[type[AnyToken], ...],
+        scope: str | None,
+        grant: Grant,
+        holder: str,
+        hint: Callable[[type[AnyToken]], str] = lambda kind: "",
+    ) -> tuple[AnyToken, Window[Any]]:
+        """Find a token of one of `kinds` that covers `scope`, from the innermost open window outwards.
+
+        Raises:
+            SessionNotGranted: the caller's `grant` has none of the kinds.
+            MachineReserved: somebody else is building the machine.
+            TokenWithheld: an exclusive phase withholds the kind.
+            TokenNotGranted: no open window has it; `hint` says what would.
+        """
+        allowed = [kind for kind in kinds if kind in grant.kinds]
+        if not allowed:
+            raise SessionNotGranted(command=command, kind=kinds[0].wire_name, grant=grant.name)
+        if self.reserved_for not in (None, holder) and not _ALWAYS_LENT.issuperset(allowed):
+            raise MachineReserved(command=command, kind=allowed[0].wire_name, holder=str(self.reserved_for))
+        for window in reversed(self._open):
+            for token in window.tokens:
+                if type(token) in allowed and (scope is None or token.covers(scope)):
+                    return token, window
+            held = [kind for kind in allowed if kind in window.withholds]
+            if held:
+                raise TokenWithheld(command=command, kind=held[0].wire_name, phase=window.path)
+        raise TokenNotGranted(command=command, kind=allowed[0].wire_name, phase=self.path, hint=hint(allowed[0]))
+
+    def depth(self, window: Window[Any]) -> int:
+        """How far inside `window` lies; the innermost of a command's windows is where it runs."""
+        return self._open.index(window)
+
+    async def pass_turnstile(self, lending: Lending) -> None:
+        """Wait until no other command that changes the machine is under way."""
+        await self._turnstile.acquire_on_behalf_of(lending)
+        self._passing = lending
+
+    def leave_turnstile(self, holder: Lending | Turn[Any]) -> None:
+        """Let the next command pass."""
+        self._passing = None
+        self._turnstile.release_on_behalf_of(holder)
+
+    # Moving on.
+
+    async def drain(self, turn: Turn[Any], phase: str, *, within: float = 10.0) -> None:
+        """Wait, at most `within` seconds, for the command under way, and hold off new ones until `turn` is settled.
+
+        Raises:
+            DrainTimeout: names who did not finish.
+        """
+        with trio.move_on_after(within):
+            await self._turnstile.acquire_on_behalf_of(turn)
+            self._passing = turn
+            turn.on_settled(lambda: self.leave_turnstile(turn))
+            return
+        holder = self._passing
+        holders = f"{holder.command} of {holder.holder} is" if isinstance(holder, Lending) else "a move of the machine is"
+        raise DrainTimeout(phase=phase, seconds=within, holders=holders)
+
+    def move(self, turn: Turn[Any]) -> None:
+        """Let `turn` settle by itself, when the window that it leads to opens."""
+        self._moving.append(turn)
+
+    def settle(self, error: VmmError) -> None:
+        """Fail the moves under way: the machine did not get there."""
+        for turn in self._moving:
+            turn.fail(error)
+        self._moving.clear()
+
+    # What phases and windows report.
+
+    def _opened(self, phase: Phase, window: Window[Any]) -> None:
+        self._open.append(window)
+        for token in window.tokens:
+            self._observer("TOKEN_GRANTED", _token_data(phase, token))
+        for turn in [turn for turn in self._moving if turn.until in (None, phase.name)]:
+            self._moving.remove(turn)
+            turn.succeed()
+
+    def _closing(self, window: Window[Any]) -> None:
+        self._open.remove(window)
+
+    def _closed(self, phase: Phase, tokens: Iterable[AnyToken]) -> None:
+        for token in tokens:
+            self._observer("TOKEN_REVOKED", _token_data(phase, token))
+
+    def _enter(self, phase: Phase, *, innermost: Phase | None) -> None:
+        self.innermost = innermost
+        self._observer("PHASE_CHANGED", _phase_data(phase, opened=True))
+
+    def _leave(self, phase: Phase, *, innermost: Phase | None) -> None:
+        for view in phase._views:
+            self._views[type(view)].remove(view)
+        self.innermost = innermost
+        self._observer("PHASE_CHANGED", _phase_data(phase, opened=False))
+
+
+def _token_data(phase: Phase, token: AnyToken) -> dict[str, object]:
+    data: dict[str, object] = {"token": token.wire_name, "path": phase.path, "phase": phase.name}
+    if token.scope is not None:
+        data["scope"] = sorted(token.scope)
+    return data
+
+
+def _phase_data(phase: Phase, *, opened: bool) -> dict[str, object]:
+    return {"path": phase.path, "phase": phase.name, "machine-phase": phase.machine_phase, "opened": opened}
+
+
+@asynccontextmanager
+async def _phase(
+    tree: Tree, parent: Phase | None, name: str, machine_phase: str, *, aside: bool = False
+) -> AsyncGenerator[Phase, None]:
+    path = f"{parent.path}/{name}" if parent else name
+    async with trio.open_nursery() as nursery:
+        residents = Residents(nursery)
+        phase = Phase(name, path, machine_phase, tree, residents, trio.current_time())
+        if parent:
+            parent.children.append(phase)
+        else:
+            tree.root = phase
+        tree._enter(phase, innermost=tree.innermost if aside else phase)
+        try:
+            yield phase
+        finally:
+            try:
+                # Residents bound their own clean-up, so the shield is bounded by them. Without it a cancel from
+                # outside would end them all at once, in no order.
+                with trio.CancelScope(shield=True):
+                    await residents._leave_all()
+            finally:
+                if parent:
+                    parent.children.remove(phase)
+                tree._leave(phase, innermost=tree.innermost if aside else parent)
+
+
+@asynccontextmanager
+async def open_tree(
+    name: str, observer: Callable[[str, Mapping[str, object]], None], *, machine_phase: str = "no-machine"
+) -> AsyncGenerator[Phase, None]:
+    """Open the root phase of a new tree. `observer` is told of every phase and token that comes and goes."""
+    async with _phase(Tree(observer), None, name, machine_phase) as phase:
+        yield phase
