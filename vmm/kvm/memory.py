@@ -1,0 +1,149 @@
+"""The guest's RAM: one shared memfd, mapped once."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, final
+
+import attrs
+
+from vmm.errors import DescriptorWrongKind, GuestAddressInvalid, HostFileRefused, KvmCallFailed, OptionInvalid
+from vmm.kvm._kvm import ffi, lib
+
+if TYPE_CHECKING:
+    from vmm.kvm._kvm import Buffer
+
+PAGE_SIZE = 4096
+LOW_RAM_END = 3 << 30
+"""RAM above this starts again at `HIGH_RAM_START`: in between are the chips, PCI windows, KVM's own pages, firmware."""
+HIGH_RAM_START = 4 << 30
+
+
+@final
+@attrs.frozen
+class Region:
+    """RAM at guest-physical `address`, `size` bytes, which are those from `offset` in the memfd."""
+
+    address: int
+    size: int
+    offset: int
+
+
+def ram_layout(size: int) -> tuple[Region, ...]:
+    """Lay `size` bytes of RAM out: up to 3 GiB from 0, the rest from 4 GiB.
+
+    Raises:
+        OptionInvalid: `size` is not a positive multiple of 4096.
+    """
+    if size <= 0 or size % PAGE_SIZE:
+        raise OptionInvalid(option="memory size", value=size, wanted=f"a positive multiple of {PAGE_SIZE}")
+    low = Region(0, min(size, LOW_RAM_END), 0)
+    if size <= LOW_RAM_END:
+        return (low,)
+    return (low, Region(HIGH_RAM_START, size - LOW_RAM_END, LOW_RAM_END))
+
+
+@final
+class GuestMemory:
+    """Guest-physical memory, as the host reads and writes it.
+
+    `read` and `write` may be called from any thread while the guest runs; they are plain copies, and what the guest
+    stores at the same time is seen partly, wholly or not at all.
+    """
+
+    def __init__(self, fd: int, size: int, base: int) -> None:
+        self.fd = fd
+        self.size = size
+        self.regions = ram_layout(size)
+        self._base = base
+        self._bytes: Buffer | None = ffi.buffer(ffi.cast("char *", base), size)
+
+    @classmethod
+    def from_memfd(cls, fd: int, size: int) -> GuestMemory:
+        """Map the first `size` bytes of `fd`. Takes `fd` over: it is closed by `close`, and if this raises.
+
+        Raises:
+            OptionInvalid: `size` is not a positive multiple of 4096.
+            DescriptorWrongKind: `fd` is shorter than `size`.
+            KvmCallFailed: the mapping was refused.
+        """
+        try:
+            ram_layout(size)
+            length = os.fstat(fd).st_size
+            if length < size:
+                raise DescriptorWrongKind(name="ram", found=f"{length} bytes long", wanted=f"{size} bytes or more")
+            error = ffi.new("int *")
+            base = lib.tv_map(fd, size, error)
+            if not base:
+                raise KvmCallFailed(ioctl="mmap", errno=error[0], context=f"{size} bytes of guest RAM")
+        except BaseException:
+            os.close(fd)
+            raise
+        lib.tv_advise_huge(base, size)
+        return cls(fd, size, base)
+
+    def hva(self, offset: int) -> int:
+        """Host virtual address of byte `offset` of the memfd, for a memory slot. Valid until `close`."""
+        return self._base + offset
+
+    def read(self, address: int, size: int) -> bytes:
+        """Copy `size` bytes out from guest-physical `address`.
+
+        Raises:
+            GuestAddressInvalid: they are not all inside one region of RAM.
+        """
+        at = self._locate(address, size)
+        assert self._bytes is not None, "guest memory was used after close()"
+        return self._bytes[at : at + size]
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` in at guest-physical `address`. Nothing is written if it does not fit.
+
+        Raises:
+            GuestAddressInvalid: it would not all be inside one region of RAM.
+        """
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        at = self._locate(address, size)
+        assert self._bytes is not None, "guest memory was used after close()"
+        self._bytes[at : at + size] = data
+
+    def fill(self, address: int, fd: int, offset: int, size: int) -> None:
+        """Read `size` bytes at `offset` of regular file `fd` to guest-physical `address`, in one copy.
+
+        Raises:
+            GuestAddressInvalid: it would not all be inside one region of RAM; nothing was read.
+            HostFileRefused: the file is shorter, or cannot be read.
+        """
+        at = self._locate(address, size)
+        assert self._bytes is not None, "guest memory was used after close()"
+        view = memoryview(self._bytes).cast("B")  # type: ignore[arg-type]  # cffi's buffer has the protocol
+        done = 0
+        while done < size:
+            try:
+                count = os.preadv(fd, [view[at + done : at + size]], offset + done)
+            except OSError as error:
+                raise _unreadable(fd, os.strerror(error.errno or 0)) from error
+            if not count:
+                raise _unreadable(fd, f"it ends {size - done} bytes early; it has changed since it was opened")
+            done += count
+
+    def close(self) -> None:
+        """Unmap, and close the descriptor. No VM may have slots in it any more. Closing twice is harmless."""
+        if self._bytes is not None:
+            self._bytes = None
+            lib.tv_unmap(self._base, self.size)
+            os.close(self.fd)
+
+    def _locate(self, address: int, size: int) -> int:
+        for region in self.regions:
+            start = address - region.address
+            if start >= 0 and size >= 0 and start + size <= region.size:
+                return region.offset + start
+        raise GuestAddressInvalid(address=address, size=size, regions=self._describe())
+
+    def _describe(self) -> str:
+        return " and ".join(f"{r.address:#x} to {r.address + r.size - 1:#x}" for r in self.regions)
+
+
+def _unreadable(fd: int, reason: str) -> HostFileRefused:
+    return HostFileRefused(action="load", path=os.readlink(f"/proc/self/fd/{fd}"), reason=reason)
