@@ -1,0 +1,86 @@
+/*
+ * deadline: ticks on the local APIC's TSC-deadline timer, each tick arming the next.
+ *
+ * Command line: hz=N (ticks a second, 10 to 1000, default 100).
+ *
+ * There is no watchdog: if one deadline is lost (by a live update that drops IA32_TSC_DEADLINE, say) the guest sleeps for
+ * ever and its lines stop. Ticks are recorded as heartbeat does; a deadline that is missed by more than a period is not
+ * made up for. On the serial port: "deadline 12 ok", ten lines a second.
+ */
+#include "guest.h"
+
+#define TIMER_VECTOR 0x40
+
+/* Source: Intel SDM volume 3, 11.4 (registers), 11.5.4.1 (TSC-deadline mode), 11.9 (spurious vector) */
+#define APIC(offset) (*(volatile u32 *)(0xfee00000u + (offset)))
+#define APIC_EOI 0x0b0
+#define APIC_SPURIOUS 0x0f0
+#define APIC_LVT_TIMER 0x320
+#define SPURIOUS_ENABLE 0x100
+#define TIMER_DEADLINE (2u << 17)
+#define MSR_TSC_DEADLINE 0x6e0
+#define CPUID_1_ECX_DEADLINE (1u << 24)
+
+static u32 rate_hz = 100, period;
+static u64 next_deadline;
+
+static const struct option OPTIONS[] = {{"hz=", &rate_hz, 10, 1000}};
+
+void __attribute__((used)) on_deadline(void)
+{
+    u64 now = read_tsc();
+    record_tick(now);
+    next_deadline += period;
+    if (next_deadline <= now)
+        next_deadline = now + period;
+    write_msr(MSR_TSC_DEADLINE, next_deadline);
+    APIC(APIC_EOI) = 0;
+}
+
+INTERRUPT_ENTRY(deadline_entry, on_deadline);
+
+void guest_main(const struct start_info *info)
+{
+    char line[40];
+    const char *output = "deadline: started\r\n";
+    u32 a, b, c, d, khz, source, seen = 0, line_every, line_due;
+
+    serial_start();
+    parse_options("deadline", command_line(info), OPTIONS, sizeof OPTIONS / sizeof *OPTIONS);
+    cpuid(1, &a, &b, &c, &d);
+    if (!(c & CPUID_1_ECX_DEADLINE)) {
+        serial_print("deadline: this processor has no TSC-deadline timer (CPUID 1, ECX bit 24)\r\n");
+        leave(EXIT_NO_FEATURE);
+    }
+    interrupts_start();
+    pic_start(0xff);
+    khz = find_tsc_khz(&source);
+    period = divide((u64)khz * 1000, rate_hz);
+    header_start(GUEST_DEADLINE, rate_hz, khz, source, period);
+    HEADER->magic = HEADER_MAGIC;
+
+    line_due = line_every = rate_hz / 10;
+    set_gate(TIMER_VECTOR, deadline_entry);
+    APIC(APIC_SPURIOUS) = SPURIOUS_ENABLE | SPURIOUS_APIC_VECTOR;
+    APIC(APIC_LVT_TIMER) = TIMER_DEADLINE | TIMER_VECTOR;
+    asm volatile("mfence" : : : "memory"); /* the mode must be set before the MSR is written: SDM 11.5.4.1 */
+    next_deadline = read_tsc() + period;
+    write_msr(MSR_TSC_DEADLINE, next_deadline);
+    asm volatile("sti");
+    for (;;) {
+        u32 now = ticks.seen;
+        if (now != seen) {
+            seen = now;
+            if (*output)
+                output = serial_push(output);
+            else if ((int)(now - line_due) >= 0) {
+                u32 number = HEADER->lines + 1;
+                line_due += line_every;
+                append(append_number(append(line, "deadline "), number, 10), " ok\r\n");
+                HEADER->lines = number;
+                output = serial_push(line);
+            }
+        }
+        asm volatile("hlt");
+    }
+}
