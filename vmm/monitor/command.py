@@ -1,0 +1,248 @@
+"""QMP commands: a name, a handler, and what the handler's signature asks for.
+
+A handler is a module-level function. Each of its parameters is annotated with
+
+- a token kind, a union of kinds (any one of them will do), or `Annotated[kind, For("scope")]` for a narrowed one;
+- `Caller`, for the commands that belong to a session (descriptors);
+- one attrs class, the arguments.
+
+From this the table looks up tokens, the schema and the documentation are generated, and nothing is written twice.
+A handler without `async` may use `may-query` alone and runs at once; every other runs as a user of the innermost
+window that lends to it. A handler that moves the machine on posts a `Turn` and returns it; the reply waits for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Awaitable
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Final, Union, final, get_args, get_origin, get_type_hints
+
+import attrs
+import trio
+
+from vmm.capabilities import Grant, MayQuery, MayQuit, Token
+from vmm.errors import CommandNotFound
+from vmm.monitor.arguments import structure, unstructure
+from vmm.monitor.ports import Caller
+from vmm.nursery_tree import Lending, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from vmm.capabilities import AnyToken
+    from vmm.nursery_tree import Tree
+
+
+@final
+@attrs.frozen
+class For:
+    """Annotates a token parameter: the token must cover this name."""
+
+    scope: str
+
+
+@final
+@attrs.frozen
+class Need:
+    """One token that a command asks for: any of `kinds`, covering `scope`."""
+
+    parameter: str
+    kinds: tuple[type[AnyToken], ...]
+    scope: str | None
+
+    def describe(self) -> str:
+        """Return the wire names, alternatives joined by `|`, with the scope after a colon."""
+        names = "|".join(kind.wire_name for kind in self.kinds)
+        return names if self.scope is None else f"{names}:{self.scope}"
+
+
+@final
+@attrs.frozen
+class Signature:
+    """What a handler asks for, read off its annotations."""
+
+    needs: tuple[Need, ...]
+    caller: str | None
+    arguments: tuple[str, type] | None
+    returns: Any
+
+
+@final
+@attrs.define(slots=False, eq=False)
+class Command:
+    """One QMP command."""
+
+    name: str
+    handler: Callable[..., Any]
+    recorded: bool = False
+    """Whether a successful execution becomes part of the machine's recipe."""
+    oob: bool = False
+    """Whether the command may be executed out of band."""
+    moves_to: str = ""
+    """For a command that moves the machine on: where to, for error texts and tables."""
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The handler's annotations; read at first use, for a quick start."""
+        hints = get_type_hints(self.handler, include_extras=True)
+        needs: list[Need] = []
+        caller: str | None = None
+        arguments: tuple[str, type] | None = None
+        for parameter in inspect.signature(self.handler).parameters:
+            hint = hints[parameter]
+            need = _need(parameter, hint)
+            if need is not None:
+                needs.append(need)
+            elif hint is Caller:
+                caller = parameter
+            elif arguments is None and isinstance(hint, type) and attrs.has(hint):
+                arguments = (parameter, hint)
+            else:
+                raise TypeError(f"{self.name}: parameter {parameter!r} is neither a token, the caller nor the arguments")
+        if not needs:
+            raise TypeError(f"{self.name}: a command needs at least one token")
+        return Signature(tuple(needs), caller, arguments, hints.get("return"))
+
+    @property
+    def arguments(self) -> type | None:
+        """The attrs class of the arguments."""
+        return self.signature.arguments[1] if self.signature.arguments else None
+
+    @property
+    def returns(self) -> Any:
+        """The type of what a reply carries; None for an empty object."""
+        returns = self.signature.returns
+        return None if returns is type(None) or get_origin(returns) in (Turn, Awaitable) else returns
+
+    @cached_property
+    def queues(self) -> bool:
+        """Whether the command waits its turn: all do that may change the machine, but those that move it on."""
+        moves = get_origin(self.signature.returns) is Turn
+        only_reads = all(_HARMLESS.issuperset(need.kinds) for need in self.signature.needs)
+        return not (moves or only_reads or self.oob)
+
+
+_HARMLESS: Final = frozenset({MayQuery, MayQuit})
+
+
+def _need(parameter: str, hint: Any) -> Need | None:
+    scope = None
+    if get_origin(hint) is Annotated:
+        hint, *extras = get_args(hint)
+        scope = next((extra.scope for extra in extras if isinstance(extra, For)), None)
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if all(isinstance(kind, type) and issubclass(kind, Token) for kind in kinds):
+        return Need(parameter, kinds, scope)
+    return None
+
+
+@final
+class CommandTable:
+    """All commands of a machine's monitor, and the one way to run them."""
+
+    def __init__(
+        self,
+        commands: Iterable[Command],
+        tree: Tree,
+        *,
+        grant_of: Callable[[Caller], Grant],
+        hint: Callable[[type[AnyToken]], str],
+        record: Callable[[str, Mapping[str, object]], None],
+    ) -> None:
+        self._by_name: Final = {command.name: command for command in commands}
+        self._tree = tree
+        self._grant_of = grant_of
+        self._hint = hint
+        self._record = record
+
+    def __iter__(self) -> Iterator[Command]:
+        return iter(self._by_name.values())
+
+    def __getitem__(self, name: str) -> Command:
+        command = self._by_name.get(name)
+        if command is None:
+            raise CommandNotFound(reason=f"There is no command {name!r}; query-commands lists those there are")
+        return command
+
+    def knows(self, name: str) -> bool:
+        """Say whether there is a command `name`."""
+        return name in self._by_name
+
+    def admits_oob(self, name: str) -> bool:
+        """Say whether command `name` may be executed out of band."""
+        return self[name].oob
+
+    def admitted(self, command: Command, caller: Caller) -> dict[str, tuple[AnyToken, Any]]:
+        """Find the tokens for `command`, by parameter, each with its window. Raises a `TokenError`."""
+        grant = self._grant_of(caller)
+        return {
+            need.parameter: self._tree.find(command.name, need.kinds, need.scope, grant, caller.name, self._hint)
+            for need in command.signature.needs
+        }
+
+    def can_run_at_once(self, command: Command) -> bool:
+        """Say whether `command` neither waits nor changes anything."""
+        return not command.queues and not inspect.iscoroutinefunction(command.handler)
+
+    async def execute(self, caller: Caller, name: str, arguments: Mapping[str, object]) -> object:
+        """Run one command for `caller` and return its reply as JSON.
+
+        Cancelling leaves a command that has begun running.
+
+        Raises:
+            VmmError: the command is unknown, inadmissible here, got wrong arguments, or failed.
+        """
+        command = self[name]
+        found = self.admitted(command, caller)
+        signature = command.signature
+        bound: dict[str, Any] = {parameter: token for parameter, (token, _) in found.items()}
+        if signature.arguments is not None:
+            parameter, kind = signature.arguments
+            bound[parameter] = structure(kind, arguments, name)
+        elif arguments:
+            structure(_NoArguments, arguments, name)
+        if signature.caller is not None:
+            bound[signature.caller] = caller
+        if self.can_run_at_once(command):
+            result = command.handler(**bound)
+        else:
+            result = await self._call(command, caller, found, bound)
+        if isinstance(result, Turn):
+            await result
+            result = None
+        if command.recorded:
+            self._record(name, arguments)
+        return {} if result is None else unstructure(result)
+
+    async def _call(
+        self, command: Command, caller: Caller, found: Mapping[str, tuple[AnyToken, Any]], bound: Mapping[str, Any]
+    ) -> object:
+        window = max((window for _, window in found.values()), key=self._tree.depth)
+        lending = Lending(
+            command.name, caller.name, tuple(type(token) for token, _ in found.values()), trio.current_time()
+        )
+
+        async def run(**arguments: Any) -> object:
+            if not command.queues:
+                return await _finish(command.handler(**arguments))
+            await self._tree.pass_turnstile(lending)
+            try:
+                return await _finish(command.handler(**arguments))
+            finally:
+                self._tree.leave_turnstile(lending)
+
+        result: object = await window.call(lending, run, bound)
+        return result
+
+
+async def _finish(result: Any) -> object:
+    """Await what an async handler returned; a `Turn` is left to be awaited outside the window."""
+    return await result if inspect.iscoroutine(result) else result
+
+
+@final
+@attrs.frozen
+class _NoArguments:
+    """The arguments of a command that has none."""

@@ -1,0 +1,361 @@
+"""One client of the monitor: greeting, negotiation, requests and their replies, events.
+
+Without `oob`, requests are answered one after another in the session's own task, and none is read while one is under
+way. With it, two tasks take turns: one reads, runs out-of-band requests at once and queues the others; the
+other, as soon as it has a request, leaves the reading to the first and goes on with the queue. So an idle session
+answers a request in the task that read it.
+
+What the client has sent before it hung up is still carried out, as long as replies could be delivered; a command under
+way is never undone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, Literal, final
+
+import attrs
+import trio
+
+from vmm.errors import CommandNotFound, MalformedRequest, VmmError
+from vmm.monitor.arguments import structure
+from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message, StreamState
+from vmm.monitor.json_text import encode
+from vmm.monitor.output import Bounds, Output
+from vmm.monitor.requests import is_out_of_band, read_request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.monitor.events import EventHub, Occurrence
+    from vmm.monitor.ports import Executor, Transport
+
+MAX_QUEUED: Final = 8
+"""In-band requests that wait while one is under way, with `oob`; then reading stops."""
+
+_LINGER: Final = 5.0
+"""Seconds for a client that has hung up its sending side to read the last replies."""
+
+
+@final
+@attrs.frozen
+class Version:
+    """What the greeting says: the QEMU release whose protocol is spoken, and what this program is."""
+
+    major: int
+    minor: int
+    micro: int
+    package: str
+
+    def to_json(self) -> dict[str, object]:
+        """Return QAPI's VersionInfo."""
+        return {"qemu": {"micro": self.micro, "minor": self.minor, "major": self.major}, "package": self.package}
+
+
+@final
+@attrs.frozen
+class SessionOptions:
+    """What the sessions of one monitor have in common."""
+
+    version: Version
+    oob: bool = True
+    """Whether out-of-band execution is offered."""
+    pretty: bool = False
+    """Whether output is spread over indented lines (`qemu.qmp` can't read that)."""
+    limits: Limits = attrs.Factory(Limits)
+    bounds: Bounds = attrs.Factory(Bounds)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class Capabilities:
+    """The arguments of `qmp_capabilities`."""
+
+    enable: list[Literal["oob"]] = attrs.Factory(list)
+
+
+@final
+@attrs.frozen
+class Negotiation:
+    """`qmp_capabilities` as the schema and `query-commands` have to list it. The session itself carries it out."""
+
+    name: str = "qmp_capabilities"
+    arguments: type = Capabilities
+    returns: None = None
+    oob: bool = False
+
+
+@final
+@attrs.frozen(kw_only=True)
+class SessionState:
+    """A session at rest, all but its descriptors, for another process to go on with."""
+
+    negotiated: bool
+    oob: bool
+    stream: StreamState
+    waiting: tuple[Message | Fault, ...]
+    """Requests that were read and not begun, in order."""
+    unsent: bytes
+
+
+@final
+class Session:
+    """One client. It is the `Caller` of its commands."""
+
+    def __init__(
+        self,
+        name: str,
+        transport: Transport,
+        executor: Executor,
+        hub: EventHub,
+        options: SessionOptions,
+        state: SessionState | None = None,
+    ) -> None:
+        self.name: Final = name
+        self.descriptors: Final[dict[str, int]] = {}
+        self._unclaimed: list[int] = []
+        self._transport: Final = transport
+        self._executor: Final = executor
+        self._hub: Final = hub
+        self._options: Final = options
+        self._output: Final = Output(transport, options.bounds)
+        self._stream: Final = JsonStream(options.limits, state.stream if state else None)
+        self._read: Final[deque[Message | Fault]] = deque(state.waiting if state else ())
+        self._negotiated = state is not None and state.negotiated
+        self._oob = state is not None and state.oob
+        self._state: Final = state
+        # With oob, what the two tasks share:
+        self._someone_reads = False
+        self._executing = False
+        self._ended = False
+        self._closing = False
+        self._queue: Final[deque[Message | Fault]] = deque()
+        self._turn = trio.lowlevel.ParkingLot()
+        self._queue_has_room = trio.lowlevel.ParkingLot()
+        self._at_rest = trio.lowlevel.ParkingLot()
+
+    # --- what the world sees ------------------------------------------------------------------------------
+
+    @property
+    def transport(self) -> Transport:
+        """The wire, for its descriptor to be handed over."""
+        return self._transport
+
+    @property
+    def dropped(self) -> str:
+        """Why the client was dropped, if it was; words that follow "the client"."""
+        return self._output.dropped
+
+    def take_descriptors(self) -> list[int]:
+        """Hand over the descriptors that came by SCM_RIGHTS and nobody claimed."""
+        taken, self._unclaimed = self._unclaimed, []
+        return taken
+
+    async def serve(self) -> None:
+        """Greet the client and answer it until it hangs up, or until `close`.
+
+        Closes the transport and the session's descriptors. A cancellation ends the session where it is.
+        """
+        self._hub.subscribe(self._tell)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._output.flush)
+                if self._state is None:
+                    self._greet()
+                elif self._state.unsent:
+                    self._output.put(self._state.unsent)
+                await self._converse()
+                with trio.move_on_after(_LINGER):
+                    await self._output.wait_flushed()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._hub.unsubscribe(self._tell)
+            self._transport.close()
+            for fd in (*self.take_descriptors(), *self.descriptors.values()):
+                os.close(fd)
+            self.descriptors.clear()
+
+    async def close(self, flush_seconds: float) -> None:
+        """Hang up and make `serve` return, once commands under way are answered and the client has read all.
+
+        That is given `flush_seconds`; a cancellation hangs up at once. Requests that wait are not begun.
+        """
+        self._closing = True
+        try:
+            with trio.move_on_after(flush_seconds):
+                while self._executing:
+                    await self._at_rest.park()
+                await self._output.wait_flushed()
+        finally:
+            self._output.hang_up()
+
+    def save(self) -> SessionState:
+        """Return the state for another process, and send nothing until `resume`.
+
+        Precondition: the monitor is quiesced, and no command is under way (see `busy`). What would be sent afterwards
+        waits here: `give_up` discards it, `resume` sends it.
+        """
+        self._output.hold()
+        return SessionState(
+            negotiated=self._negotiated,
+            oob=self._oob,
+            stream=self._stream.save(),
+            waiting=(*self._queue, *self._read),
+            unsent=self._output.unsent,
+        )
+
+    def resume(self) -> None:
+        """Send again, after a `save` that came to nothing."""
+        self._output.release()
+
+    def give_up(self) -> None:
+        """Leave the client to another process: close our own descriptors without a word. Makes `serve` return."""
+        self._output.hang_up()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a command is under way."""
+        return self._executing
+
+    # --- in -----------------------------------------------------------------------------------------------
+
+    async def _converse(self) -> None:
+        while not self._oob:
+            item = await self._next()
+            if item is None:
+                return
+            self._executing = True
+            await self._answer(item)
+            self._rest()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_turns)
+            nursery.start_soon(self._take_turns)
+
+    async def _next(self) -> Message | Fault | None:
+        """Wait for the next message; None if there will be none."""
+        if self._read:
+            await trio.lowlevel.checkpoint()  # a client that sends many at once does not keep the loop from others
+        while True:
+            if not self._output.has_room:
+                await self._output.wait_room()
+            if self._output.gone or self._closing:
+                return None
+            if self._read:
+                return self._read.popleft()
+            try:
+                data = await self._transport.receive()
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                self._output.hang_up()
+                return None
+            fresh = self._transport.take_descriptors()
+            if fresh:
+                for fd in self.take_descriptors():
+                    os.close(fd)
+                self._unclaimed = fresh
+            if not data:
+                return None
+            self._read.extend(self._stream.feed(data))
+
+    async def _take_turns(self) -> None:
+        while True:
+            while self._someone_reads:
+                await self._turn.park()
+            self._someone_reads = True
+            item = None if self._ended else await self._next_in_band()
+            self._someone_reads = False
+            self._turn.unpark()
+            if item is None:
+                self._ended = True
+                return
+            await self._answer(item)
+            while self._queue and not (self._output.gone or self._closing):
+                item = self._queue.popleft()
+                self._queue_has_room.unpark_all()
+                await self._answer(item)
+            self._rest()
+
+    def _rest(self) -> None:
+        self._executing = False
+        self._queue.clear()  # if there is something left, nobody is there to be answered
+        self._queue_has_room.unpark_all()
+        self._at_rest.unpark_all()
+
+    async def _next_in_band(self) -> Message | Fault | None:
+        """Read until there is a request for the task that asks; None at the end of the input."""
+        while (item := await self._next()) is not None:
+            if is_out_of_band(item):
+                await self._answer(item, out_of_band=True)
+            elif self._executing:
+                self._queue.append(item)
+                while len(self._queue) >= MAX_QUEUED:
+                    await self._queue_has_room.park()
+            else:
+                self._executing = True
+                return item
+        return None
+
+    # --- one request --------------------------------------------------------------------------------------
+
+    async def _answer(self, item: Message | Fault, *, out_of_band: bool = False) -> None:
+        if isinstance(item, Fault):
+            self._reply({"error": {"class": "GenericError", "desc": item.reason}}, {})
+            return
+        value = item.value
+        request = value if isinstance(value, dict) else {}
+        try:
+            name, arguments = read_request(value, oob=self._oob)
+            result = await self._run(name, arguments, out_of_band=out_of_band)
+        except VmmError as error:
+            # An error that is not expected is a bug, and goes on up past every client.
+            self._reply({"error": {"class": error.qmp_class, "desc": str(error)}}, request)
+        else:
+            self._reply({"return": {} if result is None else result}, request)
+
+    async def _run(self, name: str, arguments: Mapping[str, object], *, out_of_band: bool) -> object:
+        if not self._negotiated and name != "qmp_capabilities":
+            reason = f"Command {name!r} has to wait: the session begins with 'qmp_capabilities'"
+            raise CommandNotFound(reason=reason)
+        own = name == "qmp_capabilities"
+        if not own and not self._executor.knows(name):
+            raise CommandNotFound(reason=f"There is no command {name[:80]!r}; query-commands lists those there are")
+        if out_of_band and (own or not self._executor.admits_oob(name)):
+            raise MalformedRequest(reason=f"Command {name!r} can't be run out of band; use 'execute'")
+        if own:
+            self._negotiate(arguments)
+            return None
+        return await self._executor.execute(self, name, arguments)
+
+    def _greet(self) -> None:
+        offered = ["oob"] if self._options.oob else []
+        self._reply({"QMP": {"version": self._options.version.to_json(), "capabilities": offered}}, {})
+
+    def _negotiate(self, arguments: Mapping[str, object]) -> None:
+        if self._negotiated:
+            raise CommandNotFound(reason="Command 'qmp_capabilities' was given already; this session is negotiated")
+        wanted = structure(Capabilities, arguments, "qmp_capabilities")
+        assert isinstance(wanted, Capabilities)
+        if wanted.enable and not self._options.oob:
+            raise MalformedRequest(
+                reason="Capability 'oob' is not available on this monitor, whose greeting offers none"
+            )
+        self._negotiated = True
+        self._oob = bool(wanted.enable)
+
+    # --- out ----------------------------------------------------------------------------------------------
+
+    def _reply(self, body: dict[str, Any], request: dict[str, Any]) -> None:
+        if "id" in request:
+            body["id"] = request["id"]
+        self._output.put(self._line(body))
+
+    def _tell(self, occurrence: Occurrence) -> None:
+        if self._negotiated:
+            line = self._line(occurrence.body) if self._options.pretty else occurrence.line
+            self._output.put(line, event=True)
+
+    def _line(self, body: Mapping[str, object]) -> bytes:
+        text = encode(body, pretty=self._options.pretty)
+        if self._options.pretty:
+            text = text.replace("\n", "\r\n")
+        return f"{text}\r\n".encode()
