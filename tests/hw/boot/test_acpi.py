@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hw.boot.images import MIB, bzimage, elf, memory_of, source
+from vmm.errors import BootError
+from vmm.hw.boot import layout
+from vmm.hw.boot.acpi import PM1_CONTROL, PM1_EVENT, SCI, PciRoot, acpi_tables
+from vmm.hw.boot.image import plan_boot
+
+if TYPE_CHECKING:
+    from vmm.hw.boot.plan import Data
+
+WINDOW = range(0xC000_0000, 0xFEC0_0000)
+
+
+def tables(made: Data) -> dict[bytes, bytes]:
+    """Every table by its signature, found as a guest finds them, with its checksum proved."""
+    blob = bytes(made.data)
+
+    def at(address: int) -> bytes:
+        (size,) = struct.unpack_from("<I", blob, address - made.address + 4)
+        return blob[address - made.address : address - made.address + size]
+
+    assert blob[:8] == b"RSD PTR "
+    assert (sum(blob[:20]) % 256, sum(blob[:36]) % 256) == (0, 0)
+    (xsdt,) = struct.unpack_from("<Q", blob, 24)
+    found = {b"XSDT": at(xsdt)}
+    for (address,) in struct.iter_unpack("<Q", found[b"XSDT"][36:]):
+        found[at(address)[:4]] = at(address)
+    (dsdt,) = struct.unpack_from("<Q", found[b"FACP"], 140)
+    found[b"DSDT"] = at(dsdt)
+    assert all(sum(table) % 256 == 0 for table in found.values())
+    (facs,) = struct.unpack_from("<I", found[b"FACP"], 36)
+    assert facs % 64 == 0
+    found[b"FACS"] = at(facs)
+    return found
+
+
+def test_a_search_finds_the_root_and_the_root_everything() -> None:
+    made = acpi_tables(1)
+    assert (made.address, made.address % 16) == (layout.ACPI, 0)
+    assert {key: len(table) for key, table in tables(made).items() if key != b"DSDT"} == {
+        b"XSDT": 52,
+        b"FACP": 276,
+        b"APIC": 80,
+        b"FACS": 64,
+    }
+
+
+def test_the_madt_lists_processors_ioapic_sci_and_nmi() -> None:
+    madt = tables(acpi_tables(2))[b"APIC"]
+    assert struct.unpack_from("<II", madt, 36) == (0xFEE00000, 1)
+    assert madt[44:] == (
+        bytes([0, 8, 0, 0, 1, 0, 0, 0])
+        + bytes([0, 8, 1, 1, 1, 0, 0, 0])
+        + bytes([1, 12, 2, 0, 0, 0, 0xC0, 0xFE, 0, 0, 0, 0])
+        + bytes([2, 10, 0, SCI, SCI, 0, 0, 0, 0x0D, 0])
+        + bytes([4, 6, 0xFF, 0, 0, 1])
+    )
+
+
+def test_the_fadt_tells_power_and_reset_ports() -> None:
+    fadt = tables(acpi_tables(1))[b"FACP"]
+    assert struct.unpack_from("<I", fadt, 56) == (PM1_EVENT,)
+    assert struct.unpack_from("<I", fadt, 64) == (PM1_CONTROL,)
+    assert fadt[116:129] == b"\x01\x08\x00\x01\x64\0\0\0\0\0\0\0\xfe"
+
+
+def test_the_dsdt_of_a_machine_without_pci_knows_power_off_alone() -> None:
+    assert tables(acpi_tables(1))[b"DSDT"][36:] == b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00"
+
+
+def test_the_dsdt_describes_a_pci_root_with_its_window_and_interrupts() -> None:
+    dsdt = tables(acpi_tables(1, PciRoot((WINDOW,), ((1, 0, 17),))))[b"DSDT"]
+    assert b"PCI0\x08_HID\x0c\x41\xd0\x0a\x03" in dsdt
+    assert b"\x8a\x2b\x00\x00\x0c\x01" + struct.pack("<5Q", 0, WINDOW.start, WINDOW.stop - 1, 0, len(WINDOW)) in dsdt
+    assert dsdt.endswith(b"\x08_PRT\x12\x0e\x01\x12\x0b\x04\x0c\xff\xff\x01\x00\x00\x00\x0a\x11")
+
+
+def test_a_kernel_is_told_where_the_root_is() -> None:
+    acpi = acpi_tables(1)
+    size = 32 * MIB
+    linux = memory_of(plan_boot(source(bzimage()), None, "", size, 1, acpi), size)
+    assert struct.unpack_from("<Q", linux, layout.BOOT_PARAMS + 0x70) == (layout.ACPI,)
+    pvh = memory_of(plan_boot(source(elf()), None, "", size, 1, acpi), size)
+    assert struct.unpack_from("<Q", pvh, layout.START_INFO + 32) == (layout.ACPI,)
+    for memory in (linux, pvh):
+        assert memory[layout.ACPI :].startswith(b"RSD PTR ")
+
+
+def test_tables_that_do_not_fit() -> None:
+    acpi_tables(255)
+    with pytest.raises(BootError) as caught:
+        acpi_tables(1, PciRoot((WINDOW,) * 3000))
+    assert str(caught.value) == ("Cannot boot the machine: its ACPI tables take 138692 bytes, there is room for 131072")

@@ -1,0 +1,41 @@
+"""The `microvm` machine's fixed addresses and interrupt lines.
+
+Those of a PC, as far as the machine has the device. Lines are GSIs, which are pins of both PICs and of the IOAPIC.
+Source: IBM PC/AT Technical Reference, I/O address map; Intel MultiProcessor Specification 1.4 §3.6 (APICs).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Final
+
+PIT_GSI: Final = 0
+
+I8042_DATA: Final = 0x60
+I8042_COMMAND: Final = 0x64
+I8042_PORTS: Final = (range(I8042_DATA, I8042_DATA + 1), range(I8042_COMMAND, I8042_COMMAND + 1))
+I8042_GSI: Final = 1
+
+RTC_PORTS: Final = range(0x70, 0x72)
+RTC_GSI: Final = 8
+
+POST_PORT: Final = range(0x80, 0x81)
+SYSTEM_CONTROL_A: Final = range(0x92, 0x93)
+
+COM1_PORTS: Final = range(0x3F8, 0x400)
+COM1_GSI: Final = 4
+COM2_PORTS: Final = range(0x2F8, 0x300)
+COM2_GSI: Final = 3
+COM3_PORTS: Final = range(0x3E8, 0x3F0)
+COM3_GSI: Final = 4
+COM4_PORTS: Final = range(0x2E8, 0x2F0)
+COM4_GSI: Final = 3
+COM: Final = ((COM1_PORTS, COM1_GSI), (COM2_PORTS, COM2_GSI), (COM3_PORTS, COM3_GSI), (COM4_PORTS, COM4_GSI))
+"""COM1 to COM4. The first and the third share a line, and so do the second and the fourth, as on a PC."""
+
+DEBUG_EXIT_PORTS: Final = range(0x501, 0x505)
+
+IOAPIC_BASE: Final = 0xFEC0_0000
+LAPIC_BASE: Final = 0xFEE0_0000
