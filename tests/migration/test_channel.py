@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vmm.errors import MigrationRefused, OptionInvalid, Unsupported, VmmError
+from vmm.migration.address import DescriptorAddress, InetAddress, SocketAddress, UnixAddress
+from vmm.migration.channel import (
+    Channel,
+    Channels,
+    MigrationChannel,
+    incoming_channel,
+    incoming_option,
+    outgoing_channels,
+)
+from vmm.monitor.arguments import structure
+
+
+def main(address: SocketAddress) -> Channel:
+    return Channel("main", address)
+
+
+def cpr(address: SocketAddress) -> Channel:
+    return Channel("cpr", address)
+
+
+def as_json(channels: list[Channel] | None) -> list[dict[str, object]] | None:
+    return None if channels is None else [channel.to_json() for channel in channels]
+
+
+UNIX = UnixAddress(path="/run/vm/main.sock")
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("unix:/run/vm/main.sock", UNIX),
+        ("unix:a,b:c", UnixAddress(path="a,b:c")),
+        ("tcp:192.0.2.1:4444", InetAddress(host="192.0.2.1", port="4444")),
+        ("tcp::0", InetAddress(host="", port="0")),
+        ("tcp:[2001:db8::1]:4444", InetAddress(host="2001:db8::1", port="4444")),
+        ("tcp:vm:1,ipv4,ipv6=off,numeric=on", InetAddress(host="vm", port="1", ipv4=True, ipv6=False, numeric=True)),
+        ("fd:main", DescriptorAddress(name="main")),
+        ("fd:7", DescriptorAddress(name="7")),
+    ],
+)
+def test_a_uri_is_a_main_channel(uri: str, address: SocketAddress) -> None:
+    assert Channel.from_uri(uri, "migrate: uri") == main(address)
+    assert Channel.parse(uri, "-incoming") == main(address)
+
+
+@pytest.mark.parametrize("uri", ["exec:cat", "file:/tmp/state,offset=0x1000", "rdma:host:1", "vsock:3:1"])
+def test_other_transports_of_qemu_are_refused_by_name(uri: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        Channel.from_uri(uri, "migrate: uri")
+    assert str(caught.value) == (
+        f"Migration transport {uri.split(':')[0]!r} is not supported here; use tcp:HOST:PORT, unix:PATH or fd:NAME"
+    )
+
+
+URI = "is not a migration URI; use tcp:HOST:PORT, unix:PATH or fd:NAME"
+TCP = "is not of the form tcp:HOST:PORT, an IPv6 address in brackets"
+FLAG = "is not one of numeric, ipv4, ipv6, each at most once, alone or with =on or =off"
+PATH = "is not a socket's path: 1 to 107 bytes, none of them NUL"
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("", f"migrate: uri: '' {URI}"),
+        ("unix", f"migrate: uri: 'unix' {URI}"),
+        ("udp:h:1", f"migrate: uri: 'udp:h:1' {URI}"),
+        ("UNIX:/x", f"migrate: uri: 'UNIX:/x' {URI}"),
+        ("defer", f"migrate: uri: 'defer' {URI}"),
+        ("unix:", f"migrate: uri: path: '' {PATH}"),
+        ("tcp:", f"migrate: uri: 'tcp:' {TCP}"),
+        ("tcp:host", f"migrate: uri: 'tcp:host' {TCP}"),
+        ("tcp:::1:44", f"migrate: uri: 'tcp:::1:44' {TCP}"),
+        ("tcp:[::1]", f"migrate: uri: 'tcp:[::1]' {TCP}"),
+        ("tcp:h:x", "migrate: uri: port: 'x' is not a number from 0 to 65535"),
+        ("tcp:h:1,to=9", f"migrate: uri: option of tcp: 'to=9' {FLAG}"),
+        ("tcp:h:1,ipv4=yes", f"migrate: uri: option of tcp: 'ipv4=yes' {FLAG}"),
+        ("tcp:h:1,ipv4,ipv4", f"migrate: uri: option of tcp: 'ipv4' {FLAG}"),
+        ("tcp:h:1,", f"migrate: uri: option of tcp: '' {FLAG}"),
+        (
+            "unix:" + "x" * 5000,
+            f"migrate: uri: 'unix:{'x' * 35}…' is not short enough: it has 5005 characters, at most 4096 are read",
+        ),
+    ],
+)
+def test_a_malformed_uri_is_refused(uri: str, text: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        Channel.from_uri(uri, "migrate: uri")
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "channel"),
+    [
+        ("main,addr.transport=socket,addr.type=unix,addr.path=/run/vm/main.sock", main(UNIX)),
+        ("channel-type=cpr,addr.transport=socket,addr.type=fd,addr.str=5", cpr(DescriptorAddress(name="5"))),
+        (
+            "cpr,addr.transport=socket,addr.type=unix,addr.path=a,,b,addr.abstract=on,addr.tight=off",
+            cpr(UnixAddress(path="a,b", abstract=True, tight=False)),
+        ),
+        (
+            "main,addr.transport=socket,addr.type=inet,addr.host=h,addr.port=0,addr.ipv4=off",
+            main(InetAddress(host="h", port="0", ipv4=False)),
+        ),
+        (
+            '{"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "/run/vm/main.sock"}}',
+            cpr(UNIX),
+        ),
+    ],
+)
+def test_dotted_keys_and_json_say_the_same(text: str, channel: Channel) -> None:
+    assert Channel.parse(text, "-incoming") == channel
+    assert Channel.parse(json.dumps(channel.to_json()), "-incoming") == channel
+
+
+MAIN = {"channel-type": "main"}
+SOCKET = {"transport": "socket", "type": "fd", "str": "5"}
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ({}, "'channel-type' is missing; 'addr' is missing"),
+        ({"channel-type": "main"}, "'addr' is missing"),
+        ({"channel-type": "main", "addr": "x"}, "'addr' must be an object, not \"x\""),
+        (
+            {"channel-type": "side", "addr": SOCKET},
+            "'channel-type' does not accept \"side\"; it accepts 'main', 'cpr'",
+        ),
+        (
+            {"channel-type": "main", "addr": {"transport": "file", "filename": "f", "offset": 0}},
+            "'addr.transport' does not accept \"file\"; it accepts 'socket'",
+        ),
+        (
+            {"channel-type": "main", "addr": {"transport": "socket", "type": "vsock", "cid": "3", "port": "1"}},
+            "'addr.type' does not accept \"vsock\"; it accepts 'unix', 'inet', 'fd'",
+        ),
+        (
+            {"channel-type": "main", "addr": SOCKET | {"path": "x"}},
+            "'addr.path' is unexpected; there are 'transport', 'type', 'str'",
+        ),
+        ({"channel-type": "main", "addr": SOCKET | {"str": 5}}, "'addr.str' must be a string, not 5"),
+        ([], "it must be an object"),
+    ],
+)
+def test_json_that_is_no_channel_is_refused(value: object, fault: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        Channel.from_json(value, "migrate: channels[1]")
+    assert str(caught.value) == f"migrate: channels[1]: {value!r} is not a migration channel: {fault}"
+
+
+def test_a_channel_is_read_from_structured_arguments_too() -> None:
+    wire = {"channel-type": "main", "addr": {"transport": "socket", "type": "unix", "path": "/run/vm/main.sock"}}
+    structured = structure(MigrationChannel, wire, "migrate")
+    assert Channel.from_json(structured, "migrate") == Channel.from_json(wire, "migrate") == main(UNIX)
+    assert outgoing_channels(None, [structured]) == Channels(UNIX)
+    assert main(DescriptorAddress("5")).to_json() == {"channel-type": "main", "addr": SOCKET}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "'' is not of the form key=value"),
+        ("main", "{'channel-type': 'main'} is not a migration channel: 'addr' is missing"),
+        ("main,addr=", f"{ {**MAIN, 'addr': ''} } is not a migration channel: 'addr' must be an object, not \"\""),
+        ("main,addr.transport=socket,addr.type=unix,addr.path=", f"path: '' {PATH}"),
+        ("foo:bar", f"'foo:bar' {URI}"),
+        ("{}", "{} is not a migration channel: 'channel-type' is missing; 'addr' is missing"),
+        ("{", "'{' is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+    ],
+)
+def test_a_malformed_channel_is_refused(text: str, fault: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        Channel.parse(text, "-incoming")
+    assert str(caught.value) == f"-incoming: {fault}"
+
+
+def test_deep_json_is_refused() -> None:
+    with pytest.raises(OptionInvalid):
+        Channel.parse('{"a":' + "[" * 4000, "-incoming")
+
+
+def test_defer_is_no_channel() -> None:
+    assert incoming_option("defer") is None
+    assert incoming_option("unix:/run/vm/main.sock") == main(UNIX)
+
+
+def test_migrate_goes_to_one_main_and_at_most_one_cpr_channel() -> None:
+    other = DescriptorAddress(name="cpr")
+    assert outgoing_channels("unix:/run/vm/main.sock", None) == Channels(UNIX)
+    assert outgoing_channels(None, as_json([main(UNIX)])) == Channels(UNIX)
+    assert outgoing_channels(None, as_json([cpr(other), main(UNIX)])) == Channels(UNIX, other)
+
+
+@pytest.mark.parametrize(
+    ("uri", "channels", "reason"),
+    [
+        (None, None, "migrate needs either 'uri' or 'channels'; neither was given"),
+        ("fd:a", [main(UNIX)], "migrate needs either 'uri' or 'channels'; both were given"),
+        (None, [], "migrate: channels has no channel of type 'main'; add one"),
+        (None, [cpr(UNIX)], "migrate: channels has no channel of type 'main'; add one"),
+        (None, [main(UNIX), main(UNIX)], "migrate: channels has more than one channel of type 'main'; give one"),
+        (
+            None,
+            [main(UNIX), cpr(UNIX), cpr(UNIX)],
+            "migrate: channels has more than one channel of type 'cpr'; give one",
+        ),
+    ],
+)
+def test_other_channels_of_migrate_are_refused(uri: str | None, channels: list[Channel] | None, reason: str) -> None:
+    with pytest.raises(MigrationRefused) as caught:
+        outgoing_channels(uri, as_json(channels))
+    assert str(caught.value) == reason
+
+
+def test_migrate_incoming_listens_on_one_main_channel() -> None:
+    assert incoming_channel("unix:/run/vm/main.sock", None) == UNIX
+    assert incoming_channel(None, as_json([main(UNIX)])) == UNIX
+
+
+@pytest.mark.parametrize(
+    ("channels", "given"),
+    [([], "none"), ([cpr(UNIX)], "cpr"), ([main(UNIX), cpr(UNIX)], "main, cpr")],
+)
+def test_other_channels_of_migrate_incoming_are_refused(channels: list[Channel], given: str) -> None:
+    with pytest.raises(MigrationRefused) as caught:
+        incoming_channel(None, as_json(channels))
+    expected = f"migrate-incoming: channels must be one channel of type 'main'; given: {given}"
+    assert str(caught.value) == expected
+
+
+def test_the_addresses_of_a_list_are_checked_by_position() -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        outgoing_channels(None, as_json([main(UNIX), cpr(UnixAddress(""))]))
+    assert str(caught.value) == f"migrate: channels[1]: path: '' {PATH}"
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.text(alphabet='tcpunixfdmae:,=.[]{}"/0159-', max_size=40))
+def test_any_text_is_understood_or_refused(text: str) -> None:
+    try:
+        channel = Channel.parse(text, "-incoming")
+    except VmmError:
+        return
+    assert Channel.parse(json.dumps(channel.to_json()), "-incoming") == channel

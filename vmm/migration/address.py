@@ -1,0 +1,142 @@
+"""Where a migration goes or comes from: QEMU's MigrationAddress, as far as it is supported.
+
+An address is a socket: unix, inet or a descriptor. Resolving names, opening sockets and looking descriptors up is not
+done here. The annotations are those of `vmm.monitor.qapi`: they say what the wire has, `check_address` says the rest.
+
+Source: QEMU qapi/migration.json (MigrationAddress), qapi/sockets.json (SocketAddress), util/qemu-sockets.c.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, TypeAlias, final
+
+import attrs
+
+from vmm.errors import OptionInvalid
+from vmm.monitor.qapi import Union
+
+SUN_PATH_SIZE: Final = 108  # bytes in sockaddr_un, one of them a NUL before or after the name
+UNIX_PATH_LIMIT: Final = SUN_PATH_SIZE - 1
+_HOST_LIMIT: Final = 255  # characters; a name in the DNS is shorter
+
+
+@final
+@attrs.frozen
+class UnixAddress:
+    """A unix stream socket by its path, or by its name in the abstract namespace."""
+
+    type: Literal["unix"] = attrs.field(default="unix", kw_only=True)
+    path: str
+    abstract: bool = False
+    """Whether `path` is a name in the abstract namespace."""
+    tight: bool = True
+    """Whether an abstract name ends with `path`, or is filled up with NUL bytes."""
+
+    def socket_name(self) -> str | bytes:
+        """Return what to bind or connect to."""
+        if not self.abstract:
+            return self.path
+        name = b"\0" + _path_bytes(self.path)
+        return name if self.tight else name.ljust(SUN_PATH_SIZE, b"\0")
+
+
+@final
+@attrs.frozen
+class InetAddress:
+    """A TCP address. Port "0" lets the listener choose; an empty host means every address of this host."""
+
+    type: Literal["inet"] = attrs.field(default="inet", kw_only=True)
+    host: str
+    port: str
+    """Decimal, 0 to 65535."""
+    numeric: bool | None = None
+    """Whether `host` is an address, not to be looked up; None is no."""
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+    """Whether addresses of that family are used; both None is both, one true is that one."""
+
+
+@final
+@attrs.frozen
+class DescriptorAddress:
+    """A socket that is open already: one that `getfd` named, or by its number in this process."""
+
+    type: Literal["fd"] = attrs.field(default="fd", kw_only=True)
+    name: str = attrs.field(metadata={"wire": "str"})
+    """Digits are a number; a name never begins with a digit."""
+
+    @property
+    def number(self) -> int | None:
+        """The descriptor's number, or None where it has a name."""
+        return int(self.name) if self.name.isdecimal() else None
+
+
+SocketAddress: TypeAlias = Annotated[UnixAddress | InetAddress | DescriptorAddress, Union("type")]
+
+
+@final
+@attrs.frozen(kw_only=True)
+class SocketTransport:
+    """A migration address that is a socket: `transport` and the socket's own members side by side."""
+
+    transport: Literal["socket"] = "socket"
+    address: SocketAddress = attrs.field(metadata={"inline": True})
+
+
+MigrationAddress: TypeAlias = Annotated[SocketTransport, Union("transport")]
+
+
+def check_address(address: SocketAddress, where: str) -> None:
+    """Check what the types of `address` leave open.
+
+    Args:
+        where: what it came from ("-incoming", "migrate: channels[0]"), for the error text.
+
+    Raises:
+        OptionInvalid: a path, a port, a name or a combination that cannot be.
+    """
+    if isinstance(address, UnixAddress):
+        _check_unix(address, where)
+    elif isinstance(address, InetAddress):
+        _check_inet(address, where)
+    else:
+        _check_descriptor(address, where)
+
+
+def _check_unix(address: UnixAddress, where: str) -> None:
+    if not _is_path(address.path):
+        wanted = f"a socket's path: 1 to {UNIX_PATH_LIMIT} bytes, none of them NUL"
+        raise OptionInvalid(option=f"{where}: path", value=address.path, wanted=wanted)
+    if not address.tight and not address.abstract:
+        raise OptionInvalid(option=f"{where}: tight", value=address.tight, wanted="possible without abstract on")
+
+
+def _check_inet(address: InetAddress, where: str) -> None:
+    port = address.port
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and int(port) <= 0xFFFF):
+        raise OptionInvalid(option=f"{where}: port", value=port, wanted="a number from 0 to 65535")
+    if not address.host.isprintable() or len(address.host) > _HOST_LIMIT:
+        wanted = f"a host's name or address, of at most {_HOST_LIMIT} characters"
+        raise OptionInvalid(option=f"{where}: host", value=address.host, wanted=wanted)
+    if address.ipv4 is False and address.ipv6 is False:
+        raise OptionInvalid(option=f"{where}: ipv6", value=False, wanted="possible with ipv4 off too; leave one on")
+
+
+def _check_descriptor(address: DescriptorAddress, where: str) -> None:
+    name = address.name
+    number = name.isascii() and name.isdecimal() and len(name) <= 9
+    if not number and (not name or name[0].isdecimal()):
+        wanted = "a descriptor's number, or a name given with getfd, which does not begin with a digit"
+        raise OptionInvalid(option=f"{where}: fd", value=name, wanted=wanted)
+
+
+def _is_path(path: str) -> bool:
+    try:
+        return 1 <= len(_path_bytes(path)) <= UNIX_PATH_LIMIT and "\0" not in path
+    except UnicodeEncodeError:
+        return False
+
+
+def _path_bytes(path: str) -> bytes:
+    # A path from the command line that is no UTF-8 has surrogates in it, which become its bytes again.
+    return path.encode(errors="surrogateescape")

@@ -1,0 +1,169 @@
+"""Whose the sections of a state stream are, and in which order they are saved and loaded.
+
+Loading is in two passes. First every section of the stream is checked, by its device, and turned into an `Applier`;
+nothing has changed until all are. Then the appliers run. So a stream that is refused leaves no half-loaded machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, TypeAlias, final
+
+import attrs
+
+from vmm.errors import DeviceNotFound, NameTaken, StateRejected
+from vmm.migration.section_payload import StateValue
+from vmm.migration.stream_records import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Applier: TypeAlias = Callable[[], None]
+"""Puts a checked state in force. What it raises is a failure of the host; the machine cannot be used after it."""
+
+Save: TypeAlias = Callable[[], Mapping[str, StateValue]]
+Load: TypeAlias = Callable[[int, Mapping[str, StateValue]], Applier]
+"""Takes a version (within the declared ones) and a hostile state. Changes nothing; raises `StateRejected`."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class StateOwner:
+    """One section's declaration."""
+
+    name: str
+    version: int
+    accepts: int
+    """The oldest version that is read."""
+    save: Save
+    load: Load
+    after: tuple[str, ...]
+    """Names of the sections that must be in force before this one."""
+
+
+@final
+class CheckedState:
+    """A whole machine's state, checked and not yet in force."""
+
+    def __init__(self, appliers: Iterable[tuple[str, Applier]]) -> None:
+        self._appliers: Final = list(appliers)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Names of the sections in the order in which they are put in force."""
+        return tuple(name for name, _ in self._appliers)
+
+    def apply(self) -> None:
+        """Put every section in force, each after those that it declared. May be called once.
+
+        Raises:
+            VmmError: of an applier; the later ones have not run, and the machine must be given up.
+        """
+        appliers = self._appliers[:]
+        self._appliers.clear()
+        for _, applier in appliers:
+            applier()
+
+
+@final
+class StateRegistry:
+    """The sections of one machine."""
+
+    def __init__(self) -> None:
+        self._owners: Final[dict[str, StateOwner]] = {}
+
+    def register(
+        self, name: str, version: int, *, save: Save, load: Load, accepts: int | None = None, after: Iterable[str] = ()
+    ) -> None:
+        """Declare a section.
+
+        Args:
+            accepts: the oldest version that is read; None for `version` alone.
+            after: sections that must be in force before this one; they may be registered later.
+
+        Raises:
+            NameTaken: there is a section of that name.
+            ValueError: the declaration closes a cycle, or contradicts itself. A bug of the device.
+        """
+        if name in self._owners:
+            raise NameTaken(what="State section", name=name)
+        oldest = version if accepts is None else accepts
+        if not 0 <= oldest <= version < 1 << 32:
+            raise ValueError(f"section {name}: reads versions {oldest} to {version}")
+        owner = StateOwner(name=name, version=version, accepts=oldest, save=save, load=load, after=tuple(after))
+        cycle = self._way(owner.after, name)
+        if cycle is not None:
+            raise ValueError(f"sections wait for each other: {' after '.join((name, *cycle))}")
+        self._owners[name] = owner
+
+    def unregister(self, name: str) -> None:
+        """Forget a section whose device is gone. Raises `DeviceNotFound`, or `ValueError` if another waits for it."""
+        if name not in self._owners:
+            raise DeviceNotFound(what="State section", name=name)
+        for owner in self._owners.values():
+            if name in owner.after and owner.name != name:
+                raise ValueError(f"section {owner.name} is after {name}, which is to be unregistered")
+        del self._owners[name]
+
+    def order(self) -> tuple[str, ...]:
+        """Return the names, each after those that it declared, else as they were registered.
+
+        Raises:
+            ValueError: a section waits for one that was never registered. A bug of the device.
+        """
+        ordered: dict[str, None] = {}
+        for name in self._owners:
+            self._append(name, ordered)
+        return tuple(ordered)
+
+    def save(self) -> dict[str, Section]:
+        """Return every section's content by name, in order. The guest stands still."""
+        return {name: Section(name, self._owners[name].version, self._owners[name].save()) for name in self.order()}
+
+    def check(self, sections: Iterable[Section]) -> CheckedState:
+        """Check a whole machine's state. Nothing has changed when this returns or raises.
+
+        Raises:
+            StateRejected: a section is missing, has no owner here, is of a version that is not read, or its owner
+                refuses it. Missing and foreign ones are named together, else the first refusal is told.
+        """
+        found = {section.name: section for section in sections}
+        self._check_names(found)
+        return CheckedState((name, self._check(self._owners[name], found[name])) for name in self.order())
+
+    def _check_names(self, found: Mapping[str, Section]) -> None:
+        faults = [f"{name!r} is missing from the stream" for name in self._owners if name not in found]
+        faults += [
+            f"{name!r} is in the stream, and no device here has it" for name in found if name not in self._owners
+        ]
+        if faults:
+            names = [name for name in self._owners if name not in found]
+            names += [name for name in found if name not in self._owners]
+            raise StateRejected(section=", ".join(names), faults=tuple(faults))
+
+    def _check(self, owner: StateOwner, section: Section) -> Applier:
+        if not owner.accepts <= section.version <= owner.version:
+            readable = f"{owner.accepts} to {owner.version}" if owner.accepts < owner.version else f"{owner.version}"
+            fault = f"it has version {section.version}, read here: {readable}"
+            raise StateRejected(section=owner.name, faults=(fault,))
+        return owner.load(section.version, section.state)
+
+    def _append(self, name: str, ordered: dict[str, None]) -> None:
+        # Terminates: register() admits no cycle.
+        if name in ordered:
+            return
+        for earlier in self._owners[name].after:
+            if earlier not in self._owners:
+                raise ValueError(f"section {name} is after {earlier}, which is not registered")
+            self._append(earlier, ordered)
+        ordered[name] = None
+
+    def _way(self, after: Iterable[str], goal: str) -> tuple[str, ...] | None:
+        """Return a way from one of `after` to `goal` along the declarations so far, both ends included."""
+        for name in after:
+            if name == goal:
+                return (name,)
+            rest = self._way(self._owners[name].after, goal) if name in self._owners else None
+            if rest is not None:
+                return (name, *rest)
+        return None

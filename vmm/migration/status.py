@@ -1,0 +1,287 @@
+"""How far a migration is: QEMU's MigrationStatus as two state machines, and what `query-migrate` says in each state.
+
+Source: QEMU qapi/migration.json (MigrationStatus, MigrationInfo), migration/migration.c (fill_source_migration_info,
+fill_destination_migration_info).
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, Literal, cast, final
+
+import attrs
+
+from vmm.migration.address import SocketAddress
+from vmm.monitor.arguments import unstructure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+Side = Literal["source", "target"]
+StatusName = Literal[
+    "none",
+    "setup",
+    "cancelling",
+    "cancelled",
+    "active",
+    "postcopy-device",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover-setup",
+    "postcopy-recover",
+    "completed",
+    "failing",
+    "failed",
+    "colo",
+    "pre-switchover",
+    "device",
+    "wait-unplug",
+]
+"""In the order of QEMU's enumeration."""
+
+
+@final
+class MigrationStatus(StrEnum):
+    """What QEMU calls MigrationStatus."""
+
+    NONE = "none"
+    SETUP = "setup"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    ACTIVE = "active"
+    POSTCOPY_DEVICE = "postcopy-device"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILING = "failing"
+    FAILED = "failed"
+    COLO = "colo"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+    WAIT_UNPLUG = "wait-unplug"
+
+
+_S = MigrationStatus
+
+_POSTCOPY: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
+    _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED}),
+    _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED}),
+    _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP}),
+    _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED}),
+    _S.POSTCOPY_RECOVER: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED}),
+}
+
+SOURCE_STEPS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.WAIT_UNPLUG, _S.ACTIVE, _S.CANCELLING}),
+    _S.WAIT_UNPLUG: frozenset({_S.ACTIVE, _S.CANCELLING}),
+    _S.ACTIVE: frozenset({_S.PRE_SWITCHOVER, _S.DEVICE, _S.POSTCOPY_DEVICE, _S.POSTCOPY_ACTIVE, _S.CANCELLING}),
+    _S.PRE_SWITCHOVER: frozenset({_S.DEVICE, _S.POSTCOPY_DEVICE, _S.CANCELLING}),
+    _S.DEVICE: frozenset({_S.COMPLETED, _S.POSTCOPY_ACTIVE, _S.CANCELLING}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.FAILING: frozenset({_S.FAILED}),
+    # What is over can begin anew.
+    _S.CANCELLED: frozenset({_S.SETUP}),
+    _S.FAILED: frozenset({_S.SETUP}),
+    _S.COMPLETED: frozenset({_S.SETUP}),
+    **_POSTCOPY,
+}
+"""Where each status may lead on the source, besides `failing`."""
+
+TARGET_STEPS: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
+    _S.NONE: frozenset({_S.SETUP}),
+    _S.SETUP: frozenset({_S.ACTIVE, _S.CANCELLING}),
+    _S.ACTIVE: frozenset({_S.COMPLETED, _S.POSTCOPY_ACTIVE, _S.CANCELLING}),
+    _S.CANCELLING: frozenset({_S.CANCELLED}),
+    _S.FAILING: frozenset({_S.FAILED}),
+    _S.CANCELLED: frozenset({_S.SETUP}),
+    _S.FAILED: frozenset({_S.SETUP}),
+    _S.COMPLETED: frozenset({_S.SETUP}),
+    **_POSTCOPY,
+}
+"""Where each status may lead on the target, besides `failing`."""
+
+IDLE: Final = frozenset({_S.NONE, _S.CANCELLED, _S.FAILED, _S.COMPLETED})
+"""Nothing is under way."""
+
+_CANNOT_FAIL: Final = IDLE | {_S.FAILING, _S.CANCELLING}
+_BARE: Final = frozenset({_S.SETUP, _S.CANCELLED, _S.FAILED, _S.WAIT_UNPLUG, _S.COLO})
+"""States in which `query-migrate` of a source tells neither times nor RAM."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MigrationRamStats:
+    """QEMU's MigrationRAMStats. A live update copies no RAM: all is 0 then but `total` and `page_size`, in bytes."""
+
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    duplicate: int = 0
+    normal: int = 0
+    normal_bytes: int = 0
+    dirty_pages_rate: int = 0
+    mbps: float = 0.0
+    dirty_sync_count: int = 0
+    postcopy_requests: int = 0
+    page_size: int = 4096
+    multifd_bytes: int = 0
+    pages_per_second: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    dirty_sync_missed_zero_copy: int = 0
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MigrationInfo:
+    """What `query-migrate` replies; None stands for an absent member. Times are in milliseconds."""
+
+    status: StatusName | None = None
+    ram: MigrationRamStats | None = None
+    remaining: int | None = None
+    total_time: int | None = None
+    expected_downtime: int | None = None
+    downtime: int | None = None
+    setup_time: int | None = None
+    error_desc: str | None = None
+    blocked_reasons: list[str] | None = None
+    socket_address: list[SocketAddress] | None = None
+    x_pause: dict[str, float] | None = None
+    """How long each stage of a live update's pause took, in milliseconds. Not in QEMU."""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the reply with its names on the wire."""
+        json = unstructure(self)
+        assert isinstance(json, dict)
+        return json
+
+
+@final
+class MigrationProgress:
+    """One side's migration, the last or the present one.
+
+    Lives on the trio loop; nothing here blocks.
+
+    Args:
+        observer: called with each new status, for the event MIGRATION.
+        clock: seconds, as `trio.current_time`.
+    """
+
+    def __init__(self, side: Side, observer: Callable[[MigrationStatus], None], clock: Callable[[], float]) -> None:
+        self.side: Final = side
+        self.ram = MigrationRamStats()
+        self.expected_downtime = 0
+        """Milliseconds; what `query-migrate` tells while the downtime is not known."""
+        self.addresses: tuple[SocketAddress, ...] = ()
+        """Of a target: where it listens, with the real ports."""
+        self.pause_stages: Mapping[str, float] | None = None
+        """Stage of a live update's pause -> milliseconds."""
+        self._steps: Final = SOURCE_STEPS if side == "source" else TARGET_STEPS
+        self._observer: Final = observer
+        self._clock: Final = clock
+        self._status: MigrationStatus = _S.NONE
+        self._error: str | None = None
+        self._begun = 0.0
+        self._setup_done: float | None = None
+        self._paused: float | None = None
+        self._downtime: float | None = None
+        self._over: float | None = None
+
+    @property
+    def status(self) -> MigrationStatus:
+        """The present status."""
+        return self._status
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a migration has begun and is not over."""
+        return self._status not in IDLE
+
+    def begin(self, addresses: Iterable[SocketAddress] = ()) -> None:
+        """Enter `setup`, forgetting the migration before: its times, error, RAM figures, addresses and stages.
+
+        Args:
+            addresses: of a target, where it listens now.
+        """
+        self._check(_S.SETUP)
+        self._error = None
+        self._begun = self._clock()
+        self._setup_done = self._paused = self._downtime = self._over = None
+        self.ram = MigrationRamStats()
+        self.addresses = tuple(addresses)
+        self.pause_stages = None
+        self._enter(_S.SETUP)
+
+    def advance(self, status: MigrationStatus) -> None:
+        """Enter `status`. A step that is not in the table is a bug: `RuntimeError`."""
+        if status is _S.SETUP:
+            raise RuntimeError("a migration enters setup by begin()")
+        self._check(status)
+        self._enter(status)
+
+    def fail(self, reason: str) -> None:
+        """Enter `failing` for `reason`, a sentence for `error-desc`; `failed` follows once all is undone.
+
+        While it is being cancelled a migration does not fail any more, and what is over cannot: then without effect.
+        """
+        if self._status in _CANNOT_FAIL:
+            return
+        self._error = reason
+        self._enter(_S.FAILING)
+
+    def pause_begins(self) -> None:
+        """Note that the guest stands still from now."""
+        self._paused = self._clock()
+
+    def pause_ends(self) -> None:
+        """Note that the guest runs again, here or there. Without `pause_begins` before: no effect."""
+        if self._paused is not None:
+            self._downtime = self._clock() - self._paused
+            self._paused = None
+
+    def info(self, blocked_reasons: Sequence[str] = ()) -> MigrationInfo:
+        """Return what `query-migrate` replies. `blocked_reasons`: what rules out a migration of the present mode."""
+        blocked = list(blocked_reasons) or None
+        if self._status is _S.NONE:
+            return MigrationInfo(blocked_reasons=blocked)
+        bare = MigrationInfo(
+            status=cast("StatusName", self._status.value),
+            error_desc=self._error,
+            blocked_reasons=blocked,
+            socket_address=list(self.addresses) or None,
+            x_pause=dict(self.pause_stages) if self.pause_stages is not None else None,
+        )
+        if self.side == "target" or self._status in _BARE:
+            return bare
+        downtime = None if self._downtime is None else _milliseconds(self._downtime)
+        completed = self._status is _S.COMPLETED
+        return attrs.evolve(
+            bare,
+            ram=self.ram,
+            remaining=None if completed else self.ram.remaining,
+            total_time=_milliseconds((self._clock() if self._over is None else self._over) - self._begun),
+            expected_downtime=self.expected_downtime if downtime is None and not completed else None,
+            downtime=0 if downtime is None and completed else downtime,
+            setup_time=0 if self._setup_done is None else _milliseconds(self._setup_done - self._begun),
+        )
+
+    def _check(self, status: MigrationStatus) -> None:
+        allowed: Collection[MigrationStatus] = self._steps.get(self._status, frozenset())
+        if status not in allowed:
+            raise RuntimeError(f"migration {self.side}: {self._status} does not lead to {status}")
+
+    def _enter(self, status: MigrationStatus) -> None:
+        if self._status is _S.SETUP:
+            self._setup_done = self._clock()
+        if status in IDLE:
+            self._over = self._clock()
+        self._status = status
+        self._observer(status)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,289 @@
+"""The state stream: one format for transfer, exec, reboot, snapshot and migration.
+
+    preamble   8 bytes magic, u16 format version, u16 zero
+    record 0   header: machine name, digest of the recipe
+    record 1   recipe, where it travels with the state
+    …          device sections, RAM extents
+    last       end: number of records, checksum over their headers
+
+A record is a header of 20 bytes and a payload; all integers are little-endian:
+
+    u16 type   u16 flags   u32 number   u32 payload bytes   u32 CRC-32 of the payload   u32 CRC-32 of these 16 bytes
+
+The header has a checksum of its own so that a damaged length is noticed at once, not when that many bytes have been
+awaited. The number counts up from 0: what is missing, repeated or out of order cannot pass. CRC-32 finds damage, not
+malice: who may send is the channel's business. Whatever comes in, a reader allocates no more than the limits below
+and raises nothing but `StreamCorrupt`.
+
+Both classes are pure: `vmm.migration.stream_io` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, Final, final
+from zlib import crc32
+
+from vmm.errors import StateRejected, StreamCorrupt
+from vmm.migration.section_payload import Misshapen
+from vmm.migration.stream_records import End, Header, RamExtents, Recipe, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from vmm.migration.section_payload import StateValue
+    from vmm.migration.stream_records import Record
+
+MAGIC: Final = b"\x89TVMM\r\n\x1a"
+FORMAT_VERSION: Final = 1
+SECTIONS_LIMIT: Final = 4096
+STREAM_LIMIT: Final = 256 << 20  # bytes of a whole stream, unless a reader is told otherwise
+UNKNOWN_LIMIT: Final = 16 << 20  # bytes of payload in a record that is skipped
+
+SKIPPABLE: Final = 0x0001
+"""Flag of a record that a reader which does not know its type may leave out."""
+
+_PREAMBLE: Final = struct.Struct("<8sHH")
+_HEAD: Final = struct.Struct("<HHIII")
+_CRC: Final = struct.Struct("<I")
+HEAD_SIZE: Final = _HEAD.size + _CRC.size
+
+_KINDS: Final[tuple[type[Record], ...]] = (Header, Recipe, Section, RamExtents, End)
+_HEADER_NUMBER: Final = 0
+_RECIPE_NUMBER: Final = 1
+
+
+def encode_record(kind: int, number: int, payload: bytes, flags: int = 0) -> tuple[bytes, bytes]:
+    """Return a record's header and its payload."""
+    head = _HEAD.pack(kind, flags, number, len(payload), crc32(payload))
+    return head + _CRC.pack(crc32(head)), payload
+
+
+@final
+class StreamWriter:
+    """Builds a state stream in memory.
+
+    The buffers that `take` and `finish` return are, one after the other, the stream. Nothing here blocks; the time
+    for a whole machine's 20 KiB is part of the guest's pause.
+    """
+
+    def __init__(self, machine: str, recipe_digest: bytes = b"") -> None:
+        preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, 0)
+        self._buffers = [preamble]
+        self._checksum = crc32(preamble)
+        self._number = 0
+        self._names: Final[set[str]] = set()
+        self._finished = False
+        self._add(Header(machine, recipe_digest))
+
+    def recipe(self, commands: Iterable[Mapping[str, Any]]) -> None:
+        """Add the recipe, before anything else. Raises `MigrationRefused` where it does not fit."""
+        if self._number != _RECIPE_NUMBER:
+            raise ValueError("the recipe comes before all sections and RAM extents, and once")
+        self._add(Recipe(tuple(commands)))
+
+    def section(self, name: str, version: int, state: Mapping[str, StateValue]) -> None:
+        """Add one section. Raises `StateRejected` where it does not fit, or its name is taken."""
+        if name in self._names:
+            raise StateRejected(section=name, faults=("it is in the stream already",))
+        if len(self._names) == SECTIONS_LIMIT:
+            raise StateRejected(section=name, faults=(f"{SECTIONS_LIMIT} sections are in the stream already",))
+        self._add(Section(name, version, state))
+        self._names.add(name)
+
+    def ram_extents(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Add (guest-physical address, bytes) of RAM whose content belongs to this state."""
+        self._add(RamExtents(tuple(extents)))
+
+    def take(self) -> list[bytes]:
+        """Return the buffers since the last call, to be sent while more is added."""
+        buffers, self._buffers = self._buffers, []
+        return buffers
+
+    def finish(self) -> list[bytes]:
+        """Add the end record and return the buffers since the last call. Nothing can be added afterwards."""
+        self._add(End(self._number, self._checksum))
+        self._finished = True
+        return self.take()
+
+    def _add(self, record: Record) -> None:
+        if self._finished:
+            raise ValueError("the stream has its end record already")
+        head, payload = encode_record(record.TYPE, self._number, record.payload())
+        self._buffers += head, payload
+        self._checksum = crc32(head, self._checksum)
+        self._number += 1
+
+
+@final
+class StreamReader:
+    """Parses a state stream as its bytes come in, in pieces of any size.
+
+    After a `StreamCorrupt` the reader is of no further use, and raises the same error again.
+    """
+
+    def __init__(self, *, limit: int = STREAM_LIMIT) -> None:
+        self._limit: Final = limit
+        self._kinds: Final[Mapping[int, type[Record]]] = {kind.TYPE: kind for kind in _KINDS}
+        self._buffer = bytearray()
+        self._offset = 0  # of the buffer's first byte in the stream
+        self._checksum = 0
+        self._number = -1  # of the record that comes next; -1 before the preamble
+        self._head: tuple[int, int, int] | None = None  # type, payload bytes, CRC of the record that is coming in
+        self._names: Final[set[str]] = set()
+        self._ended = False
+        self._failure: StreamCorrupt | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end record was read."""
+        return self._ended
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Record]:
+        """Take in the next bytes; return the records that they complete, the end record included.
+
+        Raises:
+            StreamCorrupt: the bytes are no such stream. It names the record, its offset, and what was expected.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._feed(data)
+        except StreamCorrupt as failure:
+            self._failure = failure
+            raise
+
+    def close(self) -> None:
+        """Say that no more bytes come. Raises `StreamCorrupt` unless the stream was complete."""
+        if self._failure is not None:
+            raise self._failure
+        if self._ended:
+            return
+        length = self._offset + len(self._buffer)
+        if self._number < 0:
+            expected = f"the preamble of {_PREAMBLE.size} bytes"
+        elif self._head is None:
+            expected = f"record {self._number} at offset {self._offset}, after which an end record"
+        else:
+            kind, size, _ = self._head
+            expected = f"record {self._number} at offset {self._offset}: {self._noun(kind)} of {size} bytes"
+        self._failure = StreamCorrupt(reason=f"it ends after {length} bytes; expected {expected}")
+        raise self._failure
+
+    def _feed(self, data: bytes | bytearray | memoryview) -> list[Record]:
+        if self._offset + len(self._buffer) + len(data) > self._limit:
+            raise StreamCorrupt(reason=f"it has more than {self._limit} bytes, the most that is read here")
+        self._buffer += data
+        records: list[Record] = []
+        at = 0
+        try:
+            while (size := self._next(at, records)) is not None:
+                at += size
+        finally:
+            self._offset += at
+            del self._buffer[:at]
+        if self._ended and self._buffer:
+            raise StreamCorrupt(reason=f"it goes on after its end record, which ends at offset {self._offset}")
+        return records
+
+    def _next(self, at: int, records: list[Record]) -> int | None:
+        """Read what is complete at `at` of the buffer; return its size, or None where more has to come in."""
+        available = len(self._buffer) - at
+        if self._ended:
+            return None
+        if self._number < 0:
+            if available < _PREAMBLE.size:
+                return None
+            self._read_preamble()
+            return _PREAMBLE.size
+        if self._head is None:
+            if available < HEAD_SIZE:
+                return None
+            self._head = self._read_head(at)
+        kind, size, checksum = self._head
+        if available < HEAD_SIZE + size:
+            return None
+        start = at + HEAD_SIZE
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[start : start + size])
+            if (found := crc32(payload)) != checksum:
+                raise self._corrupt(at, f"a damaged {self._noun(kind)}: {_differ(found, checksum)}")
+            record = self._decode(at, kind, payload)
+            self._checksum = crc32(view[at:start], self._checksum)
+        if record is not None:
+            records.append(record)
+        self._head = None
+        self._number += 1
+        return HEAD_SIZE + size
+
+    def _read_preamble(self) -> None:
+        magic, version, zero = _PREAMBLE.unpack_from(self._buffer)
+        if magic != MAGIC:
+            raise StreamCorrupt(reason=f"it begins with {magic.hex()}, expected {MAGIC.hex()}")
+        if version != FORMAT_VERSION:
+            raise StreamCorrupt(reason=f"it has format version {version}, version {FORMAT_VERSION} is read here")
+        if zero:
+            raise StreamCorrupt(reason=f"its bytes 10 and 11 are {zero:#06x}, expected 0")
+        self._checksum = crc32(self._buffer[: _PREAMBLE.size])
+        self._number = 0
+
+    def _read_head(self, at: int) -> tuple[int, int, int]:
+        """Check a record's header, all but what depends on the payload."""
+        head = self._buffer[at : at + _HEAD.size]
+        (checksum,) = _CRC.unpack_from(self._buffer, at + _HEAD.size)
+        if (found := crc32(head)) != checksum:
+            raise self._corrupt(at, f"a damaged record header: {_differ(found, checksum)}")
+        kind, flags, number, size, payload_checksum = _HEAD.unpack(head)
+        if number != self._number:
+            raise self._corrupt(at, f"its number is {number}; a record is missing, repeated or out of order")
+        if flags & ~SKIPPABLE:
+            raise self._corrupt(at, f"unknown flags {flags:#06x}, expected 0 or {SKIPPABLE:#06x}")
+        if kind not in self._kinds and not flags & SKIPPABLE:
+            raise self._corrupt(at, f"unknown type {kind}, not marked as one that can be skipped")
+        self._check_place(at, kind)
+        limit = self._kinds[kind].LIMIT if kind in self._kinds else UNKNOWN_LIMIT
+        if size > limit:
+            raise self._corrupt(at, f"{self._noun(kind)} of {size} bytes, at most {limit} are read")
+        return kind, size, payload_checksum
+
+    def _check_place(self, at: int, kind: int) -> None:
+        if (kind == Header.TYPE) != (self._number == _HEADER_NUMBER):
+            raise self._corrupt(at, f"{self._noun(kind)}, expected the header as record 0 and nowhere else")
+        if kind == Recipe.TYPE and self._number != _RECIPE_NUMBER:
+            raise self._corrupt(at, "recipe, expected as record 1 or not at all")
+        if self._number > 3 * SECTIONS_LIMIT:
+            raise self._corrupt(at, f"at most {3 * SECTIONS_LIMIT} records are read")
+
+    def _decode(self, at: int, kind: int, payload: bytes) -> Record | None:
+        """Return the record, or None for one that is skipped."""
+        if kind not in self._kinds:
+            return None
+        try:
+            record = self._kinds[kind].decode(payload)
+        except Misshapen as error:
+            raise self._corrupt(at, f"a malformed {self._noun(kind)}: {error}") from error
+        if isinstance(record, Section):
+            if record.name in self._names:
+                raise self._corrupt(at, f"section {record.name!r} is there a second time")
+            if len(self._names) == SECTIONS_LIMIT:
+                raise self._corrupt(at, f"section {record.name!r}, at most {SECTIONS_LIMIT} sections are read")
+            self._names.add(record.name)
+        elif isinstance(record, End):
+            if record != (expected := End(self._number, self._checksum)):
+                raise self._corrupt(at, f"the end of {_summary(record)}, expected {_summary(expected)}")
+            self._ended = True
+        return record
+
+    def _noun(self, kind: int) -> str:
+        return self._kinds[kind].NOUN if kind in self._kinds else f"record of type {kind}"
+
+    def _corrupt(self, at: int, what: str) -> StreamCorrupt:
+        return StreamCorrupt(reason=f"record {self._number} at offset {self._offset + at}: {what}")
+
+
+def _differ(found: int, expected: int) -> str:
+    return f"its checksum is {found:#010x}, expected {expected:#010x}"
+
+
+def _summary(end: End) -> str:
+    return f"{end.records} records with checksum {end.checksum:#010x}"

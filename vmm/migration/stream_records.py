@@ -1,0 +1,265 @@
+"""The records of a state stream: what each holds, and its payload as bytes.
+
+Framing, order and checksums are `vmm.migration.stream`'s. All integers are little-endian. A decoder gets a payload
+whose length is within the type's limit and whose checksum is right, and still treats it as hostile.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, final
+
+import attrs
+
+from vmm.errors import MigrationRefused, OptionInvalid, StateRejected
+from vmm.migration.section_payload import Misshapen, StateValue, canonical, decode_state, encode_state, parse_canonical
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+SECTION_LIMIT: Final = 16 << 20  # bytes of payload
+RECIPE_LIMIT: Final = 4 << 20  # bytes of payload
+EXTENTS_LIMIT: Final = 1 << 20  # bytes of payload
+NAME_LIMIT: Final = 255  # bytes of UTF-8
+RECIPE_DEPTH_LIMIT: Final = 64  # containers within each other
+DIGEST_SIZE: Final = 32  # bytes, SHA-256
+PAGE_SIZE: Final = 4096  # bytes
+
+_SECTION_FIXED: Final = struct.Struct("<II")  # version, bytes of JSON
+_EXTENT: Final = struct.Struct("<QQ")  # guest-physical address, bytes
+_WHERE: Final = struct.Struct("<I")
+_END: Final = struct.Struct("<II")  # records before this one, checksum over their headers
+
+_IN_SHARED_MEMORY: Final = 0
+
+
+@final
+@attrs.frozen
+class Header:
+    """Record 0: whose state this is."""
+
+    TYPE: ClassVar[int] = 1
+    NOUN: ClassVar[str] = "header"
+    LIMIT: ClassVar[int] = 2 + NAME_LIMIT + DIGEST_SIZE
+
+    machine: str
+    """The machine's name."""
+    recipe_digest: bytes = b""
+    """SHA-256 of the recipe that the state belongs to (`recipe_digest`); empty where it does not matter."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `OptionInvalid` for a name that does not fit."""
+        if len(self.recipe_digest) not in (0, DIGEST_SIZE):
+            raise ValueError(f"a recipe's digest has {DIGEST_SIZE} bytes, not {len(self.recipe_digest)}")
+        try:
+            name = _pack_name(self.machine)
+        except Misshapen as error:
+            raise OptionInvalid(
+                option="Machine name", value=self.machine, wanted=f"1 to {NAME_LIMIT} bytes of UTF-8"
+            ) from error
+        return name + bytes([len(self.recipe_digest)]) + self.recipe_digest
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Header:
+        """Undo `payload`, or raise `Misshapen`."""
+        machine, at = _unpack_name(payload)
+        digest = payload[at + 1 :]
+        if at == len(payload) or payload[at] != len(digest) or len(digest) not in (0, DIGEST_SIZE):
+            raise Misshapen(f"no recipe digest of 0 or {DIGEST_SIZE} bytes after the name")
+        return cls(machine, digest)
+
+
+@final
+@attrs.frozen
+class Recipe:
+    """Record 1 where there is one: the commands that build the machine."""
+
+    TYPE: ClassVar[int] = 2
+    NOUN: ClassVar[str] = "recipe"
+    LIMIT: ClassVar[int] = RECIPE_LIMIT
+
+    commands: tuple[Mapping[str, Any], ...]
+    """Each `{"execute": name}` or `{"execute": name, "arguments": {…}}`, as QMP has it."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `MigrationRefused` for a recipe that does not fit."""
+        try:
+            text = canonical(list(self.commands))
+            if len(text) > RECIPE_LIMIT:
+                raise Misshapen(f"{len(text)} bytes, at most {RECIPE_LIMIT} fit")
+            self.decode(text)
+        except Misshapen as error:
+            raise MigrationRefused(reason=f"The recipe does not fit into a state stream: {error}") from error
+        return text
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Recipe:
+        """Undo `payload`, or raise `Misshapen`. The commands are checked as far as their form goes."""
+        commands = parse_canonical(payload)
+        if not isinstance(commands, list):
+            raise Misshapen("no list of commands")
+        for index, command in enumerate(commands):
+            if not _is_command(command):
+                raise Misshapen(f"element {index} is not {{execute: name}} with or without arguments: {{…}}")
+            if not _within(command, RECIPE_DEPTH_LIMIT):
+                raise Misshapen(f"element {index} has more than {RECIPE_DEPTH_LIMIT} containers within each other")
+        return cls(tuple(commands))
+
+
+@final
+@attrs.frozen
+class Section:
+    """The state of one device, vCPU or chip."""
+
+    TYPE: ClassVar[int] = 3
+    NOUN: ClassVar[str] = "section"
+    LIMIT: ClassVar[int] = SECTION_LIMIT
+
+    name: str
+    version: int
+    """Of the section's own declaration; 32 bits."""
+    state: Mapping[str, StateValue]
+
+    def payload(self) -> bytes:
+        """Encode. Raises `StateRejected` for a state that does not fit."""
+        try:
+            name = _pack_name(self.name)
+            structure, blobs = encode_state(self.state)
+            payload = b"".join((name, _SECTION_FIXED.pack(self.version, len(structure)), structure, *blobs))
+            if len(payload) > SECTION_LIMIT:
+                raise Misshapen(f"{len(payload)} bytes, at most {SECTION_LIMIT} fit")
+        except Misshapen as error:
+            raise StateRejected(section=self.name, faults=(f"{error}",)) from error
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Section:
+        """Undo `payload`, or raise `Misshapen`."""
+        name, at = _unpack_name(payload)
+        if len(payload) < at + _SECTION_FIXED.size:
+            raise Misshapen(f"{name!r}: ends before its version and size")
+        version, size = _SECTION_FIXED.unpack_from(payload, at)
+        at += _SECTION_FIXED.size
+        if size > len(payload) - at:
+            raise Misshapen(f"{name!r}: {size} bytes of JSON where {len(payload) - at} are left")
+        try:
+            state = decode_state(payload[at : at + size], memoryview(payload)[at + size :])
+        except Misshapen as error:
+            raise Misshapen(f"{name!r}: {error}") from error
+        return cls(name, version, state)
+
+
+@final
+@attrs.frozen
+class RamExtents:
+    """Parts of the guest's RAM whose content belongs to this state.
+
+    In this format version the content is in the memory object whose descriptor was handed over: none of it is in the
+    stream.
+    """
+
+    TYPE: ClassVar[int] = 4
+    NOUN: ClassVar[str] = "list of RAM extents"
+    LIMIT: ClassVar[int] = EXTENTS_LIMIT
+
+    extents: tuple[tuple[int, int], ...]
+    """Guest-physical address and bytes of each: whole pages, ascending, apart from each other."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for extents that are none."""
+        payload = _WHERE.pack(_IN_SHARED_MEMORY) + b"".join(_EXTENT.pack(*extent) for extent in self.extents)
+        if len(payload) > EXTENTS_LIMIT:
+            raise ValueError(f"{len(self.extents)} extents do not fit into one record; write several")
+        self.decode(payload)
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamExtents:
+        """Undo `payload`, or raise `Misshapen`."""
+        if len(payload) < _WHERE.size or (len(payload) - _WHERE.size) % _EXTENT.size:
+            raise Misshapen(f"{len(payload)} bytes, expected {_WHERE.size} and {_EXTENT.size} for each extent")
+        (where,) = _WHERE.unpack_from(payload)
+        if where != _IN_SHARED_MEMORY:
+            raise Misshapen(f"content of kind {where}, only {_IN_SHARED_MEMORY} (in shared memory) is read here")
+        extents = tuple(_EXTENT.iter_unpack(memoryview(payload)[_WHERE.size :]))
+        end = 0
+        for address, size in extents:
+            if address < end or not size or (address | size) % PAGE_SIZE or address + size > 1 << 64:
+                raise Misshapen(f"extent {address:#x} of {size:#x} bytes is empty, misaligned or out of order")
+            end = address + size
+        return cls(extents)
+
+
+@final
+@attrs.frozen
+class End:
+    """The last record. Nothing follows it."""
+
+    TYPE: ClassVar[int] = 0xFFFF
+    NOUN: ClassVar[str] = "end"
+    LIMIT: ClassVar[int] = _END.size
+
+    records: int
+    """How many records there were before this one."""
+    checksum: int
+    """CRC-32 over the preamble and the headers of all records before this one, and so over all content."""
+
+    def payload(self) -> bytes:
+        """Encode."""
+        return _END.pack(self.records, self.checksum)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> End:
+        """Undo `payload`, or raise `Misshapen`."""
+        if len(payload) != _END.size:
+            raise Misshapen(f"{len(payload)} bytes, expected {_END.size}")
+        return cls(*_END.unpack(payload))
+
+
+Record: TypeAlias = Header | Recipe | Section | RamExtents | End
+
+
+def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return the SHA-256 of a recipe as the stream would carry it. Raises `MigrationRefused` as `Recipe.payload`."""
+    import hashlib  # takes its time to load, and a machine that is never migrated does without
+
+    return hashlib.sha256(Recipe(tuple(commands)).payload()).digest()
+
+
+def _pack_name(name: str) -> bytes:
+    try:
+        text = name.encode()
+    except UnicodeEncodeError as error:
+        raise Misshapen("its name is not Unicode") from error
+    if not 1 <= len(text) <= NAME_LIMIT:
+        raise Misshapen(f"its name has {len(text)} bytes, 1 to {NAME_LIMIT} fit")
+    return bytes([len(text)]) + text
+
+
+def _unpack_name(payload: bytes) -> tuple[str, int]:
+    """Return the name that `payload` begins with, and where it ends."""
+    end = 1 + payload[0] if payload else 0
+    if not 2 <= end <= len(payload):
+        raise Misshapen(f"no name of 1 to {NAME_LIMIT} bytes at its beginning")
+    try:
+        return payload[1:end].decode(), end
+    except UnicodeDecodeError as error:
+        raise Misshapen("a name that is not UTF-8") from error
+
+
+def _is_command(command: object) -> bool:
+    return (
+        isinstance(command, dict)
+        and isinstance(command.get("execute"), str)
+        and isinstance(command.get("arguments", {}), dict)
+        and not command.keys() - {"execute", "arguments"}
+    )
+
+
+def _within(value: object, depth: int) -> bool:
+    """Say whether `value` has at most `depth` containers within each other."""
+    if not isinstance(value, (dict, list)):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_within(item, depth - 1) for item in items)
