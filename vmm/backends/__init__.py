@@ -1,0 +1,1 @@
+"""Back ends: the host's side of devices."""

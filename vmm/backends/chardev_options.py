@@ -1,0 +1,118 @@
+"""What `chardev-add` says about a chardev: QAPI's ChardevBackend, for the kinds that there are.
+
+Source: QEMU qapi/char.json (ChardevBackend and its branches) and qapi/sockets.json (SocketAddressLegacy).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias, final
+
+import attrs
+
+from vmm.monitor.qapi import Union
+
+ChardevKind: TypeAlias = Literal["file", "null", "pty", "socket", "stdio"]
+
+
+@final
+@attrs.frozen
+class ChardevCommon:
+    """Options of a chardev that has none."""
+
+
+@final
+@attrs.frozen
+class ChardevFile:
+    """Options of kind file. `out` is the path; `append` keeps what is there."""
+
+    out: str
+    append: bool = False
+
+
+@final
+@attrs.frozen
+class UnixSocketAddress:
+    """A unix socket, by its path."""
+
+    path: str
+
+
+@final
+@attrs.frozen
+class UnixSocketAddressWrapper:
+    """The `unix` branch of SocketAddressLegacy."""
+
+    data: UnixSocketAddress
+    type: Literal["unix"] = "unix"
+
+
+@final
+@attrs.frozen
+class ChardevSocket:
+    """Options of kind socket. A server takes one client at a time; `wait` must be off: the guest waits for nobody."""
+
+    addr: Annotated[UnixSocketAddressWrapper, Union("type")]
+    server: bool = True
+    wait: bool = False
+
+
+@final
+@attrs.frozen
+class ChardevStdio:
+    """Options of kind stdio. With `signal`, Ctrl-C ends the VMM; without, it reaches the guest.
+
+    QEMU's default is on. It is off here, as it is with QEMU's `-nographic` and `-serial mon:stdio`.
+    """
+
+    signal: bool = False
+
+
+@final
+@attrs.frozen
+class ChardevFileWrapper:
+    """A chardev that writes a file."""
+
+    data: ChardevFile
+    type: Literal["file"] = "file"
+
+
+@final
+@attrs.frozen
+class ChardevNullWrapper:
+    """A chardev that drops all output and has no input."""
+
+    data: ChardevCommon = attrs.Factory(ChardevCommon)
+    type: Literal["null"] = "null"
+
+
+@final
+@attrs.frozen
+class ChardevPtyWrapper:
+    """A chardev that is a new pty of the host."""
+
+    data: ChardevCommon = attrs.Factory(ChardevCommon)
+    type: Literal["pty"] = "pty"
+
+
+@final
+@attrs.frozen
+class ChardevSocketWrapper:
+    """A chardev that is one end of a unix socket."""
+
+    data: ChardevSocket
+    type: Literal["socket"] = "socket"
+
+
+@final
+@attrs.frozen
+class ChardevStdioWrapper:
+    """A chardev on the VMM's standard input and output."""
+
+    data: ChardevStdio = attrs.Factory(ChardevStdio)
+    type: Literal["stdio"] = "stdio"
+
+
+ChardevBackend: TypeAlias = Annotated[
+    ChardevFileWrapper | ChardevNullWrapper | ChardevPtyWrapper | ChardevSocketWrapper | ChardevStdioWrapper,
+    Union("type"),
+]

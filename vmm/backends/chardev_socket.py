@@ -1,0 +1,204 @@
+"""A chardev that is one end of a unix stream socket: of a server, which takes one client after another, or a client."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import TYPE_CHECKING, ClassVar, Final, final
+
+from vmm import hostio
+from vmm.backends.chardev import READ_LIMIT, Chardev
+from vmm.backends.chardev_state import BUFFER_LIMIT
+from vmm.backends.chardev_watch import poll
+from vmm.errors import DescriptorsUnclaimed, HostFileRefused, PeerRefused
+
+if TYPE_CHECKING:
+    import socket
+
+    from vmm.backends.chardev import Complain
+    from vmm.backends.chardev_options import ChardevKind
+
+CLIENT: Final = "client-"
+"""Clients are numbered, so that a successor can tell from the names that one has left and another has come."""
+FIRST_CLIENT: Final = f"{CLIENT}1"
+
+
+@final
+class SocketChardev(Chardev):
+    """A unix socket. While nobody is connected output is dropped.
+
+    A client that shuts down its sending side is still written to. When one hangs up, what it had sent is kept for the
+    guest, up to `BUFFER_LIMIT` bytes, and the next one is taken from the listener's backlog.
+    """
+
+    kind: ClassVar[ChardevKind] = "socket"
+
+    def __init__(
+        self,
+        label: str,
+        path: str,
+        complain: Complain,
+        *,
+        listener: socket.socket | None = None,
+        client: int | None = None,
+        serial: int = 1,
+        inherited: bool = False,
+    ) -> None:
+        """Own `listener` (of a server) and `client` (if one is connected), the `serial`th one. They do not block."""
+        super().__init__(label, complain, inherited=inherited)
+        self._path = path
+        self._listener = listener
+        self._client = client
+        self._serial = serial if client is not None else serial - 1
+        self._client_is_silent = False
+        self._cannot_accept = False
+        if listener is not None:
+            self._watch.add(listener.fileno())
+        if client is not None:
+            self._watch.add(client)
+        if not inherited:
+            self._open_output()
+
+    @property
+    def filename(self) -> str:
+        server = ",server=on" if self._listener is not None else ""
+        return f"{'disconnected:' if self._client is None else ''}unix:{self._path}{server}"
+
+    def descriptors(self) -> dict[str, int]:
+        found = {}
+        if self._listener is not None:
+            found["listener"] = self._listener.fileno()
+        if self._client is not None:
+            found[f"{CLIENT}{self._serial}"] = self._client
+        return found
+
+    def surrender_client(self) -> int | None:
+        """Give the connected client away: its descriptor is the caller's from here on. None if there is no client."""
+        client, self._client = self._client, None
+        if client is not None:
+            self._watch.remove(client)
+        return client
+
+    def _open_output(self) -> None:
+        if self._client is None:
+            self._output.drop()
+        else:
+            self._output.keep()
+
+    def _exchange(self, new: dict[str, int], gone: frozenset[str]) -> None:
+        if self._client is not None and f"{CLIENT}{self._serial}" in gone:
+            self._close_client()
+        try:
+            for name in sorted(new):
+                serial = serial_of(name)
+                if serial is None or self._client is not None:
+                    raise DescriptorsUnclaimed(names=(f"chardev/{self.label}/{name}",))
+                hostio.require_kind(new[name], f"chardev/{self.label}/{name}", "a connected unix socket")
+                self._serial = serial
+                self._client = new.pop(name)
+                self._watch.add(self._client)
+        finally:
+            for fd in new.values():
+                os.close(fd)
+
+    def _step(self) -> bool:
+        if self._client is None:
+            fed = self._feed()
+            return self._accept() or fed
+        wrote = self._write_some()
+        return self._read_some() or wrote
+
+    def _accept(self) -> bool:
+        if self._listener is None:
+            return False
+        try:
+            client = hostio.accept(self._listener, self._path)
+        except PeerRefused as error:
+            self._complain(f"Chardev {self.label!r}: {error}")
+            return True
+        except HostFileRefused as error:
+            # Tried again when another client comes, or at any other event: not at once, which could go on for ever.
+            if not self._cannot_accept:
+                self._complain(f"Chardev {self.label!r}: {error}")
+            self._cannot_accept = True
+            return False
+        if client is None:
+            return False
+        self._cannot_accept = False
+        self._serial += 1
+        self._client = client
+        self._watch.add(client)
+        self._output.keep()
+        return True
+
+    def _write_some(self) -> bool:
+        return self._client is not None and self._write_to(self._client)
+
+    def _write_failed(self, error: OSError) -> None:
+        if self._client is not None and poll(self._client) & (select.POLLHUP | select.POLLERR):
+            self._hang_up(self._client)
+        else:
+            self._drop_held()  # it reads no more, and may still write
+
+    def _read_some(self) -> bool:
+        client = self._client
+        fed = self._feed()
+        if client is None or fed:
+            return fed
+        if not self._input and not self._client_is_silent:
+            room = self._room()
+            if room > 0:
+                try:
+                    data = os.read(client, min(room, READ_LIMIT))
+                except BlockingIOError:
+                    return False
+                except OSError:  # ECONNRESET: it hung up on output that it had not read
+                    data = b""
+                if data:
+                    self._input += data
+                    return self._feed()
+                self._client_is_silent = True
+        # Input is not wanted, or over. A hang-up would show in a read; without one, it must be asked for.
+        if poll(client) & (select.POLLHUP | select.POLLERR):
+            self._hang_up(client)
+            return True
+        return False
+
+    def _hang_up(self, client: int) -> None:
+        """Part from a client that has left. Its last words are read now: the next one need not wait for the guest."""
+        lost = False
+        while not self._client_is_silent and not lost:
+            try:
+                data = os.read(client, BUFFER_LIMIT)
+            except OSError:
+                break
+            space = BUFFER_LIMIT - len(self._input)
+            self._input += data[:space]
+            lost = len(data) > space
+            self._client_is_silent = not data
+        if lost:
+            self._complain(f"Chardev {self.label!r}: a client left more than {BUFFER_LIMIT} bytes; the rest is dropped")
+        self._close_client()
+        if self._output.drop() and self._frontend is not None:
+            self._frontend.drained()
+
+    def _close_client(self) -> None:
+        if self._client is not None:
+            self._watch.remove(self._client)
+            os.close(self._client)
+            self._client = None
+            self._client_is_silent = False
+
+    def _release(self, *, owner: bool) -> None:
+        self._close_client()
+        if self._listener is not None:
+            self._watch.remove(self._listener.fileno())
+            if owner:
+                hostio.unlink_own(self._path, self._listener)
+            self._listener.close()
+
+
+def serial_of(name: str) -> int | None:
+    """Return the number of the client whose descriptor is called `name`; None if that is no client's name."""
+    number = name.removeprefix(CLIENT)
+    return int(number) if number != name and number.isascii() and number.isdigit() and len(number) < 16 else None

@@ -1,0 +1,612 @@
+"""The only opener of what the host has: files, sockets, memfds and terminals.
+
+Every descriptor made here is close-on-exec. Nothing here waits for a peer, a reader or a lock, so all of it may be
+called on the loop; only a file system that stalls can stall a call. An operating system error becomes a
+`HostFileRefused`, whose text names the path.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import errno
+import fcntl
+import os
+import select
+import signal
+import socket
+import stat
+import struct
+import termios
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+from vmm.errors import DescriptorWrongKind, HostFileRefused, PeerRefused, SocketInUse
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from types import TracebackType
+
+MAX_SOCKET_PATH: Final = 107
+"""Bytes of a unix socket's path: sun_path has 108, and the last is a NUL. Source: unix(7)."""
+
+_BACKLOG: Final = 16
+"""Clients that wait for an accept. One more than these gets EAGAIN or blocks."""
+
+_F_ADD_SEALS: Final = 1033
+_F_SEAL_SEAL: Final = 0x1
+_F_SEAL_SHRINK: Final = 0x2
+_F_SEAL_GROW: Final = 0x4
+_TIOCGPTN: Final = 0x80045430
+"""The number of a pty, asked of its master. Source: ioctl_tty(2)."""
+
+_UCRED: Final = struct.Struct("iII")
+_TERMIOS: Final = struct.Struct("<6I32s")
+
+TERMINAL_SETTINGS_SIZE: Final = _TERMIOS.size
+"""Bytes of a terminal's settings, packed: flags for input, output, control and local, two speeds, 32 characters."""
+
+_KINDS: Final = (
+    (stat.S_ISREG, "a regular file"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISCHR, "a character device"),
+)
+
+
+def _kind(mode: int) -> str:
+    return next((name for fits, name in _KINDS if fits(mode)), "of an unknown kind")
+
+
+def _refused(action: str, path: str, error: OSError) -> HostFileRefused:
+    return HostFileRefused(action=action, path=path, reason=os.strerror(error.errno or 0))
+
+
+# --- unix sockets -----------------------------------------------------------------------------------------
+
+
+class Socket(Protocol):
+    """The part of a socket, the standard library's or trio's, that peers are asked through."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Bind a stream socket to `path`, mode 0600, and listen. The socket does not block.
+
+    A socket file that nobody answers at is replaced; anything else at `path` is left alone. Of several that start on
+    one path at the same time, in whatever processes, one gets it.
+
+    Raises:
+        SocketInUse: somebody listens there, or is about to.
+        HostFileRefused: the path is too long, is not a socket, or the host refused.
+    """
+    _check_socket_path("listen on", path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        # The file gets the mode of the socket's own inode (Linux, unix_bind), so it never has wider rights than these;
+        # umask would be another way, but it belongs to all threads of the process.
+        os.fchmod(listener.fileno(), 0o600)
+        with _sole_starter(path):
+            try:
+                listener.bind(path)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                _remove_dead_socket(path)
+                listener.bind(path)
+            listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _refused("listen on", path, error) from error
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+@contextmanager
+def _sole_starter(path: str) -> Generator[None, None, None]:
+    """Keep other starters of `path` out.
+
+    Without it two starters could find the same dead file, and the slower would remove the live one that the faster put
+    in its place; and a socket that is bound and does not listen yet looks dead. The lock is a file, which only those
+    who may write the directory can hold, and it is gone afterwards. If its holder is killed the file stays until the
+    next starter takes it.
+
+    Raises:
+        SocketInUse: another starter is at it. It is not waited for: at most one can win.
+    """
+    directory, name = os.path.split(path)
+    lock = os.path.join(directory, f".{name}.trio-vmm-start")
+    while True:
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise SocketInUse(path=path) from None
+        if os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # its holder has removed it since it was opened: it keeps nobody out
+    try:
+        yield
+    finally:
+        os.unlink(lock)
+        os.close(fd)
+
+
+def _remove_dead_socket(path: str) -> None:
+    """Remove what keeps `path` from being bound. The caller keeps other starters out."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        reason = f"it is {_kind(mode)}, not a socket, and was left alone"
+        raise HostFileRefused(action="listen on", path=path, reason=reason)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass
+        except OSError as error:
+            # EAGAIN: the backlog is full. EPROTOTYPE: a datagram socket. Somebody is there in both cases.
+            if error.errno not in (errno.EAGAIN, errno.EPROTOTYPE):
+                raise
+            raise SocketInUse(path=path) from None
+        else:
+            raise SocketInUse(path=path)
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def unlink_own(path: str, listener: socket.socket) -> bool:
+    """Remove the socket file at `path` if it leads to `listener`; say whether it did. For the end of `listener`.
+
+    Call it before `listener` is closed: while it listens no other starter takes the path. Clients that still wait for
+    an accept are hung up on, as the close would do.
+
+    The path itself is asked, by a connection, because no inode number remembered from the bind would come along with
+    a listener that a predecessor passed on.
+    """
+    if not _leads_to(path, listener):
+        return False
+    try:
+        os.unlink(path)
+    except OSError:
+        return False  # the directory is gone or read-only now; the file is dead, and the next starter replaces it
+    return True
+
+
+def _leads_to(path: str, listener: socket.socket) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            listener.setblocking(False)
+            probe.bind("")  # the kernel makes up a name that no other socket has
+            mark = probe.getsockname()
+            while (code := probe.connect_ex(path)) == errno.EAGAIN:
+                listener.accept()[0].close()
+            if code:
+                return False
+            while True:
+                client, name = listener.accept()
+                client.close()
+                if name == mark:
+                    return True
+        except OSError:
+            return False  # nothing waits at the listener: the path led elsewhere
+
+
+def connect_unix(path: str) -> socket.socket:
+    """Connect a stream socket to `path`. The socket does not block.
+
+    Raises:
+        HostFileRefused: the path is too long, or nobody answers.
+    """
+    _check_socket_path("connect to", path)
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        client.connect(path)
+    except BlockingIOError as error:
+        client.close()
+        raise HostFileRefused(action="connect to", path=path, reason="too many clients wait there") from error
+    except OSError as error:
+        client.close()
+        raise _refused("connect to", path, error) from error
+    return client
+
+
+def _check_socket_path(action: str, path: str) -> None:
+    # An empty path and one that begins with NUL would be names of another kind, without a file and without its rights.
+    size = len(os.fsencode(path))
+    if not path or "\0" in path:
+        raise HostFileRefused(action=action, path=repr(path), reason="a socket path is not empty and has no NUL")
+    if size > MAX_SOCKET_PATH:
+        reason = f"a socket path has at most {MAX_SOCKET_PATH} bytes, and this one has {size}"
+        raise HostFileRefused(action=action, path=path, reason=reason)
+
+
+def adopt_listener(fd: int, name: str = "listener") -> socket.socket:
+    """Make a socket of the listening descriptor `fd`, and own it. `name` is what error texts call it.
+
+    Raises:
+        DescriptorWrongKind: it is not a listening unix stream socket; it stays the caller's.
+    """
+    require_kind(fd, name, "a listening unix socket")
+    listener = socket.socket(fileno=fd)
+    listener.setblocking(False)
+    return listener
+
+
+def accept(listener: socket.socket, path: str) -> int | None:
+    """Accept one client and return its descriptor, which does not block; None if nobody waits.
+
+    Raises:
+        PeerRefused: the client is of another user; it was hung up on.
+        HostFileRefused: the host has no descriptor left for it.
+    """
+    try:
+        client, _ = listener.accept()
+    except (BlockingIOError, ConnectionAbortedError):
+        return None
+    except OSError as error:
+        raise _refused("accept a client on", path, error) from error
+    try:
+        admit_peer(client, path)
+        client.setblocking(False)
+        return client.detach()
+    finally:
+        client.close()
+
+
+def peer_credentials(sock: Socket) -> tuple[int, int, int]:
+    """Return pid, uid and gid of the process that connected to (or listened on) the other end. Source: unix(7)."""
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return pid, uid, gid
+
+
+def admit_peer(sock: Socket, path: str) -> None:
+    """Let pass a peer of our own user, and root. `path` is where it connected.
+
+    Raises:
+        PeerRefused: it is another user's; the socket stays open.
+    """
+    _, uid, _ = peer_credentials(sock)
+    own = os.geteuid()
+    if uid not in (own, 0):
+        raise PeerRefused(path=path, uid=uid, wanted=own)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def create_ram(size: int, name: str) -> int:
+    """Make a shared memory of `size` bytes for the guest. Its size is sealed.
+
+    Raises:
+        HostFileRefused: the host won't.
+    """
+    return _sealed_memfd(f"reserve {size} bytes of memory as", name, size, _F_SEAL_SHRINK | _F_SEAL_GROW)
+
+
+def create_memfd_sealed(name: str, size: int) -> int:
+    """Make a shared memory of `size` zero bytes whose size and seals nobody can change. It can be written.
+
+    Raises:
+        HostFileRefused: the host won't.
+    """
+    seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL
+    return _sealed_memfd(f"reserve {size} bytes of memory as", name, size, seals)
+
+
+def _sealed_memfd(action: str, name: str, size: int, seals: int) -> int:
+    path = f"memfd:{name}"
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise _refused(action, path, error) from error
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, _F_ADD_SEALS, seals)
+    except (OSError, OverflowError) as error:
+        os.close(fd)
+        reason = os.strerror(errno.EFBIG if isinstance(error, OverflowError) else error.errno or 0)
+        raise HostFileRefused(action=action, path=path, reason=reason) from error
+    return fd
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def open_input_file(path: str) -> int:
+    """Open regular file `path` for reading.
+
+    Raises:
+        HostFileRefused: there is none, it may not be read, or it is of another kind.
+    """
+    fd = _open("read", path, os.O_RDONLY)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise HostFileRefused(action="read", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+    return fd
+
+
+def open_output_file(path: str, append: bool) -> int:
+    """Open or create `path` for writing, at its end if `append`, else emptied. The descriptor does not block.
+
+    Pipes that have a reader, and character devices such as /dev/null, will do as well.
+
+    Raises:
+        HostFileRefused: it may not be written, or is of another kind.
+    """
+    fd = _open("write", path, os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC))
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISBLK(mode):
+        os.close(fd)
+        raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+    return fd
+
+
+def _open(action: str, path: str, flags: int) -> int:
+    # Not to block on a pipe without a peer, and never to get a terminal that sends us its signals.
+    try:
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _refused(action, path, error) from error
+    except ValueError as error:  # a NUL in the path
+        raise HostFileRefused(action=action, path=repr(path), reason="a path has no NUL") from error
+
+
+def open_eventfd() -> int:
+    """Make an eventfd that does not block.
+
+    Raises:
+        HostFileRefused: the host has no descriptor left.
+    """
+    try:
+        return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    except OSError as error:
+        raise _refused("create", "an eventfd", error) from error
+
+
+def open_epoll() -> select.epoll:
+    """Make an epoll set.
+
+    Raises:
+        HostFileRefused: the host has no descriptor left.
+    """
+    try:
+        return select.epoll()
+    except OSError as error:
+        raise _refused("create", "an epoll set", error) from error
+
+
+# --- descriptors ------------------------------------------------------------------------------------------
+
+
+def dup(fd: int) -> int:
+    """Duplicate a descriptor. Both share the file's position and whether it blocks.
+
+    Raises:
+        HostFileRefused: `fd` is not open, or no descriptor is left.
+    """
+    try:
+        return os.dup(fd)
+    except OSError as error:
+        raise _refused("duplicate", f"descriptor {fd}", error) from error
+
+
+def set_blocking(fd: int, blocking: bool) -> None:
+    """Make reads and writes wait or not, for all who share the open file (other processes, too)."""
+    os.set_blocking(fd, blocking)
+
+
+def descriptor_kind(fd: int) -> str:
+    """Say in words what `fd` is: "a pty master", "a connected unix socket", "a regular file" ..."""
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return "not open"
+    if stat.S_ISCHR(mode) and os.isatty(fd):
+        try:
+            pty_slave_name(fd)
+        except OSError:
+            return "a terminal"
+        return "a pty master"
+    if not stat.S_ISSOCK(mode):
+        return _kind(mode)
+    found = socket.socket(fileno=fd)
+    try:
+        if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
+            return "a socket of another family"
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return "a listening unix socket" if listens else "a connected unix socket"
+    finally:
+        found.detach()
+
+
+def require_kind(fd: int, name: str, *wanted: str) -> None:
+    """Check that descriptor `name` is one of `wanted`, in the words of `descriptor_kind`.
+
+    Raises:
+        DescriptorWrongKind: it is not; it stays open.
+    """
+    found = descriptor_kind(fd)
+    if found not in wanted:
+        raise DescriptorWrongKind(name=name, found=found, wanted=" or ".join(wanted))
+
+
+def adopt_connection(fd: int) -> int:
+    """Take over connected unix socket number `fd`, which this process was started with, as close-on-exec.
+
+    Raises:
+        DescriptorWrongKind: it is none; it stays as it is.
+    """
+    require_kind(fd, str(fd), "a connected unix socket")
+    os.set_inheritable(fd, False)
+    return fd
+
+
+# --- terminals --------------------------------------------------------------------------------------------
+
+
+def open_pty() -> tuple[int, str]:
+    """Make a pty in raw mode. Returns its master, which does not block, and the path of its slave, which is closed.
+
+    Raises:
+        HostFileRefused: the host has no pty left.
+    """
+    try:
+        master, slave = os.openpty()
+    except OSError as error:
+        raise _refused("create", "a pty", error) from error
+    try:
+        # Settings stay with a pty as long as its master is open. With its echo on, what the guest says would come back
+        # to the guest as input.
+        termios.tcsetattr(slave, termios.TCSANOW, _raw(termios.tcgetattr(slave), signals=False, translate=False))
+        os.set_blocking(master, False)
+        return master, os.ttyname(slave)
+    except (OSError, termios.error) as error:
+        os.close(master)
+        reason = os.strerror(error.args[0])
+        raise HostFileRefused(action="set up", path="a pty", reason=reason) from error
+    finally:
+        # Once it has been open and closed, the master polls as hung up; before that it does not (Linux, pty_close).
+        os.close(slave)
+
+
+def pty_slave_name(master: int) -> str:
+    """Return the path of the slave of a pty. Raises `OSError` if `master` is none."""
+    number = array.array("I", [0])
+    fcntl.ioctl(master, _TIOCGPTN, number)
+    return f"/dev/pts/{number[0]}"
+
+
+def open_private(fd: int) -> int:
+    """Open once more what our standard stream `fd` is, so that it can be made not to block.
+
+    Whether a file blocks is shared by all who inherited it, and a shell, or our own stderr, would not expect it. Where
+    the host does not let a terminal or pipe be opened again, and for all other kinds of file, the result is a duplicate
+    that may block.
+
+    Raises:
+        HostFileRefused: `fd` is not open.
+    """
+    copy = dup(fd)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISFIFO(mode) and not os.isatty(fd):
+        return copy
+    access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    try:
+        private = os.open(f"/proc/self/fd/{fd}", access | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return copy
+    os.close(copy)
+    return private
+
+
+@final
+class RawTerminal:
+    """A terminal in raw mode, and how to undo it. A context manager that does."""
+
+    def __init__(self, fd: int, original: bytes) -> None:
+        """Take charge of terminal `fd`, which is raw or about to be.
+
+        `original` has the settings to restore, as the former holder's `original` said. `ValueError` if it does not.
+        """
+        self._fd = fd
+        self.original: Final = original
+        """The settings to restore, packed in `TERMINAL_SETTINGS_SIZE` bytes."""
+        self._settings: Final = _unpack(original)
+        self._raw = True
+        atexit.register(self.restore)
+
+    def restore(self) -> None:
+        """Put the settings back. Only the first call does anything. A terminal that is gone is none to restore."""
+        if self._raw:
+            self.leave()
+            # In the background we would be stopped for it, and leave the terminal as it is.
+            old = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+            try:
+                with suppress(termios.error):
+                    termios.tcsetattr(self._fd, termios.TCSANOW, self._settings)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    def leave(self) -> None:
+        """Leave the terminal raw: from now on it is a successor's to restore."""
+        self._raw = False
+        atexit.unregister(self.restore)
+
+    def __enter__(self) -> RawTerminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def raw_terminal(fd: int, *, signals: bool = False) -> RawTerminal:
+    """Put terminal `fd` into raw mode: every key arrives at once and as it is, Ctrl-C too unless `signals`.
+
+    What is written still gets its line ends translated, for the sake of messages by others on the same terminal.
+    It is restored at the interpreter's exit, if not before. `fd` must stay open until then.
+
+    Raises:
+        HostFileRefused: `fd` is not a terminal.
+    """
+    try:
+        settings = termios.tcgetattr(fd)
+    except termios.error as error:
+        reason = os.strerror(error.args[0])
+        raise HostFileRefused(action="use as a terminal", path=f"descriptor {fd}", reason=reason) from error
+    handle = RawTerminal(fd, _pack(settings))
+    with suppress(termios.error):  # it was one just now; if it has been hung up since, its reader will notice
+        termios.tcsetattr(fd, termios.TCSANOW, _raw(settings, signals=signals, translate=True))
+    return handle
+
+
+_Settings = list[int | list[bytes | int]]
+"""What termios calls attributes: iflag, oflag, cflag, lflag, ispeed, ospeed, control characters."""
+
+
+def _raw(settings: _Settings, *, signals: bool, translate: bool) -> _Settings:
+    iflag, oflag, cflag, lflag, ispeed, ospeed, controls = settings
+    assert isinstance(iflag, int)
+    assert isinstance(oflag, int)
+    assert isinstance(cflag, int)
+    assert isinstance(lflag, int)
+    assert isinstance(controls, list)
+    iflag &= ~(
+        termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP
+        | termios.INLCR | termios.IGNCR | termios.ICRNL | termios.IXON
+    )  # fmt: skip
+    oflag = oflag | termios.OPOST if translate else oflag & ~termios.OPOST
+    cflag = cflag & ~(termios.CSIZE | termios.PARENB) | termios.CS8
+    lflag &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN)
+    if not signals:
+        lflag &= ~termios.ISIG
+    controls = list(controls)
+    controls[termios.VMIN], controls[termios.VTIME] = 1, 0
+    return [iflag, oflag, cflag, lflag, ispeed, ospeed, controls]
+
+
+def _pack(settings: _Settings) -> bytes:
+    *words, controls = settings
+    assert isinstance(controls, list)
+    characters = b"".join(bytes([item]) if isinstance(item, int) else item for item in controls)
+    return _TERMIOS.pack(*words, characters)
+
+
+def _unpack(packed: bytes) -> _Settings:
+    """Undo `_pack`. Raises `ValueError` if `packed` is not of its making."""
+    if len(packed) != _TERMIOS.size:
+        raise ValueError(f"{len(packed)} bytes are no terminal settings, which have {_TERMIOS.size}")
+    *words, characters = _TERMIOS.unpack(packed)
+    return [*words, [characters[i : i + 1] for i in range(len(characters))]]
