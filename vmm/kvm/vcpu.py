@@ -62,19 +62,23 @@ class Vcpu:
         On return no instruction is half done, whatever the reason, so the state may be saved. The next `enter` may
         come from another thread. An exception of an `IoSpace` or of `entered` comes out as it is; the guest cannot
         be continued after that, for an instruction of its was not answered.
+
+        Raises:
+            KvmCallFailed: KVM refuses the guest's clock page after a load; the guest has not run.
         """
         cpu = self.fd.cpu
         # Locals, because this loop is what a guest's register access costs.
         run = lib.tv_run
         port_read, port_write = self._ports.read, self._ports.write
         mmio_read, mmio_write = self._mmio.read, self._mmio.write
-        self.fd.take_up()
         lib.tv_admit_kick()
         with self._lock:
             self._thread = threading.get_native_id()
             lib.tv_set_immediate_exit(cpu, self._requested)
         try:
             entered()
+            # After `entered`, which may be what makes this process the owner of the guest: this writes to its memory.
+            self.fd.take_up()
             while True:
                 outcome = run(cpu)
                 if outcome == 1:  # TV_OUT; by number, since an attribute of `lib` costs as much as the decoding

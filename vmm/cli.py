@@ -1,0 +1,83 @@
+"""The `trio-vmm` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from vmm.errors import VmmError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from vmm.recipe import Recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (None: the process's own) and return the exit status."""
+    from vmm.cli_options import Parser, add_run_options
+
+    parser = Parser("trio-vmm", description="A virtual machine monitor for Linux KVM.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="run a machine", allow_abbrev=False, description="Run a machine until it ends."
+    )
+    add_run_options(run)
+    update = commands.add_parser(
+        "update", help="replace the process under a running machine", allow_abbrev=False,
+        description="Start a successor for a running machine, hand the guest over, and report the pause.",
+    )  # fmt: skip
+    update.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
+    update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
+    update.add_argument("--json", action="store_true", help="report as JSON")
+    demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
+    demo.add_argument("--plain", action="store_true", help="no colours")
+    options = parser.parse_args(arguments)
+    try:
+        match options.command:
+            case "run":
+                return _run(run, options)
+            case "update":
+                from vmm.cli_update import update_machine
+
+                return update_machine(options.qmp, options.binary, as_json=options.json)
+            case "demo":
+                from vmm.cli_demo import run_demo
+
+                return run_demo(plain=options.plain)
+            case _:
+                parser.print_usage(sys.stderr)
+                return 1
+    except VmmError as error:
+        print(f"trio-vmm: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from vmm.cli_options import defines_machine, recipe_of
+    from vmm.recipe import Recipe
+
+    recipe = recipe_of(options)
+    if options.recipe is not None:
+        recipe = Recipe(options.recipe, (*recipe, *_read_recipe(options.recipe)))
+    if options.print_recipe:
+        from vmm.phases.catalog import rank
+
+        print(recipe.ordered(rank), end="")
+        return 0
+    if not (options.qmp or options.recipe or defines_machine(options)):
+        parser.print_usage(sys.stderr)
+        print(f"{parser.prog}: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)", file=sys.stderr)
+        return 1
+    from vmm.process import run_process
+
+    return run_process(recipe, options)
+
+
+def _read_recipe(path: str) -> Recipe:
+    from vmm import hostio
+    from vmm.recipe import Recipe
+
+    with open(hostio.open_input_file(path), encoding="utf-8", errors="replace") as file:
+        return Recipe.parse(path, file.read())

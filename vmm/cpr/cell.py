@@ -1,0 +1,124 @@
+"""The ownership cell: one word of shared memory that says which process owns the guest.
+
+::
+
+    SOURCE ──offer──▶ OFFERED ──take──▶ TAKEN ──run──▶ RUNNING
+       ▲                │                 │
+       └──take back─────┘                 │
+       └──────── reclaim, once the pidfd says that the taker is dead
+
+Every arrow is a compare-and-swap, and only one that succeeded lets a process run, read, write, accept or start
+anything. So two owners cannot be, and a process that was stalled and wakes finds out by its next swap that it lost.
+A cell is made anew for each attempt and never used again: a late waker must not find a later offer.
+
+The word lives in a memfd whose size is sealed, so that the other side can't make access to it fault.
+"""
+
+from __future__ import annotations
+
+import enum
+import fcntl
+import mmap
+import os
+import stat
+from typing import TYPE_CHECKING, Final, final
+
+from vmm.errors import DescriptorWrongKind
+from vmm.kvm._kvm import ffi, lib
+
+if TYPE_CHECKING:
+    from vmm.kvm._kvm import CData
+
+_SIZE: Final = mmap.PAGESIZE
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Owner(enum.IntEnum):
+    """The states of the cell."""
+
+    SOURCE = 1
+    OFFERED = 2
+    TAKEN = 3
+    RUNNING = 4
+
+
+@final
+class OwnershipCell:
+    """One process's view of a cell. Not thread safe by need: each side uses it from its trio loop."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd: Final = fd
+        self._map = mmap.mmap(fd, _SIZE)
+        self._word: CData | None = ffi.from_buffer("uint32_t[]", self._map)
+
+    @classmethod
+    def create(cls) -> OwnershipCell:
+        """Make a cell in state SOURCE, sealed."""
+        fd = os.memfd_create("trio-vmm-owner", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _SIZE)
+            os.pwrite(fd, int(Owner.SOURCE).to_bytes(4, "little"), 0)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def adopt(cls, fd: int) -> OwnershipCell:
+        """Map a cell that a peer sent. The descriptor becomes the cell's.
+
+        Raises:
+            DescriptorWrongKind: it is no sealed memfd of the right size; the descriptor has been closed.
+        """
+        try:
+            found = os.fstat(fd)
+            wanted = f"a sealed memfd of {_SIZE} bytes"
+            if not stat.S_ISREG(found.st_mode) or found.st_size != _SIZE:
+                raise DescriptorWrongKind(name="owner", found=f"a file of {found.st_size} bytes", wanted=wanted)
+            try:
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            except OSError:
+                seals = 0
+            if seals & _SEALS != _SEALS:
+                raise DescriptorWrongKind(name="owner", found=f"a file with seals {seals:#x}", wanted=wanted)
+            return cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def owner(self) -> Owner:
+        """The present state."""
+        return Owner(lib.cell_load(self._word))
+
+    def _swap(self, old: Owner, new: Owner) -> bool:
+        return bool(lib.cell_compare_and_swap(self._word, old, new) == old)
+
+    def offer(self) -> None:
+        """SOURCE -> OFFERED. The caller is the source, which alone can leave SOURCE; so this cannot fail."""
+        assert self._swap(Owner.SOURCE, Owner.OFFERED), f"offered from {self.owner.name}"
+
+    def take_back(self) -> bool:
+        """OFFERED -> SOURCE. False where the destination was quicker."""
+        return self._swap(Owner.OFFERED, Owner.SOURCE)
+
+    def take(self) -> bool:
+        """OFFERED -> TAKEN. False where nothing is offered, or no longer."""
+        return self._swap(Owner.OFFERED, Owner.TAKEN)
+
+    def run(self) -> bool:
+        """TAKEN -> RUNNING. False where the source found this process dead, and reclaimed."""
+        return self._swap(Owner.TAKEN, Owner.RUNNING)
+
+    def reclaim(self) -> bool:
+        """TAKEN -> SOURCE. Only for a source that knows the taker to be dead."""
+        return self._swap(Owner.TAKEN, Owner.SOURCE)
+
+    def close(self) -> None:
+        """Unmap and close. Idempotent."""
+        if self._word is not None:
+            ffi.release(self._word)
+            self._word = None
+            self._map.close()
+            os.close(self.fd)

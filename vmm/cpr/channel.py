@@ -1,0 +1,274 @@
+"""The CPR channel: messages with named descriptors over a unix stream socket.
+
+A message is a frame: 4 bytes magic, 4 bytes length (big-endian), then that many bytes of JSON,
+``{"kind": ..., "body": {...}, "descriptors": [names]}``. The descriptors ride on the frame's first byte by SCM_RIGHTS,
+in the order of their names; more than one sendmsg can carry follow in frames of kind ``more``.
+
+Facts about unix sockets that this module rests on (unix(7), Linux net/unix/af_unix.c):
+
+- One recvmsg on a stream never returns bytes of two sendmsg calls that both carried descriptors, and descriptors
+  arrive with the first byte of their sendmsg.
+- SCM_MAX_FD is 253 descriptors a sendmsg.
+- SO_PEERCRED names who called connect or listen, not who holds the socket now: an inherited listener names the wrong
+  process. SCM_CREDENTIALS is filled in (or checked) by the kernel for the process that sends.
+- A pidfd stays with its process when the pid is used again; it polls readable once the process has died.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+import trio
+
+from vmm.errors import CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAGIC: Final = b"TVCP"
+PROTOCOL_VERSION: Final = 1
+MAX_FRAME: Final = 8 << 20
+"""Bytes of JSON in one frame; a recipe is at most half of it."""
+
+_FDS_PER_FRAME: Final = 64
+_MAX_FDS: Final = 1024
+_UCRED: Final = struct.Struct("iII")
+_HEADER: Final = struct.Struct(">4sI")
+
+
+@final
+@attrs.define(eq=False)
+class Message:
+    """One message. Descriptors that nobody claims are closed by `close`."""
+
+    kind: str
+    body: dict[str, Any]
+    descriptors: dict[str, int] = attrs.Factory(dict)
+
+    def claim(self, name: str) -> int:
+        """Take descriptor `name` out of the message. Raises `DescriptorMissing`."""
+        if name not in self.descriptors:
+            raise DescriptorMissing(name=name)
+        return self.descriptors.pop(name)
+
+    def close(self) -> None:
+        """Close the descriptors that were not claimed."""
+        for fd in self.descriptors.values():
+            os.close(fd)
+        self.descriptors.clear()
+
+
+@final
+class CprChannel:
+    """One end of a channel. Owns the socket.
+
+    `peer` and `peer_pid` say who is on the other side, once `hello` has been exchanged.
+    """
+
+    def __init__(self, sock: trio.socket.SocketType, *, side: str, peer: str) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._sock = sock
+        self.side: Final = side
+        self.peer: Final = peer
+        self.step = "hello"
+        """What is being done, for error texts."""
+        self.peer_pid = 0
+        self._peer_pidfd = -1
+        self._data = bytearray()
+        self._fds: deque[int] = deque()
+        self._sender: tuple[int, int, int] | None = None
+
+    # Sending.
+
+    async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int] | None = None) -> None:
+        """Send one message. The descriptors stay the caller's. Raises `CprPeerGone`."""
+        items = list((descriptors or {}).items())
+        while len(items) > _FDS_PER_FRAME:
+            await self._send_frame("more", {}, items[:_FDS_PER_FRAME])
+            items = items[_FDS_PER_FRAME:]
+        await self._send_frame(kind, body, items)
+
+    async def _send_frame(self, kind: str, body: Mapping[str, Any], items: list[tuple[str, int]]) -> None:
+        content = json.dumps({"kind": kind, "body": body, "descriptors": [name for name, _ in items]}).encode()
+        data = memoryview(_HEADER.pack(MAGIC, len(content)) + content)
+        ancillary: list[tuple[int, int, Any]] = [
+            (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, _UCRED.pack(os.getpid(), os.getuid(), os.getgid()))
+        ]
+        if items:
+            ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in items])))
+        try:
+            sent = await self._sock.sendmsg([data], ancillary)
+            while sent < len(data):
+                sent += await self._sock.send(data[sent:])
+        except OSError as error:
+            raise self._gone("closed the channel") from error
+
+    # Receiving.
+
+    async def receive(self, *kinds: str) -> Message:
+        """Wait for the next message, which must be of one of `kinds` (or `refused`).
+
+        Raises:
+            CprRefused: the peer refused, or sent what is no message of this protocol.
+            CprPeerGone: the channel ended.
+        """
+        descriptors: dict[str, int] = {}
+        try:
+            while True:
+                kind, body, names = await self._receive_frame()
+                for name in names:
+                    if not self._fds:
+                        raise self._broken(f"descriptor {name!r} was announced and not sent")
+                    if name in descriptors:
+                        raise self._broken(f"descriptor {name!r} was sent twice")
+                    descriptors[name] = self._fds.popleft()
+                if len(descriptors) > _MAX_FDS:
+                    raise self._broken(f"more than {_MAX_FDS} descriptors were sent")
+                if self._fds:
+                    raise self._broken(f"{len(self._fds)} descriptors came without a name")
+                if kind != "more":
+                    break
+        except BaseException:
+            for fd in descriptors.values():
+                os.close(fd)
+            raise
+        message = Message(kind, body, descriptors)
+        if kind in kinds:
+            return message
+        message.close()
+        if kind == "refused":
+            raise CprRefused(side=self.peer, step=str(body.get("step")), reason=str(body.get("reason")))
+        raise self._broken(f"message {kind!r} came where {' or '.join(kinds)} was due")
+
+    async def _receive_frame(self) -> tuple[str, dict[str, Any], list[str]]:
+        await self._fill(_HEADER.size)
+        magic, length = _HEADER.unpack_from(self._data)
+        if magic != MAGIC:
+            raise self._broken(f"a frame begins with {bytes(magic)!r}, not with {MAGIC!r}")
+        if length > MAX_FRAME:
+            raise self._broken(f"a frame of {length} bytes is larger than the {MAX_FRAME} admitted")
+        await self._fill(_HEADER.size + length)
+        content = bytes(self._data[_HEADER.size : _HEADER.size + length])
+        del self._data[: _HEADER.size + length]
+        try:
+            frame = json.loads(content)
+            kind, body, names = frame["kind"], frame["body"], frame["descriptors"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise self._broken("a frame does not hold a message") from error
+        well_formed = isinstance(kind, str) and isinstance(body, dict) and isinstance(names, list)
+        if not well_formed or not all(isinstance(name, str) for name in names):
+            raise self._broken("a frame does not hold a message")
+        return kind, body, names
+
+    async def _fill(self, size: int) -> None:
+        space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_PER_FRAME * 4)
+        while len(self._data) < size:
+            try:
+                data, ancillary, flags, _ = await self._sock.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
+            except OSError as error:
+                raise self._gone("closed the channel") from error
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    received = array.array("i")
+                    received.frombytes(content[: len(content) - len(content) % received.itemsize])
+                    self._fds.extend(received)
+                elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                    self._sender = _UCRED.unpack(content[: _UCRED.size])
+            if flags & socket.MSG_CTRUNC:
+                raise self._broken("descriptors were lost: more were sent than this process may open")
+            if not data:
+                raise self._gone("closed the channel")
+            self._data += data
+
+    # Who is there.
+
+    async def hello(self, program: str) -> None:
+        """Exchange versions and identities. Both sides call it first; the peer's pidfd is kept from then on.
+
+        Raises:
+            CprRefused: another protocol version, another user, or a pidfd of some other process.
+        """
+        pidfd = os.pidfd_open(os.getpid())
+        try:
+            body = {"version": PROTOCOL_VERSION, "program": program, "side": self.side}
+            await self.send("hello", body, {"pidfd": pidfd})
+        finally:
+            os.close(pidfd)
+        message = await self.receive("hello")
+        try:
+            version = message.body.get("version")
+            if version != PROTOCOL_VERSION:
+                raise await self.refuse(f"the {self.peer} speaks CPR protocol version {version!r}, not {PROTOCOL_VERSION}")
+            assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
+            pid, uid, _gid = self._sender
+            if uid not in (0, os.getuid()):
+                raise await self.refuse(f"the {self.peer} runs as uid {uid}; only uid {os.getuid()} and root are admitted")
+            try:
+                self._peer_pidfd = message.claim("pidfd")
+                named = _pid_of(self._peer_pidfd)
+            except (DescriptorMissing, DescriptorWrongKind) as error:
+                raise await self.refuse(str(error)) from error
+            if named != pid:
+                raise await self.refuse(f"the pidfd sent is of process {named}, but process {pid} sent it")
+            self.peer_pid = pid
+        finally:
+            message.close()
+
+    async def refuse(self, reason: str) -> CprRefused:
+        """Tell the peer that this side will not go on, if it still listens; return the error to raise."""
+        with trio.move_on_after(1, shield=True):
+            try:
+                await self.send("refused", {"step": self.step, "reason": reason})
+            except CprPeerGone:
+                pass  # It is not there to be told.
+        return CprRefused(side=self.side, step=self.step, reason=reason)
+
+    def peer_is_dead(self) -> bool:
+        """Say whether the peer's process has died. False as long as it is not known who the peer is."""
+        if self._peer_pidfd < 0:
+            return False
+        import select  # Not needed before a live update.
+
+        poll = select.poll()
+        poll.register(self._peer_pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    async def peer_died(self) -> None:
+        """Wait until the peer's process has died."""
+        await trio.lowlevel.wait_readable(self._peer_pidfd)
+
+    def _gone(self, what: str) -> CprPeerGone:
+        outcome = "the guest stays where it was" if self.side == "source" else "nothing was taken over"
+        return CprPeerGone(peer=self.peer, what=what, step=self.step, outcome=outcome)
+
+    def _broken(self, reason: str) -> CprRefused:
+        return CprRefused(side=self.side, step=self.step, reason=reason)
+
+    def close(self) -> None:
+        """Close the socket, the peer's pidfd and descriptors that came without a message. Idempotent."""
+        self._sock.close()
+        while self._fds:
+            os.close(self._fds.popleft())
+        if self._peer_pidfd >= 0:
+            trio.lowlevel.notify_closing(self._peer_pidfd)
+            os.close(self._peer_pidfd)
+            self._peer_pidfd = -1
+
+
+def _pid_of(pidfd: int) -> int:
+    """Return the process that `pidfd` refers to. Source: proc(5), fdinfo of a pidfd."""
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}") as info:
+            for line in info:
+                if line.startswith("Pid:"):
+                    return int(line.split()[1])
+    except OSError:
+        pass
+    raise DescriptorWrongKind(name="pidfd", found="something else", wanted="a pidfd")

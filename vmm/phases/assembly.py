@@ -1,0 +1,99 @@
+"""What the phases hand on: a machine's definition, then its parts."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+
+from vmm import hostio
+from vmm.guests import guest_path
+from vmm.hw.boot.image import image_path, plan_boot
+from vmm.hw.boot.plan import BinarySource
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.capabilities import MayAdoptDescriptor, MayOpenHostFile
+    from vmm.hw.boot.plan import BootPlan
+    from vmm.phases.foundation import Host
+    from vmm.phases.config import MachineOptions
+    from vmm.phases.incoming_port import IncomingPort
+    from vmm.phases.migration_state import MigrationState
+
+
+BUILTIN: Final = "builtin:"
+
+
+@final
+@attrs.define(eq=False)
+class Definition:
+    """What `machine-set` defined: the options, with the files that they name open."""
+
+    options: MachineOptions
+    kernel: BinarySource | None
+    initrd: BinarySource | None
+    _fds: dict[str, int]
+    plan: BootPlan | None = None
+
+    @classmethod
+    def obtain(cls, options: MachineOptions, source: MayOpenHostFile | MayAdoptDescriptor) -> Definition:
+        """Open, or claim, the files that `options` names. They stay open: a reset reads them again."""
+        options.check()
+        with ExitStack() as stack:
+
+            def opened(resource: str, name: str, path: str) -> BinarySource:
+                if resource == "kernel" and name.startswith(BUILTIN):
+                    # Part of this program, as much as its code: no host resource, so never claimed.
+                    fd = hostio.open_input_file(path)
+                else:
+                    fd = source.obtain(resource, lambda: hostio.open_input_file(path))
+                stack.callback(os.close, fd)
+                fds[resource] = fd
+                return BinarySource.from_fd(name, fd)
+
+            fds: dict[str, int] = {}
+            kernel = initrd = None
+            if options.kernel is not None:
+                kernel = opened("kernel", options.kernel, _path_of(options.kernel))
+            if options.initrd is not None:
+                initrd = opened("initrd", options.initrd, options.initrd)
+            stack.pop_all()
+        return cls(options, kernel, initrd, fds)
+
+    def check(self) -> None:
+        """Find out whether the images can be booted on this machine. Raises `BootError`."""
+        if self.kernel is not None:
+            options = self.options
+            self.plan = plan_boot(
+                self.kernel, self.initrd, options.append, options.memory.size, options.smp.cpus
+            )
+
+    def descriptors(self) -> Mapping[str, int]:
+        """Return what a successor needs of the open files, by resource name."""
+        builtin = str(self.options.kernel).startswith(BUILTIN)
+        return {name: fd for name, fd in self._fds.items() if not (builtin and name == "kernel")}
+
+    def close(self) -> None:
+        """Close the files. Idempotent."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def _path_of(kernel: str) -> str:
+    if kernel.startswith(BUILTIN):
+        return str(guest_path(kernel.removeprefix(BUILTIN)))
+    return image_path(kernel)
+
+
+@final
+@attrs.frozen(eq=False)
+class Precreated:
+    """What phase precreate hands on."""
+
+    host: Host
+    incoming: IncomingPort
+    migration: MigrationState
+    definition: Definition

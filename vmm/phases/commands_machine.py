@@ -1,0 +1,143 @@
+"""Commands that make the machine and run it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Annotated, Final, Literal, final
+
+import attrs
+
+from vmm.capabilities import (
+    MayAdoptDescriptor,
+    MayConfigureMachine,
+    MayOpenHostFile,
+    MayOpenKvm,
+    MayQuery,
+    MayRunVcpus,
+)
+from vmm.monitor.command import Command, For
+from vmm.nursery_tree import Turn
+from vmm.phases.assembly import Definition
+from vmm.phases.config import AcceleratorOptions, CpuOptions, GoOn, MachineOptions
+from vmm.phases.machine import Machine
+from vmm.phases.run_state import RunState, RunStateName
+
+HostSource = MayOpenHostFile | MayAdoptDescriptor
+
+
+def machine_set(
+    may: Annotated[MayConfigureMachine, For("machine")], host: HostSource, args: MachineOptions
+) -> Awaitable[None]:
+    """Define the machine: type, memory, vCPUs, kernel. Leads to phase accel; a failure leaves all as it was."""
+    definition = Definition.obtain(args, host)
+    turn = may.decide("machine", definition)
+    assert isinstance(turn, Turn)
+    turn.on_settled(lambda: definition.close() if turn.failed else None)
+    return turn
+
+
+def x_exit_precreate(may: Annotated[MayConfigureMachine, For("machine")], host: HostSource) -> Awaitable[None]:
+    """Leave phase precreate with a machine of defaults; the same as `machine-set` without arguments."""
+    return machine_set(may, host, MachineOptions())
+
+
+def accel_set(may: MayOpenKvm, args: AcceleratorOptions) -> Awaitable[None]:
+    """Open the accelerator. Leads through backends to phase preconfig; after a failure it may be given again."""
+    return may.decide(args)
+
+
+def cpu_model_set(may: Annotated[MayConfigureMachine, For("cpu")], args: CpuOptions) -> Awaitable[None]:
+    """Choose the CPU model. Leads to phase devices."""
+    return may.decide("cpu", args)
+
+
+def x_exit_preconfig(may: Annotated[MayConfigureMachine, For("cpu")]) -> Awaitable[None]:
+    """Leave phase preconfig with the host's CPU model. A machine started with `--preconfig` goes on to run."""
+    return may.decide("cpu", CpuOptions())
+
+
+def finish_machine_init(may: Annotated[MayConfigureMachine, For("board")]) -> Awaitable[None]:
+    """Complete the machine, and leave it standing. Leads to phase running (or incoming)."""
+    return may.decide("board", GoOn(start=False))
+
+
+def cont(may: MayRunVcpus) -> Awaitable[None]:
+    """Run the guest. In preconfig and devices: complete the machine first. While incoming: run it once it is here."""
+    return may.cont()
+
+
+def stop(may: MayRunVcpus) -> Awaitable[None]:
+    """Take every vCPU out of the guest. While incoming: do not run it once it is here."""
+    return may.stop()
+
+
+def system_reset(may: MayRunVcpus) -> Awaitable[None]:
+    """Put the machine into its power-on state: kernel and initrd are loaded again from the files given."""
+    return may.reset()
+
+
+@final
+@attrs.frozen(kw_only=True)
+class StatusInfo:
+    """QEMU's StatusInfo, with the reason where the guest cannot go on."""
+
+    running: bool
+    status: RunStateName
+    x_reason: str | None = None
+
+
+def query_status(may: MayQuery) -> StatusInfo:
+    """Say whether the guest runs, and if not, why."""
+    state = may.view(RunState)
+    return StatusInfo(running=state.running, status=state.name, x_reason=state.failure or None)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class CpuProps:
+    """Where a vCPU sits: one socket, a core each, one thread."""
+
+    socket_id: int
+    core_id: int
+    thread_id: int
+
+
+@final
+@attrs.frozen(kw_only=True)
+class CpuInfoFast:
+    """QEMU's CpuInfoFast."""
+
+    cpu_index: int
+    qom_path: str
+    thread_id: int
+    """The host thread that runs it; 0 while none does."""
+    props: CpuProps
+    target: Literal["x86_64"] = "x86_64"
+
+
+def query_cpus_fast(may: MayQuery) -> list[CpuInfoFast]:
+    """List the vCPUs with their host threads, without disturbing them."""
+    return [
+        CpuInfoFast(
+            cpu_index=vcpu.index,
+            qom_path=f"/machine/unattached/device[{vcpu.index}]",
+            thread_id=vcpu.thread_id,
+            props=CpuProps(socket_id=0, core_id=vcpu.index, thread_id=0),
+        )
+        for vcpu in may.view(Machine).vcpus
+    ]
+
+
+COMMANDS: Final = (
+    Command("machine-set", machine_set),
+    Command("x-exit-precreate", x_exit_precreate),
+    Command("accel-set", accel_set),
+    Command("cpu-model-set", cpu_model_set),
+    Command("x-exit-preconfig", x_exit_preconfig),
+    Command("finish-machine-init", finish_machine_init),
+    Command("cont", cont),
+    Command("stop", stop),
+    Command("system_reset", system_reset),
+    Command("query-status", query_status),
+    Command("query-cpus-fast", query_cpus_fast),
+)

@@ -1,0 +1,100 @@
+"""Phase ``devices``: the board with its vCPUs and devices; what starts out in the guest's RAM is written here."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, final
+
+import attrs
+
+from vmm.capabilities import (
+    MayConfigureMachine,
+    MayCreateBackend,
+    MayDeclareState,
+    MayMapGuestMemory,
+    MayOpenHostFile,
+    MayPlugDevice,
+    MayRunVcpus,
+    MayWriteGuestMemory,
+)
+from vmm.nursery_tree import Inbox
+from vmm.phases.board import BoardBuilder
+from vmm.phases.building import WishToRun
+from vmm.phases.config import GoOn
+from vmm.phases.incoming import run_incoming
+from vmm.phases.running import Run, run_running
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from vmm.capabilities import Mint
+    from vmm.kvm.memory import GuestMemory
+    from vmm.nursery_tree import Phase
+    from vmm.phases.accel import Accelerator
+    from vmm.phases.assembly import Precreated
+
+
+@final
+@attrs.frozen
+class DevicesGrants:
+    """Tokens of this phase. `may-write-guest-memory` is there only if this process owns the guest's RAM."""
+
+    plug_device: MayPlugDevice
+    map_guest_memory: MayMapGuestMemory
+    declare_state: MayDeclareState
+    create_backend: MayCreateBackend
+    open_host_file: MayOpenHostFile
+    configure_machine: MayConfigureMachine
+    run_vcpus: MayRunVcpus
+    write_guest_memory: MayWriteGuestMemory | None
+
+
+@final
+class _Decision:
+    """The facet of `may-configure-machine`, for the board."""
+
+    def __init__(self, inbox: Inbox[GoOn]) -> None:
+        self._inbox = inbox
+
+    def decide(self, decision: object) -> Awaitable[None]:
+        """Post the wish to go on."""
+        assert isinstance(decision, GoOn)
+        return self._inbox.post(decision)
+
+
+async def run_devices(
+    preconfig: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory, onward: GoOn | None
+) -> None:
+    """Build the board; unless `onward` says so, wait for the wish to go on; then go on to incoming or running."""
+    host = made.host
+    async with preconfig.child("devices", machine_phase="machine-initialized") as phase:
+        with ExitStack() as stack:
+            inbox: Inbox[GoOn] = Inbox("devices")
+            builder = BoardBuilder(made, accelerator, memory, stack)
+            owned = made.incoming.arrival is None
+
+            def grants(mint: Mint) -> DevicesGrants:
+                return DevicesGrants(
+                    plug_device=mint(MayPlugDevice, builder),
+                    map_guest_memory=mint(MayMapGuestMemory, builder),
+                    declare_state=mint(MayDeclareState, builder.state),
+                    create_backend=mint(MayCreateBackend, host.stores),
+                    open_host_file=mint(MayOpenHostFile, host.files),
+                    configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"board"})),
+                    run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
+                    write_guest_memory=mint(MayWriteGuestMemory, memory) if owned else None,
+                )
+
+            async with phase.window(grants) as window:
+                machine = builder.build(window.grants.map_guest_memory, window.grants.plug_device, window.grants.declare_state)
+                phase.publish(machine)
+                if onward is None:
+                    onward = await phase.decided(inbox, lambda decision: decision)
+                inbox.close()
+                host.recorder.record("finish-machine-init", {})
+                if window.grants.write_guest_memory is not None:
+                    machine.power_on(window.grants.write_guest_memory)
+            if made.incoming.arrival is not None:
+                await run_incoming(phase, machine, made.incoming.arrival)
+            else:
+                await run_running(phase, Run(machine), start=onward.start)

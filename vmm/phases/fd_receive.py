@@ -1,0 +1,119 @@
+"""Phase ``fd_receive``: beside precreate, a predecessor's recipe and descriptors are awaited and read.
+
+A peer that is refused (another user, another version, garbage) ends its own attempt and nothing else: the next may
+come. From an accepted recipe on there is no way back: if it can't be carried out, the source is told why, and this
+process ends with that reason.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+import trio
+
+from vmm.capabilities import MayAdoptDescriptor
+from vmm.cpr.cell import OwnershipCell
+from vmm.cpr.channel import CprChannel
+from vmm.cpr.steps import Steps
+from vmm.errors import CprError, RecipeInvalid, VmmError
+from vmm.phases.host import Inheritance
+from vmm.phases.replay import replay_incoming
+from vmm.phases.run_state import RUN_STATES
+from vmm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from vmm.capabilities import Mint
+    from vmm.migration.connect import Listener
+    from vmm.nursery_tree import Phase
+    from vmm.phases.foundation import Host
+    from vmm.phases.incoming_port import IncomingPort
+
+HELLO: Final = 10.0
+
+
+@final
+@attrs.frozen
+class FdReceiveGrants:
+    """Tokens of this phase; lent to the incoming recipe alone."""
+
+    adopt_descriptor: MayAdoptDescriptor
+
+
+@final
+@attrs.define(eq=False)
+class Arrival:
+    """What came over a CPR channel, whose other end waits."""
+
+    channel: CprChannel
+    steps: Steps
+    cell: OwnershipCell
+    recipe: Recipe
+    inheritance: Inheritance
+
+
+async def run_fd_receive(
+    precreate: Phase,
+    host: Host,
+    port: IncomingPort,
+    listener: Listener,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Await a source on `listener`, then replay its recipe with its descriptors."""
+    async with precreate.child("fd_receive", aside=True) as phase:
+        with closing(Inheritance()) as inheritance:
+
+            def grants(mint: Mint) -> FdReceiveGrants:
+                return FdReceiveGrants(adopt_descriptor=mint(MayAdoptDescriptor, inheritance))
+
+            async with phase.window(grants):
+                task_status.started()
+                while True:
+                    sock = await listener.accept()
+                    with closing(CprChannel(sock, side="destination", peer="source")) as channel:
+                        try:
+                            arrival = await _receive(channel, host, inheritance)
+                        except CprError as error:
+                            host.complain(str(error))
+                            continue
+                        with closing(arrival.cell):
+                            await _build(phase, host, port, arrival)
+                            # The channel and the cell are the machine's until it ends, or is given up.
+                            await trio.sleep_forever()
+
+
+async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) -> Arrival:
+    steps = Steps("destination", host.start.stop_at)
+    steps.reach("accepted")
+    with trio.move_on_after(HELLO):
+        await channel.hello(host.start.version.package)
+        channel.step = "describing"
+        message = await channel.receive("machine")
+        try:
+            recipe = Recipe.from_json("of the source", message.body.get("recipe"))
+            if message.body.get("run-state") not in RUN_STATES:
+                raise await channel.refuse(f"run state {message.body.get('run-state')!r} is none")
+            cell = OwnershipCell.adopt(message.claim("owner"))
+            inheritance.add(message.descriptors)
+            message.descriptors = {}
+        except CprError as error:
+            raise await channel.refuse(str(error)) from error
+        except RecipeInvalid as error:
+            raise await channel.refuse(str(error)) from error
+        finally:
+            message.close()
+        steps.reach("described")
+        return Arrival(channel, steps, cell, recipe, inheritance)
+    raise await channel.refuse(f"the source did not describe its machine within {HELLO:g} s")
+
+
+async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival) -> None:
+    port.arrived(arrival)
+    arrival.channel.step = "building"
+    try:
+        await replay_incoming(host, phase.tree, arrival.recipe)
+    except VmmError as error:
+        await arrival.channel.refuse(str(error))
+        raise

@@ -1,0 +1,63 @@
+"""What phase boot leaves to the later ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final, final
+
+import attrs
+import trio
+
+if TYPE_CHECKING:
+    from vmm.monitor.command import CommandTable
+    from vmm.monitor.events import EventHub
+    from vmm.phases.host import HostFiles
+    from vmm.phases.monitors import MonitorMaker
+    from vmm.phases.recorder import Recorder
+    from vmm.phases.run_state import RunState
+    from vmm.phases.start import Start
+    from vmm.phases.stores import BootStores
+
+
+@final
+@attrs.define(eq=False)
+class Host:
+    """What phase boot leaves to the later ones."""
+
+    start: Start
+    events: EventHub
+    table: CommandTable
+    status: RunState
+    stores: BootStores
+    recorder: Recorder
+    ending: Ending
+    files: HostFiles
+    monitors: MonitorMaker
+
+    def complain(self, text: str) -> None:
+        """Tell the operator something that the machine survives."""
+        self.start.complain(text)
+
+    def leave_by_key(self) -> None:
+        """End the machine because somebody typed Ctrl-A X."""
+        self.ending.end("host-ui")
+
+
+@final
+class Ending:
+    """How the process ends, and the way to make it. The facet of `may-quit`."""
+
+    def __init__(self) -> None:
+        self.cause = ""
+        """QAPI ShutdownCause; empty while nobody wants the end."""
+        self.exit_status = 0
+        self.scope: Final = trio.CancelScope()
+
+    def end(self, cause: str) -> None:
+        """Cancel the innermost phase's body, and so unwind all of them."""
+        self.cause = self.cause or cause
+        self.scope.cancel()
+
+    def guest_exits(self, status: int) -> None:
+        """The guest asked for the end of the VMM, with an exit status."""
+        self.exit_status = status
+        self.end("guest-shutdown")

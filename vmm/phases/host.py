@@ -1,0 +1,126 @@
+"""Where a machine's host resources come from, and where descriptors of clients are kept.
+
+A recipe names host resources; handlers ask for them by a name unique in the machine (`chardev/serial0/listener`,
+`ram`, `kernel`) and say how to open one. In a machine started here the opener is called. In the destination of a live
+update it never is: the descriptor must be among those that the source sent.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+
+from vmm.errors import DescriptorError, DescriptorMissing, DescriptorsUnclaimed, NameTaken
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+
+@final
+class HostFiles:
+    """Opens host resources by calling the opener. The facet of `may-open-host-file`."""
+
+    def obtain(self, name: str, opener: Callable[[], int]) -> int:
+        """Open and return a descriptor."""
+        return opener()
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """Return nothing: there is no predecessor."""
+        return ()
+
+    def inherits(self) -> bool:
+        """Say no."""
+        return False
+
+
+@final
+class Inheritance:
+    """The descriptors that a predecessor sent, each claimed exactly once. The facet of `may-adopt-descriptor`."""
+
+    def __init__(self) -> None:
+        self._unclaimed: dict[str, int] = {}
+
+    def add(self, descriptors: dict[str, int]) -> None:
+        """Take over `descriptors`. `NameTaken` for a name that is here already."""
+        for name in descriptors:
+            if name in self._unclaimed:
+                raise NameTaken(what="Descriptor", name=name)
+        self._unclaimed.update(descriptors)
+
+    def obtain(self, name: str, opener: Callable[[], int]) -> int:
+        """Claim descriptor `name`; the host is not asked. Raises `DescriptorMissing`."""
+        return self.claim(name)
+
+    def claim(self, name: str) -> int:
+        """Take descriptor `name` out. Raises `DescriptorMissing`."""
+        if name not in self._unclaimed:
+            raise DescriptorMissing(name=name)
+        return self._unclaimed.pop(name)
+
+    def names(self, prefix: str) -> Sequence[str]:
+        """Return the unclaimed names that begin with `prefix`, sorted."""
+        return sorted(name for name in self._unclaimed if name.startswith(prefix))
+
+    def inherits(self) -> bool:
+        """Say yes."""
+        return True
+
+    def require_empty(self) -> None:
+        """Raise `DescriptorsUnclaimed` if anything is left."""
+        if self._unclaimed:
+            raise DescriptorsUnclaimed(names=tuple(sorted(self._unclaimed)))
+
+    def close(self) -> None:
+        """Close what nobody claimed."""
+        for fd in self._unclaimed.values():
+            os.close(fd)
+        self._unclaimed.clear()
+
+
+@final
+@attrs.define
+class FdsetFd:
+    """One descriptor of a set."""
+
+    fd: int
+    opaque: str | None
+
+
+@final
+class FdSets:
+    """The machine's descriptor sets (`add-fd`). The facet of `may-add-descriptor`; owns the descriptors."""
+
+    def __init__(self) -> None:
+        self.sets: Final[dict[int, list[FdsetFd]]] = {}
+
+    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> int:
+        """Take over `fd` into set `fdset_id` (None: the lowest unused number); return the set's number."""
+        if fdset_id is None:
+            fdset_id = next(n for n in range(len(self.sets) + 1) if n not in self.sets)
+        if fdset_id < 0:
+            os.close(fd)
+            raise DescriptorError(reason=f"fdset-id {fdset_id} is negative; a set's number is 0 or more")
+        self.sets.setdefault(fdset_id, []).append(FdsetFd(fd, opaque))
+        return fdset_id
+
+    def remove(self, fdset_id: int, fd: int | None) -> None:
+        """Close descriptor `fd` of a set, or the whole set. Raises `DescriptorError`."""
+        held = self.sets.get(fdset_id, [])
+        gone = [entry for entry in held if fd in (None, entry.fd)]
+        if not gone:
+            which = f"no descriptor {fd}" if fd is not None and held else "no descriptors"
+            raise DescriptorError(reason=f"Descriptor set {fdset_id} has {which}; query-fdsets lists what there is")
+        for entry in gone:
+            held.remove(entry)
+            os.close(entry.fd)
+        if not held:
+            del self.sets[fdset_id]
+
+    def close(self) -> None:
+        """Close every descriptor of every set."""
+        for held in self.sets.values():
+            for entry in held:
+                os.close(entry.fd)
+        self.sets.clear()

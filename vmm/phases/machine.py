@@ -1,0 +1,100 @@
+"""A machine that is all there, and its power-on state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, final
+
+import attrs
+
+from vmm.hw.boot.plan import Data, FileRange, Zeros
+from vmm.hw.boot.start import set_start
+from vmm.kvm.machine_state import load_machine
+from vmm.migration.stream import StreamReader, StreamWriter
+from vmm.migration.stream_io import StateStream
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.capabilities import GuestRam
+    from vmm.hw.codec import DeviceSection
+    from vmm.hw.device import Device
+    from vmm.kvm.memory import GuestMemory
+    from vmm.kvm.state import ChipState, VcpuState
+    from vmm.kvm.vcpu import Vcpu
+    from vmm.migration.registry import StateRegistry
+    from vmm.phases.accel import Accelerator
+    from vmm.phases.assembly import Precreated
+    from vmm.phases.guest_requests import GuestBells
+
+
+@final
+@attrs.frozen(eq=False)
+class Machine:
+    """All parts of one machine. Published to `may-query`; what changes it takes a token."""
+
+    what: ClassVar[str] = "The machine"
+    phase: ClassVar[str] = "devices"
+
+    made: Precreated
+    accelerator: Accelerator
+    memory: GuestMemory
+    vcpus: tuple[Vcpu, ...]
+    devices: tuple[Device, ...]
+    bells: GuestBells
+    state: StateRegistry
+    sections: tuple[DeviceSection, ...]
+    reset_state: tuple[list[VcpuState], ChipState]
+    """What KVM had made of the vCPUs and chips before anything ran."""
+
+    def prepare_to_move(self) -> None:
+        """Do now what would else be done at the first save or load, inside the guest's pause: make the codecs."""
+        for section in self.sections:
+            section.prepare()
+
+    def rehearse_load(self) -> None:
+        """Save, send, check and load this machine's own state once, so that nothing is done for the first time later.
+
+        For a machine that has not run: everything is as it was afterwards.
+        """
+        writer = StreamWriter("rehearsal")
+        for section in self.state.save().values():
+            writer.section(section.name, section.version, section.state)
+        reader = StreamReader()
+        stream = StateStream.of(reader.feed(b"".join(writer.finish())))
+        self.state.check(stream.sections).apply()
+
+    def power_on(self, ram: GuestRam) -> None:
+        """Write what starts out in the guest's RAM, and put the boot processor where it begins.
+
+        Raises:
+            BootError: an image has changed since it was looked at.
+        """
+        plan = self.made.definition.plan
+        if plan is None:
+            return
+        for write in plan.writes:
+            match write:
+                case Data():
+                    ram.write(write.address, bytes(write.data))
+                case FileRange():
+                    ram.fill(write.address, write.fd, write.offset, write.size)
+                case Zeros():
+                    ram.write(write.address, bytes(write.size))
+        set_start(self.vcpus[0].fd, plan.start)
+
+    def power_on_again(self) -> None:
+        """Put everything into its power-on state. No vCPU may be in the guest."""
+        vcpus, chips = self.reset_state
+        load_machine(self.accelerator.vm, [vcpu.fd for vcpu in self.vcpus], vcpus, chips)
+        for device in self.devices:
+            device.reset()
+        self.power_on(self.memory)
+
+    def descriptors(self) -> Mapping[str, int]:
+        """Return the descriptors that a successor needs before the pause, by resource name."""
+        return {
+            "ram": self.memory.fd,
+            **self.made.definition.descriptors(),
+            **self.made.host.stores.standing_descriptors(),
+        }
+

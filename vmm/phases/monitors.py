@@ -1,0 +1,129 @@
+"""Monitors as back ends: over a chardev's socket, or over a connected socket that this process was started with."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.backends.chardev_socket import SocketChardev
+from vmm.errors import Unsupported
+from vmm.monitor.session import SessionOptions
+from vmm.monitor.unix import SocketMonitor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.backends.chardev import Chardev
+    from vmm.monitor.command import CommandTable
+    from vmm.monitor.events import EventHub
+    from vmm.monitor.session import Version
+
+_FLUSH: Final = 1.0
+"""Seconds that clients have, at the end, to read the last replies and events."""
+
+
+@final
+class Monitor:
+    """A monitor with the sockets that it serves. Its one task ends when it is cancelled, or its only client leaves."""
+
+    def __init__(
+        self,
+        monitor: SocketMonitor,
+        *,
+        chardev: SocketChardev | None = None,
+        listener: socket.socket | None = None,
+        connection: socket.socket | None = None,
+        held: bool = False,
+    ) -> None:
+        self._monitor = monitor
+        self._chardev = chardev
+        self._listener = listener
+        self._connection = connection
+        if held:
+            self.hold()
+
+    @property
+    def chardev(self) -> str | None:
+        """Label of the chardev whose socket this is."""
+        return self._chardev.label if self._chardev is not None else None
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve clients; at a cancel, let them read what is unsent, for `_FLUSH` seconds at most, and hang up."""
+        sessions = trio.CancelScope(shield=True)
+        ended = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve_sessions, sessions, ended)
+            task_status.started()
+            try:
+                await ended.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._monitor.close(_FLUSH)
+                sessions.cancel()
+
+    async def _serve_sessions(self, scope: trio.CancelScope, ended: trio.Event) -> None:
+        with scope:
+            async with trio.open_nursery() as nursery:
+                if self._listener is not None:
+                    nursery.start_soon(self._monitor.serve_listener, self._listener, self._admit)
+                if self._connection is not None:
+                    nursery.start_soon(self._monitor.serve_connection, self._connection)
+        if self._listener is not None:
+            self._listener.close()
+        ended.set()
+
+    def _admit(self, client: socket.socket) -> None:
+        hostio.admit_peer(client, str(self._chardev.filename if self._chardev is not None else "a monitor"))
+
+    # Live update.
+
+    def hold(self) -> None:
+        """Accept nobody from now on."""
+        self._monitor.quiesce(sessions=False)
+
+    def go_on(self) -> None:
+        """Accept again: the guest is this process's, and so is the socket's path."""
+        self._monitor.resume()
+        if self._chardev is not None:
+            self._chardev.own()
+
+    def give_up(self) -> None:
+        """Leave the listener to the successor; sessions stay until they hang up."""
+        self._monitor.stop_listening()
+
+
+@final
+@attrs.frozen(eq=False)
+class MonitorMaker:
+    """Makes monitors that speak to one machine."""
+
+    table: CommandTable
+    events: EventHub
+    version: Version
+    complain: Callable[[str], None]
+
+    def over_chardev(self, name: str, chardev: Chardev, *, held: bool) -> Monitor:
+        """Make a monitor over a socket chardev, which must be at rest and stays so. `Unsupported` for other kinds."""
+        if not isinstance(chardev, SocketChardev):
+            instead = "a monitor needs a chardev of kind socket"
+            raise Unsupported(what="Monitor over a chardev of kind", name=chardev.kind, instead=instead)
+        client = chardev.surrender_client()
+        listener = chardev.descriptors().get("listener")
+        return Monitor(
+            self._socket_monitor(name),
+            chardev=chardev,
+            listener=socket.socket(fileno=hostio.dup(listener)) if listener is not None else None,
+            connection=socket.socket(fileno=client) if client is not None else None,
+            held=held,
+        )
+
+    def over_connection(self, name: str, fd: int) -> Monitor:
+        """Make a monitor for the one client of connected socket `fd`, which is the monitor's from here on."""
+        return Monitor(self._socket_monitor(name), connection=socket.socket(fileno=fd))
+
+    def _socket_monitor(self, name: str) -> SocketMonitor:
+        return SocketMonitor(name, self.table, self.events, SessionOptions(self.version), self.complain)

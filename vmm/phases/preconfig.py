@@ -1,0 +1,85 @@
+"""Phase ``preconfig``: KVM and RAM are there, devices and vCPUs are not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import attrs
+
+from vmm.capabilities import (
+    MayConfigureMachine,
+    MayCreateBackend,
+    MayListen,
+    MayOpenHostFile,
+    MayRunVcpus,
+    MaySetMigrationCap,
+    MaySetMigrationParam,
+)
+from vmm.nursery_tree import Inbox
+from vmm.phases.building import WishToRun
+from vmm.phases.config import CpuOptions, GoOn
+from vmm.phases.devices import run_devices
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from vmm.capabilities import Mint
+    from vmm.kvm.memory import GuestMemory
+    from vmm.nursery_tree import Phase
+    from vmm.phases.accel import Accelerator
+    from vmm.phases.assembly import Precreated
+
+
+@final
+@attrs.frozen
+class PreconfigGrants:
+    """Tokens of this phase. `may-run-vcpus` only says here whether the guest shall run once it can."""
+
+    configure_machine: MayConfigureMachine
+    create_backend: MayCreateBackend
+    open_host_file: MayOpenHostFile
+    set_migration_cap: MaySetMigrationCap
+    set_migration_param: MaySetMigrationParam
+    listen: MayListen
+    run_vcpus: MayRunVcpus
+
+
+@final
+class _Decision:
+    """The facet of `may-configure-machine`, for the CPU."""
+
+    def __init__(self, inbox: Inbox[CpuOptions | GoOn]) -> None:
+        self._inbox = inbox
+
+    def decide(self, decision: object) -> Awaitable[None]:
+        """Post the CPU model."""
+        assert isinstance(decision, CpuOptions)
+        return self._inbox.post(decision)
+
+
+async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory) -> None:
+    """Wait for the CPU model, or for the wish to go on, then go on to phase devices."""
+    host = made.host
+    async with backends.child("preconfig") as phase:
+        inbox: Inbox[CpuOptions | GoOn] = Inbox("preconfig")
+
+        def grants(mint: Mint) -> PreconfigGrants:
+            return PreconfigGrants(
+                configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"cpu"})),
+                create_backend=mint(MayCreateBackend, host.stores),
+                open_host_file=mint(MayOpenHostFile, host.files),
+                set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
+                set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
+                listen=mint(MayListen, made.incoming),
+                run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
+            )
+
+        def carry_out(decision: CpuOptions | GoOn) -> GoOn | None:
+            cpu = decision if isinstance(decision, CpuOptions) else CpuOptions()
+            cpu.check()
+            host.recorder.record_options("cpu-model-set", cpu)
+            return decision if isinstance(decision, GoOn) else host.start.after_preconfig
+
+        async with phase.window(grants):
+            onward = await phase.decided(inbox, carry_out)
+        await run_devices(phase, made, accelerator, memory, onward)

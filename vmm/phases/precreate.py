@@ -1,0 +1,80 @@
+"""Phase ``precreate``: there is a monitor and no machine. Migration can be set up, an incoming one awaited.
+
+Left by `machine-set`, `x-exit-precreate`, or the arrival of CPR state, whose recipe begins with `machine-set`.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, final
+
+import attrs
+
+from vmm.capabilities import MayConfigureMachine, MayListen, MaySetMigrationCap, MaySetMigrationParam
+from vmm.nursery_tree import Inbox
+from vmm.phases.accel import run_accel
+from vmm.phases.assembly import Definition, Precreated
+from vmm.phases.incoming_port import IncomingPort
+from vmm.phases.migration_state import MigrationState
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from vmm.capabilities import Mint
+    from vmm.nursery_tree import Phase
+    from vmm.phases.foundation import Host
+
+
+@final
+@attrs.frozen
+class PrecreateGrants:
+    """Tokens of this phase."""
+
+    configure_machine: MayConfigureMachine
+    set_migration_cap: MaySetMigrationCap
+    set_migration_param: MaySetMigrationParam
+    listen: MayListen
+
+
+@final
+class _Decision:
+    """The facet of `may-configure-machine`, for the machine."""
+
+    def __init__(self, inbox: Inbox[Definition]) -> None:
+        self._inbox = inbox
+
+    def decide(self, decision: object) -> Awaitable[None]:
+        """Post the machine's definition."""
+        assert isinstance(decision, Definition)
+        return self._inbox.post(decision)
+
+
+async def run_precreate(boot: Phase, host: Host) -> None:
+    """Wait for the machine's definition, then go on to phase accel."""
+    async with boot.child("precreate") as phase:
+        migration = MigrationState(host.events)
+        incoming = IncomingPort(phase, host, migration)
+        inbox: Inbox[Definition] = Inbox("precreate")
+        phase.publish(migration)
+
+        def grants(mint: Mint) -> PrecreateGrants:
+            return PrecreateGrants(
+                configure_machine=mint(
+                    MayConfigureMachine, _Decision(inbox), only=frozenset({"machine"})
+                ),
+                set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
+                set_migration_param=mint(MaySetMigrationParam, migration.parameters),
+                listen=mint(MayListen, incoming),
+            )
+
+        def carry_out(definition: Definition) -> Definition:
+            definition.check()
+            options = definition.options
+            host.start.identity.name, host.start.identity.uuid = options.name, options.uuid
+            host.recorder.record_options("machine-set", options)
+            return definition
+
+        async with phase.window(grants):
+            definition = await phase.decided(inbox, carry_out)
+        with closing(definition):
+            await run_accel(phase, Precreated(host, incoming, migration, definition))

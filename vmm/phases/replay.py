@@ -1,0 +1,58 @@
+"""Recipes as sessions: the command line's recipe and a predecessor's are executed like a client's commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+
+from vmm.capabilities import ADMIN, REPLAY, Grant
+from vmm.recipe import replay
+
+if TYPE_CHECKING:
+    from vmm.nursery_tree import Tree
+    from vmm.phases.foundation import Host
+    from vmm.recipe import Recipe, Step
+
+
+@final
+@attrs.frozen
+class Replayer:
+    """The caller on whose behalf a recipe is executed. Has no descriptors of its own."""
+
+    name: str
+    grant: Grant
+
+    @property
+    def descriptors(self) -> dict[str, int]:
+        """Return none."""
+        return {}
+
+    def take_descriptors(self) -> list[int]:
+        """Return none."""
+        return []
+
+
+REPLAYER: Final = Replayer("the start recipe", ADMIN)
+SUCCESSOR: Final = Replayer("the incoming recipe", REPLAY)
+
+
+async def replay_start(host: Host, tree: Tree) -> None:
+    """Replay the start recipe; until it is done nobody else may change the machine."""
+    recipe = host.start.recipe
+    tree.reserved_for = REPLAYER.name
+    await _replay(host, recipe, REPLAYER)
+    tree.reserved_for = None
+
+
+async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
+    """Replay a predecessor's recipe, with its descriptors in place of this host's files."""
+    tree.reserved_for = SUCCESSOR.name
+    await _replay(host, recipe, SUCCESSOR)
+
+
+async def _replay(host: Host, recipe: Recipe, caller: Replayer) -> None:
+    async def execute(step: Step) -> object:
+        return await host.table.execute(caller, step.execute, step.arguments)
+
+    await replay(recipe, execute)

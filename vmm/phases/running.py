@@ -1,0 +1,200 @@
+"""Phase ``running``: the guest lives. That it runs, stands or has failed are run states of this one phase."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, final
+
+import attrs
+import trio
+
+from vmm.capabilities import (
+    MayCreateBackend,
+    MayOpenHostFile,
+    MayRunVcpus,
+    MaySetMigrationCap,
+    MaySetMigrationParam,
+    MayStartMigration,
+)
+from vmm.cpr.handover import take
+from vmm.errors import CprError, InvalidState, VmmError
+from vmm.migration.status import MigrationStatus
+from vmm.nursery_tree import Inbox
+from vmm.phases.guest_requests import GuestRequests
+from vmm.phases.migrating import TransferPlan, run_migrating
+from vmm.phases.postmigrate import run_postmigrate
+from vmm.phases.run_state import NEEDS_RESET, RunStateName
+from vmm.phases.vcpus import VcpuGang
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from vmm.capabilities import Mint
+    from vmm.kvm.exits import Stop
+    from vmm.kvm.vcpu import Vcpu
+    from vmm.nursery_tree import Phase
+    from vmm.phases.incoming import Loaded
+    from vmm.phases.machine import Machine
+
+
+@final
+@attrs.frozen
+class RunningGrants:
+    """Tokens of this phase."""
+
+    run_vcpus: MayRunVcpus
+    create_backend: MayCreateBackend
+    open_host_file: MayOpenHostFile
+    set_migration_cap: MaySetMigrationCap
+    set_migration_param: MaySetMigrationParam
+    start_migration: MayStartMigration
+
+
+@final
+class Run:
+    """The guest's run control, and the facet of `may-run-vcpus` once there is a guest."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.status = machine.made.host.status
+        self.gang = VcpuGang(machine.vcpus, self._failed)
+
+    def start_nowait(self) -> None:
+        """Let the vCPUs in, and say so."""
+        self.gang.start_nowait()
+        self.status.runs()
+
+    async def cont(self) -> None:
+        """Run the guest. `InvalidState` after a failure that only a reset mends."""
+        await trio.lowlevel.checkpoint()
+        if self.status.name in NEEDS_RESET:
+            raise InvalidState(
+                what="cont", state=f"in run state {self.status.name}: {self.status.failure}", instead="system_reset first"
+            )
+        if not self.gang.running:
+            self.start_nowait()
+
+    async def stop(self) -> None:
+        """Take every vCPU out of the guest."""
+        await self.gang.stop()
+        if self.status.name in ("running", "prelaunch"):
+            self.status.stands("paused")
+
+    async def reset(self) -> None:
+        """Put the machine into its power-on state; it runs afterwards if it ran before."""
+        await self.reset_because("host-qmp-system-reset")
+
+    async def reset_because(self, cause: str) -> None:
+        """Reset for `cause`, a QAPI ShutdownCause."""
+        ran = self.gang.running
+        await self.gang.stop()
+        self.machine.power_on_again()
+        self.machine.made.host.events.emit("RESET", {"guest": cause.startswith("guest"), "reason": cause})
+        if ran:
+            self.gang.start_nowait()
+        elif self.status.name in NEEDS_RESET:
+            self.status.stands("paused")
+
+    def _failed(self, vcpu: Vcpu, stop: Stop) -> None:
+        """A vCPU cannot go on: everything stands, the monitor says why, and the process lives."""
+        for other in self.gang.vcpus:
+            if other is not vcpu:
+                other.kick()
+        name: RunStateName = "guest-panicked" if stop.reason == "shutdown" else "internal-error"
+        failure = f"vCPU {vcpu.index}: {stop.detail or stop.reason}"
+        data = {"cpu-index": vcpu.index, "reason": stop.reason, "detail": stop.detail, "registers": stop.registers}
+        self.machine.made.host.events.emit("VCPU_FAILED", data)
+        self.status.stands(name, failure=failure)
+
+
+@final
+class _Departure:
+    """The facet of `may-start-migration`."""
+
+    def __init__(self, inbox: Inbox[TransferPlan], run: Run) -> None:
+        self._inbox = inbox
+        self._run = run
+
+    def start(self, plan: TransferPlan) -> Awaitable[None]:
+        """Post `plan`."""
+        return self._inbox.post(plan, until="migrating")
+
+
+async def run_running(parent: Phase, run: Run, *, start: bool, loaded: Loaded | None = None) -> None:
+    """Run the guest until the machine ends, or has gone to another process; then go on to phase postmigrate.
+
+    With `loaded`, the guest is a predecessor's until it has been taken here; `start` is then what it was there.
+    """
+    async with parent.child("running", machine_phase="machine-ready") as phase:
+        await phase.residents.start("vcpus", run.gang.serve)
+        await phase.residents.start("guest requests", GuestRequests(run).serve)
+        if loaded is not None:
+            await take_over(run, loaded)
+            phase.tree.reserved_for = None
+        elif start:
+            run.start_nowait()
+        await stay_in_running(phase, run)
+
+
+async def take_over(run: Run, loaded: Loaded) -> None:
+    """Take the guest from its predecessor, and run it if it ran there.
+
+    Raises:
+        CprError: the predecessor kept it; nothing here has touched the guest.
+    """
+    made = run.machine.made
+    arrival = loaded.arrival
+    progress = made.incoming.progress
+    assert progress is not None
+    try:
+        arrival.steps.reach("loaded")
+        await take(arrival.cell, arrival.channel, arrival.steps)
+    except VmmError as error:
+        made.migration.failed(progress, str(error))
+        raise
+    # The guest is ours. From here on nothing may fail before it runs.
+    if loaded.runs:
+        run.gang.start_nowait()
+    arrival.steps.reach("running")
+    made.host.stores.resume()
+    if loaded.runs:
+        run.status.runs()
+    else:
+        run.status.stands(loaded.run_state)
+    progress.advance(MigrationStatus.COMPLETED)
+    with contextlib.suppress(CprError):
+        # The source may be dead by now. It finds in the cell what this message says.
+        resumed = await run.gang.entered() if loaded.runs else None
+        await arrival.channel.send("running", {"resumed-ns": resumed})
+
+
+async def stay_in_running(phase: Phase, run: Run) -> None:
+    """Hold the phase's window open until the guest is gone from this process."""
+    machine = run.machine
+    made = machine.made
+    inbox: Inbox[TransferPlan] = Inbox("running")
+
+    def grants(mint: Mint) -> RunningGrants:
+        return RunningGrants(
+            run_vcpus=mint(MayRunVcpus, run),
+            create_backend=mint(MayCreateBackend, made.host.stores),
+            open_host_file=mint(MayOpenHostFile, made.host.files),
+            set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
+            set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
+            start_migration=mint(MayStartMigration, _Departure(inbox, run)),
+        )
+
+    async with phase.window(grants):
+        gone = False
+        while not gone:
+            turn = await inbox.take()
+            try:
+                await phase.tree.drain(turn, "migrating")
+                gone = await run_migrating(phase, run, turn)
+            except VmmError as error:
+                if turn.settled:
+                    raise
+                turn.fail(error)
+        inbox.close()
+    await run_postmigrate(phase)

@@ -1,0 +1,49 @@
+"""How a machine is to be started: what an embedding program or the command line decides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Final, final
+
+import attrs
+
+from vmm import __version__
+from vmm.monitor.session import Version
+from vmm.phases.config import GoOn
+from vmm.recipe import Recipe
+
+
+QEMU_VERSION: Final = (11, 0, 92)
+"""The release whose protocol is spoken."""
+
+VERSION: Final = Version(*QEMU_VERSION, f"trio-vmm {__version__}")
+
+
+def _complain_on_stderr(text: str) -> None:
+    print(f"trio-vmm: {text}", file=sys.stderr, flush=True)
+
+
+@final
+@attrs.define(eq=False)
+class Identity:
+    """Name and UUID of the machine; set by `machine-set`, shown by `query-name` and `query-uuid`."""
+
+    name: str | None = None
+    uuid: str | None = None
+
+
+@final
+@attrs.frozen(eq=False)
+class Start:
+    """A recipe, and what the command line says beside it."""
+
+    recipe: Recipe
+    after_preconfig: GoOn | None = None
+    """With `--preconfig`: what follows by itself once a session has sent `x-exit-preconfig`."""
+    stop_at: str = ""
+    """For tests of live update: the named step at which this process stops itself with SIGSTOP."""
+    version: Version = VERSION
+    complain: Callable[[str], None] = _complain_on_stderr
+    """Takes a sentence for the operator: something went wrong that the machine survives."""
+    identity: Identity = attrs.Factory(Identity)

@@ -1,0 +1,207 @@
+"""The back ends that phase boot runs: chardevs and monitors."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
+
+import attrs
+
+from vmm.errors import BackendInUse, DescriptorsUnclaimed, DeviceNotFound, NameTaken, StateRejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from vmm.backends.chardev import Chardev
+    from vmm.nursery_tree import Resident, Residents
+    from vmm.phases.monitors import Monitor
+
+
+@final
+@attrs.define(eq=False)
+class Held:
+    """A chardev with its task, and who uses it."""
+
+    chardev: Chardev
+    resident: Resident
+    user: str | None = None
+
+
+@final
+@attrs.frozen
+class SectionOwner:
+    """How a back end's state is saved and loaded; see `vmm.migration.registry`."""
+
+    version: int
+    save: Callable[[], Mapping[str, Any]]
+    load: Callable[[int, Mapping[str, Any]], Callable[[], None]]
+
+
+@final
+class BootStores:
+    """Chardevs and monitors by name. The facet of `may-create-backend`; others may look and attach."""
+
+    what: ClassVar[str] = "Chardevs"
+    phase: ClassVar[str] = "boot"
+
+    def __init__(self, residents: Residents) -> None:
+        self._residents = residents
+        self.chardevs: Final[dict[str, Held]] = {}
+        self.monitors: Final[dict[str, tuple[Monitor, Resident]]] = {}
+        self._sent: frozenset[str] = frozenset()
+        self._moved: dict[str, int] = {}
+        self._gone: tuple[str, ...] = ()
+
+    # Creating.
+
+    async def adopt(self, family: str, name: str, backend: Any) -> None:
+        """Start `backend` and register it. Raises `NameTaken` before anything was started."""
+        store: Mapping[str, object] = self.chardevs if family == "chardev" else self.monitors
+        if name in store:
+            raise NameTaken(what=family.capitalize(), name=name)
+        resident = await self._residents.start(f"{family} {name}", backend.serve)
+        if family == "chardev":
+            self.chardevs[name] = Held(backend, resident)
+        else:
+            self.monitors[name] = (backend, resident)
+
+    async def dismiss(self, family: str, name: str) -> None:
+        """End a back end's task and forget it. `DeviceNotFound`, or `BackendInUse` for a chardev with a user."""
+        if family == "chardev":
+            held = self._held(name)
+            if held.user is not None:
+                raise BackendInUse(what="Chardev", name=name, user=held.user)
+            del self.chardevs[name]
+            await held.resident.leave()
+            return
+        if name not in self.monitors:
+            raise DeviceNotFound(what="Monitor", name=name, known=_known(self.monitors))
+        monitor, resident = self.monitors.pop(name)
+        await resident.leave()
+        if monitor.chardev is not None:
+            self._held(monitor.chardev).user = None
+
+    def take_chardev(self, label: str, user: str) -> Chardev:
+        """Reserve a chardev for `user`. Raises `DeviceNotFound`, `BackendInUse`."""
+        held = self._held(label)
+        if held.user is not None:
+            raise BackendInUse(what="Chardev", name=label, user=held.user)
+        held.user = user
+        return held.chardev
+
+    def free_chardev(self, label: str) -> None:
+        """Undo `take_chardev`."""
+        self._held(label).user = None
+
+    def _held(self, label: str) -> Held:
+        if label not in self.chardevs:
+            raise DeviceNotFound(what="Chardev", name=label, known=_known(self.chardevs))
+        return self.chardevs[label]
+
+    # Live update. A monitor's chardev is always at rest: the monitor has its listener.
+
+    async def quiesce(self) -> None:
+        """Come to rest: afterwards this process accepts nobody, and reads and writes no chardev."""
+        for monitor, _ in self.monitors.values():
+            monitor.hold()
+        for held in self.chardevs.values():
+            await held.chardev.quiesce()
+
+    def resume(self) -> None:
+        """Go on, here: this process owns what the descriptors stand for."""
+        for monitor, _ in self.monitors.values():
+            monitor.go_on()
+        for held in self.chardevs.values():
+            if held.user is None or not held.user.startswith(MONITOR):
+                held.chardev.resume()
+
+    def give_up(self) -> None:
+        """Let go of all that the successor has; sessions stay until they hang up."""
+        for monitor, _ in self.monitors.values():
+            monitor.give_up()
+        for held in self.chardevs.values():
+            held.chardev.give_up()
+
+    def standing_descriptors(self) -> dict[str, int]:
+        """Return what there is before the pause, by resource name; `changed_descriptors` is relative to it."""
+        descriptors = self._descriptors()
+        self._sent = frozenset(descriptors)
+        return descriptors
+
+    def changed_descriptors(self) -> tuple[dict[str, int], list[str]]:
+        """Return what has come since `standing_descriptors`, and the names of what has gone."""
+        descriptors = self._descriptors()
+        new = {name: fd for name, fd in descriptors.items() if name not in self._sent}
+        return new, sorted(self._sent - set(descriptors))
+
+    def _descriptors(self) -> dict[str, int]:
+        return {
+            f"{_prefix(label)}{suffix}": fd
+            for label, held in self.chardevs.items()
+            for suffix, fd in held.chardev.descriptors().items()
+        }
+
+    def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
+        """Keep what the source's last message brought until the chardevs' sections are loaded."""
+        self._moved, self._gone = new, tuple(gone)
+
+    def require_all_adopted(self) -> None:
+        """Raise `DescriptorsUnclaimed`, having closed them, if descriptors came that no chardev took."""
+        left, self._moved = self._moved, {}
+        for fd in left.values():
+            os.close(fd)
+        if left:
+            raise DescriptorsUnclaimed(names=tuple(sorted(left)))
+
+    # State.
+
+    def sections(self) -> Iterator[tuple[str, SectionOwner]]:
+        """Yield each chardev's section."""
+        for label, held in self.chardevs.items():
+            yield f"chardev/{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+
+    def _loader(self, label: str, chardev: Chardev) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
+        def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
+            from vmm.backends.chardev_state import ChardevState
+
+            kinds = {"output": bytes, "input": bytes, "escape": bool, "terminal": bytes}
+            faults = [
+                f"chardev/{label}.{name} must be of type {kind.__name__}"
+                for name, kind in kinds.items()
+                if not isinstance(section.get(name), kind)
+            ]
+            faults += [f"chardev/{label}.{name} is unknown" for name in section if name not in kinds]
+            try:
+                state = None if faults else ChardevState(**section)
+            except ValueError as error:
+                faults.append(f"chardev/{label}: {error}")
+            if state is None:
+                raise StateRejected(section=f"chardev/{label}", faults=tuple(faults))
+            found = state
+
+            def apply() -> None:
+                prefix = _prefix(label)
+                mine = [name for name in self._moved if name.startswith(prefix)]
+                new = {name.removeprefix(prefix): self._moved.pop(name) for name in mine}
+                gone = [name.removeprefix(prefix) for name in self._gone if name.startswith(prefix)]
+                chardev.take_over(found, new, gone)
+
+            return apply
+
+        return load
+
+
+MONITOR: Final = "monitor "
+"""How the user of a chardev begins that a monitor has."""
+
+
+def _saver(chardev: Chardev) -> Callable[[], Mapping[str, Any]]:
+    return lambda: attrs.asdict(chardev.pending())
+
+
+def _prefix(label: str) -> str:
+    return f"chardev/{label}/"
+
+
+def _known(names: Mapping[str, object]) -> str:
+    return f"; there are: {', '.join(sorted(names)) or 'none'}"

@@ -1,0 +1,110 @@
+"""The vCPUs of a machine as tasks, started and stopped together."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, final
+
+import trio
+
+from vmm.kvm.vcpu import run_vcpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmm.kvm.exits import Stop
+    from vmm.kvm.vcpu import Vcpu
+
+
+@final
+class VcpuGang:
+    """All vCPUs of one machine. A resident of phase running; each vCPU has a thread of its own while it runs."""
+
+    def __init__(self, vcpus: Sequence[Vcpu], failed: Callable[[Vcpu, Stop], None]) -> None:
+        self.vcpus: Final = tuple(vcpus)
+        self._failed = failed
+        self._threads = trio.CapacityLimiter(len(self.vcpus))
+        self._nursery: trio.Nursery | None = None
+        self._inside = 0
+        self._all_out = trio.Event()
+        self._all_out.set()
+        self._entered = trio.Event()
+        self._first_entry = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether a vCPU is in the guest, or about to be."""
+        return self._inside > 0
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be there for `start` and `stop`. A cancel takes every vCPU out of the guest before it leaves."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def warm(self) -> None:
+        """Have the threads ready, so that a start inside the guest's pause needs none to be made."""
+        async with trio.open_nursery() as nursery:
+            barrier = _Barrier(len(self.vcpus))
+            for _ in self.vcpus:
+                nursery.start_soon(lambda: trio.to_thread.run_sync(barrier.wait, limiter=self._threads))
+
+    def start_nowait(self) -> None:
+        """Begin to run every vCPU; their tasks enter the guest on their next turn."""
+        assert self._nursery is not None, "the gang is started by its resident task"
+        assert not self.running
+        self._all_out = trio.Event()
+        self._entered = trio.Event()
+        self._inside = len(self.vcpus)
+        for vcpu in self.vcpus:
+            self._nursery.start_soon(self._run, vcpu, name=f"vcpu{vcpu.index}")
+
+    async def entered(self) -> int:
+        """Wait until a vCPU has been about to enter the guest since the last start; return when, CLOCK_MONOTONIC in ns."""
+        await self._entered.wait()
+        return self._first_entry
+
+    def _note_entry(self, loop: trio.lowlevel.TrioToken) -> Callable[[], None]:
+        started = self._entered
+
+        def note() -> None:
+            # On the vCPU's thread, which must not wait for the loop.
+            now = time.monotonic_ns()
+            loop.run_sync_soon(told, now)
+
+        def told(now: int) -> None:
+            if not started.is_set():
+                self._first_entry = now
+                started.set()
+
+        return note
+
+    async def stop(self) -> None:
+        """Take every vCPU out of the guest; when this returns, no KVM_RUN is under way and no I/O half done."""
+        for vcpu in self.vcpus:
+            vcpu.kick()
+        await self._all_out.wait()
+
+    async def _run(self, vcpu: Vcpu) -> None:
+        try:
+            stop = await run_vcpu(vcpu, self._threads, entered=self._note_entry(trio.lowlevel.current_trio_token()))
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._all_out.set()
+        if stop.reason != "kicked":
+            self._failed(vcpu, stop)
+
+
+@final
+class _Barrier:
+    """Keeps the first threads until the last has come, so that as many threads exist at the same time."""
+
+    def __init__(self, parties: int) -> None:
+        import threading  # Only for this.
+
+        self._barrier = threading.Barrier(parties)
+
+    def wait(self) -> None:
+        self._barrier.wait(timeout=5)

@@ -1,0 +1,61 @@
+"""One machine as a whole process: signals, standard error, exit status."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import trio
+
+from vmm.cpr.steps import check_step
+from vmm.errors import VmmError, leaves
+from vmm.phases.boot import run_machine
+from vmm.phases.catalog import rank
+from vmm.phases.config import GoOn
+from vmm.phases.start import Start
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vmm.phases.foundation import Host
+    from vmm.recipe import Recipe
+
+SWITCH_INTERVAL = 0.001
+"""Seconds that a vCPU thread may keep the interpreter while the loop waits for it. The default of 5 ms would be the
+larger part of a live update's pause."""
+
+
+def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order."""
+    check_step(options.x_cpr_stop_at)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    start = Start(
+        recipe.ordered(rank),
+        after_preconfig=GoOn(start=not options.stopped) if options.preconfig else None,
+        stop_at=options.x_cpr_stop_at,
+    )
+    return trio.run(_run, start)
+
+
+async def _run(start: Start) -> int:
+    statuses: list[int] = []
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def machine(*, task_status: trio.TaskStatus[Host]) -> None:
+                statuses.append(await run_machine(start, task_status=task_status))
+                nursery.cancel_scope.cancel()
+
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+                host: Host = await nursery.start(machine)
+                async for _ in signals:
+                    host.ending.end("host-signal")
+    except BaseExceptionGroup as group:
+        errors = list(leaves(group))
+        if not all(isinstance(error, VmmError) for error in errors):
+            raise
+        for error in errors:
+            start.complain(str(error))
+        return 1
+    return statuses[0] if statuses else 1
