@@ -1,0 +1,39 @@
+"""Runs the tests with stock Linux guests in the box, all of them in one box, if this machine can't run them itself.
+
+    python -m tests.kvmbox [PYTEST-ARGUMENT ...]
+
+The exit status is pytest's; see `tests.kvmbox.box` for those of the box itself. No test is skipped for want of a box.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tests.kvmbox.box import BOX_FAILED, Box, BoxFailed
+from tests.kvmbox.host import boots_stock_linux
+from tests.kvmbox.stock_linux import KernelUnavailable, StockLinux
+
+# Hypothesis takes seconds to import at the box's speed, and nothing here uses it; the box keeps no cache of failures.
+_PYTEST = ("-m", "pytest", "-m", "kvmbox", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "--durations=10")
+
+
+def main(arguments: list[str]) -> int:
+    """The command line."""
+    if boots_stock_linux() and not arguments:
+        print("kvmbox: this machine's KVM boots stock Linux guests, so the other tests' run had these in it")
+        return 0
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, *_PYTEST, *(arguments or ["tests/kvmbox"])]
+    try:
+        linux = StockLinux.cached()
+        # Unpacked here, since the box would take twenty times as long.
+        print(f"kvmbox: starting the box; its guests are Linux {linux.release}, {linux.vmlinux}", flush=True)
+        return Box().run(command, root)
+    except (BoxFailed, KernelUnavailable) as error:
+        print(f"kvmbox: {error}", file=sys.stderr)
+        return BOX_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
