@@ -131,7 +131,8 @@ class CprChannel:
                     descriptors[name] = self._fds.popleft()
                 if len(descriptors) > _MAX_FDS:
                     raise self._broken(f"more than {_MAX_FDS} descriptors were sent")
-                if self._fds:
+                if self._fds and not self._data:
+                    # (With data left, they may belong to the frame that begins there.)
                     raise self._broken(f"{len(self._fds)} descriptors came without a name")
                 if kind != "more":
                     break
