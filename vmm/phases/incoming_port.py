@@ -45,6 +45,12 @@ class IncomingPort:
         """
         if self.progress is not None:
             raise MigrationRefused(reason="migrate-incoming: channels are bound already; query-migrate shows them")
+        if self._precreate.tree.machine_phase != "no-machine":
+            raise InvalidState(
+                what="migrate-incoming",
+                state="once the machine is defined: its recipe comes with the live update",
+                instead="await it in precreate, before machine-set",
+            )
         by_type = {channel.channel_type: channel for channel in channels}
         if len(by_type) < len(channels):
             raise MigrationRefused(reason="migrate-incoming: two channels of one type; give one of each")

@@ -68,6 +68,7 @@ async def run_precreate(boot: Phase, host: Host) -> None:
             )
 
         def carry_out(definition: Definition) -> Definition:
+            incoming.require_no_cpr_wait("machine-set")
             definition.check()
             options = definition.options
             host.start.identity.name, host.start.identity.uuid = options.name, options.uuid
