@@ -16,8 +16,20 @@ ROOT: Final = Path(__file__).resolve().parent.parent / "vmm"
 MODULES: Final = tuple(sorted(path for path in ROOT.rglob("*.py")))
 
 ORDER: Final = (
-    *("errors", "guests", "capabilities", "nursery_tree", "hostio", "recipe", "monitor", "kvm", "backends", "hw"),
-    *("migration", "cpr", "phases", "process", "cli"),
+    *(
+        "errors",
+        "guests",
+        "capabilities",
+        "nursery_tree",
+        "hostio",
+        "terminals",
+        "recipe",
+        "monitor",
+        "kvm",
+        "backends",
+        "hw",
+    ),
+    *("migration", "cpr", "phases", "qmp_client", "process", "cli"),
 )
 """A package may import those before it. `cli` is `cli.py` and each `cli_*.py`."""
 
@@ -28,7 +40,7 @@ LONGEST: Final = 800
 """Lines. Aim at 200, justify 400."""
 
 HOST_RESOURCES: Final = (
-    *("hostio.py", "kvm/"),
+    *("hostio.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "hw/doorbell.py",  # an eventfd: a bell between a thread and the loop, through which nothing of the host is reached
     "guests/build.py",  # a program of its own

@@ -26,8 +26,7 @@ from tests.backends.chardev_kit import (
     served,
     socket_at,
 )
-from vmm import hostio
-from vmm.backends.chardev import Chardev
+from vmm import hostio, terminals
 from vmm.backends.chardev_open import from_descriptors, open_chardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -37,13 +36,15 @@ from vmm.backends.chardev_options import (
     ChardevPtyWrapper,
     ChardevStdioWrapper,
 )
-from vmm.backends.chardev_state import BUFFER_LIMIT, ChardevState
 from vmm.backends.chardev_socket import SocketChardev
+from vmm.backends.chardev_state import BUFFER_LIMIT, ChardevState
 from vmm.backends.chardev_stdio import StdioChardev
 from vmm.errors import DescriptorMissing, DescriptorsUnclaimed, DescriptorWrongKind
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from vmm.backends.chardev import Chardev
 
 HAND_OVERS = 25
 
@@ -210,7 +211,7 @@ async def test_a_file_loses_and_repeats_nothing(tmp_path: Path, complain: Compla
 async def test_standard_streams_lose_and_repeat_nothing(complain: Complaints) -> None:
     source, typing = os.pipe()
     reading, sink = os.pipe()
-    first = StdioChardev("serial0", hostio.open_private(source), hostio.open_private(sink), complain, print)
+    first = StdioChardev("serial0", terminals.open_private(source), terminals.open_private(sink), complain, print)
     os.close(source)
     os.close(sink)
     async with trio.lowlevel.FdStream(typing) as input_end, trio.lowlevel.FdStream(reading) as output_end:
@@ -369,9 +370,9 @@ async def test_a_successor_that_owns_a_socket_at_rest_removes_its_file(path: str
 async def test_a_client_given_away_is_the_takers(path: str, complain: Complaints) -> None:
     chardev = open_chardev("qmp0", socket_at(path), Host(), complain)
     assert isinstance(chardev, SocketChardev)
+    assert chardev.surrender_client() is None
     async with await connect(path) as client:
         async with served(chardev):
-            assert chardev.surrender_client() is None
             await trio.testing.wait_all_tasks_blocked()
             await chardev.quiesce()
             fd = chardev.surrender_client()
@@ -402,7 +403,7 @@ async def test_the_successor_on_a_terminal_restores_it_and_knows_the_keys_under_
     frontend.space = 0
     left = trio.Event()
     async with trio.lowlevel.FdStream(master) as screen:
-        old = StdioChardev("serial0", hostio.open_private(slave), hostio.open_private(slave), complain, print)
+        old = StdioChardev("serial0", terminals.open_private(slave), terminals.open_private(slave), complain, print)
         async with served(old):
             await screen.send_all(b"typed ahead\x01")
             while not old.pending().escape:
@@ -432,7 +433,7 @@ async def test_the_successor_on_a_terminal_restores_it_and_knows_the_keys_under_
 async def test_a_successor_that_never_took_over_leaves_the_terminal_as_it_is(complain: Complaints) -> None:
     master, slave = os.openpty()
     before = termios.tcgetattr(slave)
-    old = StdioChardev("serial0", hostio.open_private(slave), hostio.open_private(slave), complain, print)
+    old = StdioChardev("serial0", terminals.open_private(slave), terminals.open_private(slave), complain, print)
     async with served(old):
         raw = termios.tcgetattr(slave)
         await old.quiesce()

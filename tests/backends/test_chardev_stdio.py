@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from tests.backends.chardev_kit import Complaints, Frontend, read_exactly, served
-from vmm import hostio
+from vmm import hostio, terminals
 from vmm.backends.chardev_state import BUFFER_LIMIT
 from vmm.backends.chardev_stdio import HELP, EscapeKeys, StdioChardev
 
@@ -59,7 +59,7 @@ def open_stdio(
     source: int, sink: int, complain: Complaints, leaving: Leaving, *, signals: bool = False
 ) -> StdioChardev:
     return StdioChardev(
-        "serial0", hostio.open_private(source), hostio.open_private(sink), complain, leaving, signals=signals
+        "serial0", terminals.open_private(source), terminals.open_private(sink), complain, leaving, signals=signals
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
-from vmm import hostio
+from vmm import hostio, terminals
 from vmm.backends.chardev_file import FileChardev, NullChardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -130,13 +130,13 @@ def _openers(backend: ChardevBackend) -> dict[str, Callable[[], int]]:
         file = backend.data
         return {"out": lambda: hostio.open_output_file(file.out, file.append)}
     if isinstance(backend, ChardevPtyWrapper):
-        return {"master": lambda: hostio.open_pty()[0]}
+        return {"master": lambda: terminals.open_pty()[0]}
     if isinstance(backend, ChardevSocketWrapper):
         path = backend.data.addr.data.path
         if backend.data.server:
             return {"listener": lambda: hostio.listen_unix(path).detach()}
         return {FIRST_CLIENT: lambda: hostio.connect_unix(path).detach()}
-    return {"input": lambda: hostio.open_private(0), "output": lambda: hostio.open_private(1)}
+    return {"input": lambda: terminals.open_private(0), "output": lambda: terminals.open_private(1)}
 
 
 def _close(descriptors: Mapping[str, int]) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Final, final
 
 import attrs
 
-from vmm.hostio import TERMINAL_SETTINGS_SIZE
+from vmm.terminals import TERMINAL_SETTINGS_SIZE
 
 BUFFER_LIMIT: Final = 64 * 1024
 """Bytes that a chardev holds in either direction."""
@@ -46,4 +46,4 @@ class ChardevState:
     escape: bool = False
     """Ctrl-A was the last key, and has no meaning yet (stdio)."""
     terminal: bytes = attrs.field(default=b"", validator=_settings_or_nothing)
-    """The terminal's settings before it was made raw (stdio on a terminal), as `hostio.RawTerminal.original`."""
+    """The terminal's settings before it was made raw (stdio on a terminal), as `terminals.RawTerminal.original`."""

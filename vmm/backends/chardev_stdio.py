@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, final
 
 import attrs
 
-from vmm import hostio
+from vmm import terminals
 from vmm.backends.chardev import READ_LIMIT, Chardev
 from vmm.backends.chardev_watch import poll
 
@@ -85,14 +85,14 @@ class StdioChardev(Chardev):
         signals: bool = False,
         inherited: bool = False,
     ) -> None:
-        """Own `source` and `sink`, made by `hostio.open_private`. Ctrl-A X calls `on_escape`, on the loop."""
+        """Own `source` and `sink`, made by `terminals.open_private`. Ctrl-A X calls `on_escape`, on the loop."""
         super().__init__(label, complain, inherited=inherited)
         self._source = source
         self._sink = sink
         self._on_escape = on_escape
         self._signals = signals
         self._keys = EscapeKeys()
-        self._terminal: hostio.RawTerminal | None = None
+        self._terminal: terminals.RawTerminal | None = None
         self._original = b""
         """Settings of the terminal, if it is one, before it was made raw; by whom does not matter."""
         self._input_is_over = False
@@ -116,13 +116,13 @@ class StdioChardev(Chardev):
 
     def _begin(self) -> None:
         if os.isatty(self._source):
-            self._terminal = hostio.raw_terminal(self._source, signals=self._signals)
+            self._terminal = terminals.raw_terminal(self._source, signals=self._signals)
             self._original = self._terminal.original
 
     def _own_terminal(self) -> None:
         # Not before it is ours: whoever holds a RawTerminal restores it at the latest when the interpreter exits.
         if self._original and self._terminal is None:
-            self._terminal = hostio.RawTerminal(self._source, self._original)
+            self._terminal = terminals.RawTerminal(self._source, self._original)
 
     def _open_output(self) -> None:
         self._own_terminal()
