@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, final
@@ -18,6 +17,7 @@ from vmm.kvm.system import Kvm
 from vmm.kvm.vcpu import Vcpu
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
     from vmm.kvm.exits import Stop

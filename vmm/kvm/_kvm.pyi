@@ -1,5 +1,4 @@
 # What the compiled binding looks like to a type checker; binding.h has the declarations.
-# ruff: noqa: ANN401
 
 from typing import Any, Protocol
 

@@ -419,6 +419,9 @@ static int tv_one_msr(int vcpu, unsigned long request, uint32_t index, uint64_t 
 
 static int tv_msr_travels(uint32_t index)
 {
+    /* Hyper-V's: guests are not told of that interface, and some of these count time or fill pages of guest memory. */
+    if (index >= 0x40000000 && index <= 0x400001ff)
+        return 0;
     switch (index) {
     /* Goes with SREGS, before the LAPIC, whose registers are laid out by its mode. */
     case MSR_IA32_APICBASE:
@@ -752,11 +755,23 @@ static int tv_load_clock(int vm, struct tv_chips *chips, int time)
     return 0;
 }
 
+static int tv_pit_line(int vm, struct tv_chips *chips, uint32_t level)
+{
+    struct kvm_irq_level line = { .level = level };
+
+    STEP(chips, ioctl(vm, KVM_IRQ_LINE, &line), "KVM_IRQ_LINE");
+    return 0;
+}
+
 /*
- * KVM_SET_PIT2 starts a whole new period of channel 0. Ticks of the old one that fell due after the PIC was read exist
- * in the machine left behind and nowhere else: one of them, all that an edge can hold, is given here.
+ * The PIT raises its line and lowers it at once, from a kernel thread that no pause stops. Chips that were read in
+ * between believe it to be high, and would not notice the next edge: so it is lowered first.
+ *
+ * KVM_SET_PIT2 has started a whole new period of channel 0. Ticks of the old one that fell due after the PIC was read
+ * exist in the machine left behind and nowhere else: one of them, all that an edge can hold, is given here. Within one
+ * boot of the host, that is, where count_load_time means something.
  */
-static int tv_catch_up_pit(int vm, struct tv_chips *chips)
+static int tv_catch_up_pit(int vm, struct tv_chips *chips, int time)
 {
     const struct kvm_pit_channel_state *channel = &chips->pit.channels[0];
     uint64_t count = channel->count ? channel->count : 0x10000;
@@ -764,17 +779,15 @@ static int tv_catch_up_pit(int vm, struct tv_chips *chips)
     int64_t started = channel->count_load_time;
     int64_t read = (int64_t)chips->moment.monotonic_ns;
     int64_t now = (int64_t)tv_now(CLOCK_MONOTONIC);
-    int periodic = channel->mode == 2 || channel->mode == 3;
+    int periodic = (channel->mode == 2 || channel->mode == 3) && !(chips->pit.flags & KVM_PIT_FLAGS_HPET_LEGACY);
 
-    if (!periodic || (chips->pit.flags & KVM_PIT_FLAGS_HPET_LEGACY) || period == 0 || started <= 0 || read < started)
+    if (tv_pit_line(vm, chips, 0) < 0)
+        return -1;
+    if (time != TV_TIME_SAME_BOOT || !periodic || period == 0 || started <= 0 || read < started || now < read)
         return 0;
-    if ((uint64_t)(now - started) / period > (uint64_t)(read - started) / period)
-        for (uint32_t level = 2; level-- > 0;) {
-            struct kvm_irq_level line = { .level = level };
-
-            STEP(chips, ioctl(vm, KVM_IRQ_LINE, &line), "KVM_IRQ_LINE");
-        }
-    return 0;
+    if ((uint64_t)(now - started) / period == (uint64_t)(read - started) / period)
+        return 0;
+    return tv_pit_line(vm, chips, 1) < 0 || tv_pit_line(vm, chips, 0) < 0 ? -1 : 0;
 }
 
 static int tv_chips_load(int vm, struct tv_chips *chips, int time)
@@ -784,7 +797,7 @@ static int tv_chips_load(int vm, struct tv_chips *chips, int time)
         STEP(chips, ioctl(vm, KVM_SET_IRQCHIP, &chips->chips[i]), "KVM_SET_IRQCHIP");
     }
     STEP(chips, ioctl(vm, KVM_SET_PIT2, &chips->pit), "KVM_SET_PIT2");
-    if (time == TV_TIME_SAME_BOOT && tv_catch_up_pit(vm, chips) < 0)
+    if (tv_catch_up_pit(vm, chips, time) < 0)
         return -1;
     return tv_load_clock(vm, chips, time);
 }

@@ -113,8 +113,7 @@ class Kvm:
 def _group_of(path: str) -> str:
     import grp  # only needed for an error text
 
-    gid = os.stat(path).st_gid
     try:
-        return f"{grp.getgrgid(gid).gr_name}, usually kvm"
-    except KeyError:
-        return f"gid {gid}, usually kvm"
+        return f"{grp.getgrgid(os.stat(path).st_gid).gr_name}, usually kvm"
+    except (KeyError, OSError):
+        return "usually kvm"
