@@ -15,9 +15,9 @@ from vmm.errors import OptionInvalid, Unsupported
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping
 
-_SUFFIXES: Final = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+_SUFFIXES: Final[Mapping[str, int]] = {"": 20, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _MACHINE_OPTIONS: Final = (
     "kernel", "initrd", "append", "memory", "smp", "name", "uuid", "cpu", "accel", "machine", "serial", "no_reboot",
 )  # fmt: skip
@@ -109,7 +109,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return Recipe(SOURCE, tuple(steps))
 
 
-_REPLACED_BY: Final = {"cpu": "cpu-model-set", "accel": "accel-set", "serial": "chardev-add and machine-set"}
+_REPLACED_BY: Final[Mapping[str, str]] = {"cpu": "cpu-model-set", "accel": "accel-set", "serial": "chardev-add and machine-set"}
 
 
 def _refuse_machine_options(options: argparse.Namespace, why: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.errors import CprRefused, HostFileRefused, OptionInvalid, VmmError
 from vmm.qmp_client import CommandFailed, qmp_over, qmp_session
 
@@ -102,7 +103,7 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-vmm-update-"))
         main, cpr = str(Path(folder) / "main"), str(Path(folder) / "cpr")
-        ours, theirs = socket.socketpair()
+        ours, theirs = hostio.socket_pair()
         stack.enter_context(ours)
         async with qmp_session(path) as source:
             old_pid = _peer_pid(path)
@@ -178,8 +179,6 @@ async def _quit(source: QmpClient) -> None:
 
 
 def _peer_pid(path: str) -> int:
-    from vmm import hostio
-
     with hostio.connect_unix(path) as sock:
         return hostio.peer_credentials(sock)[0]
 

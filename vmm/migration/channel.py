@@ -30,7 +30,7 @@ from vmm.migration.dotted_keys import parse_dotted_keys
 from vmm.monitor.arguments import structure, unstructure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 ChannelType = Literal["main", "cpr"]
 
@@ -40,7 +40,7 @@ _UNSUPPORTED_SCHEMES: Final = ("exec", "file", "rdma", "vsock")
 _POSSIBLE: Final = "use tcp:HOST:PORT, unix:PATH or fd:NAME"
 _INET_FLAGS: Final = ("numeric", "ipv4", "ipv6")
 _FLAGS: Final = ("abstract", "tight", *_INET_FLAGS)
-_SWITCH: Final = {"on": True, "off": False}
+_SWITCH: Final[Mapping[str, bool]] = {"on": True, "off": False}
 
 
 @final

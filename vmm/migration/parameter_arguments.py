@@ -5,6 +5,7 @@ Ranges and defaults are in `vmm.migration.parameter_table`; the annotations (`vm
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TypeAlias, final
 
 import attrs
@@ -16,7 +17,7 @@ MultifdCompression = Literal["none", "zlib", "zstd", "qatzip", "qpl", "uadk"]
 ZeroPageDetection = Literal["none", "legacy", "multifd"]
 TextOrNull: TypeAlias = str | Null
 
-_UNSTABLE: Final = {"features": ("unstable",)}
+_UNSTABLE: Final[Mapping[str, tuple[str, ...]]] = {"features": ("unstable",)}
 
 
 @final
