@@ -12,12 +12,12 @@ from vmm.cpr.steps import check_step
 from vmm.errors import VmmError, leaves
 from vmm.phases.boot import run_machine
 from vmm.phases.catalog import rank
-from vmm.phases.config import GoOn
 from vmm.phases.start import Start
 
 if TYPE_CHECKING:
     import argparse
 
+    from vmm.phases.config import GoOn
     from vmm.phases.foundation import Host
     from vmm.recipe import Recipe
 
@@ -30,11 +30,12 @@ def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
     """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order."""
     check_step(options.x_cpr_stop_at)
     sys.setswitchinterval(SWITCH_INTERVAL)
-    start = Start(
-        recipe.ordered(rank),
-        after_preconfig=GoOn(start=not options.stopped) if options.preconfig else None,
-        stop_at=options.x_cpr_stop_at,
-    )
+    after_preconfig: GoOn | None = None
+    if options.preconfig:
+        from vmm.phases.config import GoOn  # The machine's options, which the monitor does not need to start.
+
+        after_preconfig = GoOn(start=not options.stopped)
+    start = Start(recipe.ordered(rank), after_preconfig, options.x_cpr_stop_at)
     return trio.run(_run, start)
 
 

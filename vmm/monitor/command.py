@@ -13,6 +13,7 @@ window that lends to it. A handler that moves the machine on posts a `Turn` and 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import types
 from collections.abc import Awaitable
@@ -75,13 +76,23 @@ class Command:
     """One QMP command."""
 
     name: str
-    handler: Callable[..., Any]
+    _handler: Callable[..., Any] | str
+    """The function; or `module:function`, so that a table can be made without importing what its commands need."""
     recorded: bool = False
     """Whether a successful execution becomes part of the machine's recipe."""
     oob: bool = False
     """Whether the command may be executed out of band."""
     moves_to: str = ""
     """For a command that moves the machine on: where to, for error texts and tables."""
+
+    @cached_property
+    def handler(self) -> Callable[..., Any]:
+        """The function; imported at first use."""
+        if not isinstance(self._handler, str):
+            return self._handler
+        module, _, function = self._handler.partition(":")
+        handler: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return handler
 
     @cached_property
     def signature(self) -> Signature:
@@ -165,6 +176,11 @@ class CommandTable:
         if command is None:
             raise CommandNotFound(reason=f"There is no command {name!r}; query-commands lists those there are")
         return command
+
+    def import_handlers(self) -> None:
+        """Import every handler now, where a command's first use might come at a worse time."""
+        for command in self:
+            _ = command.handler
 
     def knows(self, name: str) -> bool:
         """Say whether there is a command `name`."""

@@ -85,9 +85,10 @@ async def run_machine(
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
                     tree.settle(failure)
-                if failure is None:
-                    cause = ending.cause or "host-signal"
-                    events.emit("SHUTDOWN", {"guest": cause.startswith("guest"), "reason": cause})
+            if failure is None:
+                # After the window, whose end has events too: this is the last that a client sees.
+                cause = ending.cause or "host-signal"
+                events.emit("SHUTDOWN", {"guest": cause.startswith("guest"), "reason": cause})
     if failure is not None:
         raise failure
     return ending.exit_status

@@ -1,4 +1,8 @@
-"""The table of commands and of events."""
+"""The table of commands and of events.
+
+Commands are named with the modules that have them; a module is imported when the first of its commands is used. The
+monitor thus greets before anything is imported that only some command needs.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,50 @@ import attrs
 
 from vmm.monitor.command import Command
 from vmm.monitor.events import Event
-from vmm.phases import commands_backends, commands_machine, commands_migration, commands_monitor
 
-COMMANDS: Final[tuple[Command, ...]] = (
-    *commands_monitor.COMMANDS,
-    *commands_backends.COMMANDS,
-    *commands_machine.COMMANDS,
-    *commands_migration.COMMANDS,
+_MONITOR: Final = "vmm.phases.commands_monitor"
+_BACKENDS: Final = "vmm.phases.commands_backends"
+_MACHINE: Final = "vmm.phases.commands_machine"
+_MIGRATION: Final = "vmm.phases.commands_migration"
+
+COMMANDS: Final = (
+    Command("query-version", f"{_MONITOR}:query_version"),
+    Command("query-commands", f"{_MONITOR}:query_commands"),
+    Command("query-qmp-schema", f"{_MONITOR}:query_qmp_schema"),
+    Command("query-name", f"{_MONITOR}:query_name"),
+    Command("query-uuid", f"{_MONITOR}:query_uuid"),
+    Command("query-machine-phase", f"{_MONITOR}:query_machine_phase"),
+    Command("query-nursery-tree", f"{_MONITOR}:query_nursery_tree"),
+    Command("getfd", f"{_MONITOR}:getfd"),
+    Command("closefd", f"{_MONITOR}:closefd"),
+    Command("add-fd", f"{_MONITOR}:add_fd"),
+    Command("remove-fd", f"{_MONITOR}:remove_fd"),
+    Command("query-fdsets", f"{_MONITOR}:query_fdsets"),
+    Command("quit", f"{_MONITOR}:quit_machine"),
+    Command("chardev-add", f"{_BACKENDS}:chardev_add", recorded=True),
+    Command("chardev-remove", f"{_BACKENDS}:chardev_remove"),
+    Command("query-chardev", f"{_BACKENDS}:query_chardev"),
+    Command("object-add", f"{_BACKENDS}:object_add"),
+    Command("object-del", f"{_BACKENDS}:object_del"),
+    Command("machine-set", f"{_MACHINE}:machine_set"),
+    Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate"),
+    Command("accel-set", f"{_MACHINE}:accel_set"),
+    Command("cpu-model-set", f"{_MACHINE}:cpu_model_set"),
+    Command("x-exit-preconfig", f"{_MACHINE}:x_exit_preconfig"),
+    Command("finish-machine-init", f"{_MACHINE}:finish_machine_init"),
+    Command("cont", f"{_MACHINE}:cont"),
+    Command("stop", f"{_MACHINE}:stop"),
+    Command("system_reset", f"{_MACHINE}:system_reset"),
+    Command("query-status", f"{_MACHINE}:query_status"),
+    Command("query-cpus-fast", f"{_MACHINE}:query_cpus_fast"),
+    Command("migrate-set-capabilities", f"{_MIGRATION}:migrate_set_capabilities"),
+    Command("query-migrate-capabilities", f"{_MIGRATION}:query_migrate_capabilities"),
+    Command("migrate-set-parameters", f"{_MIGRATION}:migrate_set_parameters"),
+    Command("query-migrate-parameters", f"{_MIGRATION}:query_migrate_parameters"),
+    Command("query-migrate", f"{_MIGRATION}:query_migrate"),
+    Command("migrate", f"{_MIGRATION}:migrate"),
+    Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
+    Command("migrate_cancel", f"{_MIGRATION}:migrate_cancel"),
 )
 
 

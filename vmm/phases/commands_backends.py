@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, final
+from typing import Annotated, final
 
 import attrs
 
@@ -11,7 +11,7 @@ from vmm.backends.chardev_open import open_chardev
 from vmm.backends.chardev_options import ChardevBackend
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
 from vmm.errors import BackendInUse, NameTaken, OptionInvalid, Unsupported
-from vmm.monitor.command import Command, For
+from vmm.monitor.command import For
 from vmm.monitor.ports import Caller
 from vmm.phases.foundation import Host
 from vmm.phases.stores import MONITOR, BootStores
@@ -131,12 +131,3 @@ async def object_del(may: Annotated[MayCreateBackend, For("monitor")], caller: C
         raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")
     await may.dismiss("monitor", args.id)
     query.view(Host).recorder.forget("object-add", "id", args.id)
-
-
-COMMANDS: Final = (
-    Command("chardev-add", chardev_add, recorded=True),
-    Command("chardev-remove", chardev_remove),
-    Command("query-chardev", query_chardev),
-    Command("object-add", object_add),
-    Command("object-del", object_del),
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Annotated, Final, Literal, final
+from typing import Annotated, Literal, final
 
 import attrs
 
@@ -15,11 +15,9 @@ from vmm.capabilities import (
     MayQuery,
     MayRunVcpus,
 )
-from vmm.monitor.command import Command, For
+from vmm.monitor.command import For
 from vmm.nursery_tree import Turn
-from vmm.phases.assembly import Definition
 from vmm.phases.config import AcceleratorOptions, CpuOptions, GoOn, MachineOptions
-from vmm.phases.machine import Machine
 from vmm.phases.run_state import RunState, RunStateName
 
 HostSource = MayOpenHostFile | MayAdoptDescriptor
@@ -29,6 +27,8 @@ def machine_set(
     may: Annotated[MayConfigureMachine, For("machine")], host: HostSource, args: MachineOptions
 ) -> Awaitable[None]:
     """Define the machine: type, memory, vCPUs, kernel. Leads to phase accel; a failure leaves all as it was."""
+    from vmm.phases.assembly import Definition  # Brings the boot loaders.
+
     definition = Definition.obtain(args, host)
     turn = may.decide("machine", definition)
     assert isinstance(turn, Turn)
@@ -117,6 +117,8 @@ class CpuInfoFast:
 
 def query_cpus_fast(may: MayQuery) -> list[CpuInfoFast]:
     """List the vCPUs with their host threads, without disturbing them."""
+    from vmm.phases.machine import Machine  # Brings KVM.
+
     return [
         CpuInfoFast(
             cpu_index=vcpu.index,
@@ -126,18 +128,3 @@ def query_cpus_fast(may: MayQuery) -> list[CpuInfoFast]:
         )
         for vcpu in may.view(Machine).vcpus
     ]
-
-
-COMMANDS: Final = (
-    Command("machine-set", machine_set),
-    Command("x-exit-precreate", x_exit_precreate),
-    Command("accel-set", accel_set),
-    Command("cpu-model-set", cpu_model_set),
-    Command("x-exit-preconfig", x_exit_preconfig),
-    Command("finish-machine-init", finish_machine_init),
-    Command("cont", cont),
-    Command("stop", stop),
-    Command("system_reset", system_reset),
-    Command("query-status", query_status),
-    Command("query-cpus-fast", query_cpus_fast),
-)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import Any, Final, final
+from typing import Any, final
 
 import attrs
 import trio
@@ -22,9 +22,7 @@ from vmm.migration.capability_table import MigrationCapabilityStatus, SetMigrati
 from vmm.migration.channel import Channel, Channels, MigrationChannel, outgoing_channels
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
 from vmm.migration.status import MigrationInfo
-from vmm.monitor.command import Command
 from vmm.monitor.ports import Caller
-from vmm.phases.migrating import TransferPlan
 from vmm.phases.migration_state import MigrationState
 
 
@@ -80,6 +78,8 @@ def migrate(may: MayStartMigration, query: MayQuery, caller: Caller, args: Migra
         raise Unsupported(what="Migration mode", name=mode, instead=instead)
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
+    from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
+
     return may.start(TransferPlan(Channels(_resolved(channels.main, caller), _resolved(channels.cpr, caller))))
 
 
@@ -124,15 +124,3 @@ async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:
     """Call a live update off; the guest stays here. Without effect once it has been offered to the other side."""
     await trio.lowlevel.checkpoint()
     may.cancel(f"by {caller.name}")
-
-
-COMMANDS: Final = (
-    Command("migrate-set-capabilities", migrate_set_capabilities),
-    Command("query-migrate-capabilities", query_migrate_capabilities),
-    Command("migrate-set-parameters", migrate_set_parameters),
-    Command("query-migrate-parameters", query_migrate_parameters),
-    Command("query-migrate", query_migrate),
-    Command("migrate", migrate),
-    Command("migrate-incoming", migrate_incoming),
-    Command("migrate_cancel", migrate_cancel),
-)

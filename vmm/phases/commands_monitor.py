@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Final, final
+from typing import final
 
 import attrs
 import trio
 
 from vmm.capabilities import AnyToken, MayAddDescriptor, MayQuery, MayQuit
 from vmm.errors import DescriptorError, TokenError
-from vmm.monitor.command import Command, CommandTable
+from vmm.monitor.command import CommandTable
 from vmm.monitor.events import EventHub
 from vmm.monitor.ports import Caller
 from vmm.monitor.session import Version
 from vmm.nursery_tree import Phase, Tree
 from vmm.phases.host import FdSets
 from vmm.phases.start import Identity
-
 
 # --- what there is ------------------------------------------------------------------------------------------
 
@@ -343,20 +342,3 @@ def query_fdsets(may: MayQuery) -> list[FdsetInfo]:
 def quit_machine(may: MayQuit) -> None:
     """End this process: the phases close from the innermost outwards, and SHUTDOWN is the last event."""
     may.end("host-qmp-quit")
-
-
-COMMANDS: Final = (
-    Command("query-version", query_version),
-    Command("query-commands", query_commands),
-    Command("query-qmp-schema", query_qmp_schema),
-    Command("query-name", query_name),
-    Command("query-uuid", query_uuid),
-    Command("query-machine-phase", query_machine_phase),
-    Command("query-nursery-tree", query_nursery_tree),
-    Command("getfd", getfd),
-    Command("closefd", closefd),
-    Command("add-fd", add_fd),
-    Command("remove-fd", remove_fd),
-    Command("query-fdsets", query_fdsets),
-    Command("quit", quit_machine),
-)

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Final, final
 import trio
 
 from vmm.errors import InvalidState, MigrationRefused
-from vmm.migration.connect import Listener, listen
-from vmm.phases.fd_receive import run_fd_receive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmm.capabilities import HostResources
     from vmm.migration.channel import Channel
+    from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase
-    from vmm.phases.foundation import Host
     from vmm.phases.fd_receive import Arrival
+    from vmm.phases.foundation import Host
     from vmm.phases.migration_state import MigrationState
 
 
@@ -59,6 +58,10 @@ class IncomingPort:
             raise MigrationRefused(
                 reason=f"migrate-incoming: a live update needs one channel of type main and one of type cpr; given: {given}"
             )
+        # Only now: most machines await nothing, and both bring what a monitor can start without.
+        from vmm.migration.connect import listen
+        from vmm.phases.fd_receive import run_fd_receive
+
         bound: dict[str, Listener] = {}
         try:
             for kind, channel in by_type.items():

@@ -12,8 +12,6 @@ import attrs
 
 from vmm.capabilities import MayConfigureMachine, MayListen, MaySetMigrationCap, MaySetMigrationParam
 from vmm.nursery_tree import Inbox
-from vmm.phases.accel import run_accel
-from vmm.phases.assembly import Definition, Precreated
 from vmm.phases.incoming_port import IncomingPort
 from vmm.phases.migration_state import MigrationState
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
+    from vmm.phases.assembly import Definition
     from vmm.phases.foundation import Host
 
 
@@ -45,6 +44,8 @@ class _Decision:
 
     def decide(self, decision: object) -> Awaitable[None]:
         """Post the machine's definition."""
+        from vmm.phases.assembly import Definition  # The caller has imported it, to make one.
+
         assert isinstance(decision, Definition)
         return self._inbox.post(decision)
 
@@ -78,4 +79,10 @@ async def run_precreate(boot: Phase, host: Host) -> None:
         async with phase.window(grants):
             definition = await phase.decided(inbox, carry_out)
         with closing(definition):
+            # Only now: the monitor answers without KVM, devices and migration streams, which take longer to import than
+            # it takes to start. All later phases and commands are imported at once, so that none is in a guest's pause.
+            from vmm.phases.accel import run_accel
+            from vmm.phases.assembly import Precreated
+
+            host.table.import_handlers()
             await run_accel(phase, Precreated(host, incoming, migration, definition))

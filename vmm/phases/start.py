@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 
 from vmm import __version__
 from vmm.monitor.session import Version
-from vmm.phases.config import GoOn
-from vmm.recipe import Recipe
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.phases.config import GoOn
+    from vmm.recipe import Recipe
 
 QEMU_VERSION: Final = (11, 0, 92)
 """The release whose protocol is spoken."""
