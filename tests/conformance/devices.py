@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tests.hw.fakes import Calls, FakeClock, FakeLine, FakeSink
+from vmm.hw.acpi_pm import AcpiPm
 from vmm.hw.board import COM1_PORTS
 from vmm.hw.debug_exit import DebugExit
 from vmm.hw.device import Device
@@ -82,6 +83,12 @@ def busy_rtc(device: Device) -> None:
         device.write(1, 1, value)
 
 
+def busy_acpi_pm(device: Device) -> None:
+    """A sleep type is chosen, and events are enabled."""
+    device.write(2, 2, 0x0321)
+    device.write(4, 2, 0x1402)
+
+
 def busy_port(device: Device) -> None:
     """Hold a value."""
     device.write(0, 1, 0x01)
@@ -93,5 +100,6 @@ CASES: Final = (
     Case("rtc", lambda bench: Rtc(now_ns=bench.clock), busy_rtc, frozenset({"offset", "a", "b", "memory"})),
     Case("debug-exit", lambda bench: DebugExit(request_exit=bench.callback), busy_port),
     Case("post-code", lambda bench: PostCode(), busy_port),
+    Case("acpi-pm", lambda bench: AcpiPm(request_power_off=bench.callback), busy_acpi_pm),
     Case("system-control-a", lambda bench: SystemControlA(request_reset=bench.callback), busy_port),
 )

@@ -37,5 +37,10 @@ COM: Final = ((COM1_PORTS, COM1_GSI), (COM2_PORTS, COM2_GSI), (COM3_PORTS, COM3_
 
 DEBUG_EXIT_PORTS: Final = range(0x501, 0x505)
 
+PM1_EVENT: Final = range(0x600, 0x604)
+PM1_CONTROL: Final = range(0x604, 0x606)
+SCI_GSI: Final = 9
+"""ACPI's fixed hardware. QEMU's PIIX4 has it here too, until firmware moves it."""
+
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000

@@ -10,6 +10,7 @@ import attrs
 
 from vmm import hostio
 from vmm.guests import guest_path
+from vmm.hw.boot.acpi import acpi_tables
 from vmm.hw.boot.image import image_path, plan_boot
 from vmm.hw.boot.plan import BinarySource
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import MayAdoptDescriptor, MayOpenHostFile
     from vmm.hw.boot.plan import BootPlan
-    from vmm.phases.foundation import Host
     from vmm.phases.config import MachineOptions
+    from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.migration_state import MigrationState
 
@@ -67,8 +68,9 @@ class Definition:
         """Find out whether the images can be booted on this machine. Raises `BootError`."""
         if self.kernel is not None:
             options = self.options
+            cpus = options.smp.cpus
             self.plan = plan_boot(
-                self.kernel, self.initrd, options.append, options.memory.size, options.smp.cpus
+                self.kernel, self.initrd, options.append, options.memory.size, cpus, acpi_tables(cpus)
             )
 
     def descriptors(self) -> Mapping[str, int]:

@@ -31,6 +31,10 @@ class GuestBells:
         self.exit_status = status
         self.bell.ring()
 
+    def request_power_off(self) -> None:
+        """The guest turns the power off."""
+        self.request_exit(0)
+
     def close(self) -> None:
         """Close the bell."""
         self.bell.close()

@@ -7,8 +7,9 @@ import pytest
 
 from tests.hw.boot.images import MIB, bzimage, elf, memory_of, source
 from vmm.errors import BootError
+from vmm.hw.board import PM1_CONTROL, PM1_EVENT
 from vmm.hw.boot import layout
-from vmm.hw.boot.acpi import PM1_CONTROL, PM1_EVENT, SCI, PciRoot, acpi_tables
+from vmm.hw.boot.acpi import SCI, PciRoot, acpi_tables
 from vmm.hw.boot.image import plan_boot
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def test_the_madt_lists_processors_ioapic_sci_and_nmi() -> None:
 
 def test_the_fadt_tells_power_and_reset_ports() -> None:
     fadt = tables(acpi_tables(1))[b"FACP"]
-    assert struct.unpack_from("<I", fadt, 56) == (PM1_EVENT,)
-    assert struct.unpack_from("<I", fadt, 64) == (PM1_CONTROL,)
+    assert struct.unpack_from("<I", fadt, 56) == (PM1_EVENT.start,)
+    assert struct.unpack_from("<I", fadt, 64) == (PM1_CONTROL.start,)
     assert fadt[116:129] == b"\x01\x08\x00\x01\x64\0\0\0\0\0\0\0\xfe"
 
 

@@ -18,20 +18,13 @@ from typing import final
 import attrs
 
 from vmm.errors import BootError
+from vmm.hw import board
+from vmm.hw.acpi_pm import SLEEP_TYPE_S5
 from vmm.hw.boot import aml, layout
 from vmm.hw.boot.plan import Data
 
-PM1_EVENT = 0x600
-"""PM1a event block: status (reads as zero, nothing here raises an event) and, at + 2, enable, which must read back what
-was written, or Linux reports errors (ACPICA tests it to find the global lock). 2 bytes each."""
-PM1_CONTROL = 0x604
-"""PM1a control, 2 bytes. SLP_EN (bit 13) with SLP_TYP (bits 10 to 12) of `SLEEP_TYPE_S5` asks for power off."""
-PM1_SCI_ENABLED = 1 << 0
-PM1_SLEEP_ENABLE = 1 << 13
-PM1_SLEEP_TYPE_SHIFT = 10
-SLEEP_TYPE_S5 = 5
-SCI = 9
-RESET_PORT = 0x64
+SCI = board.SCI_GSI
+RESET_PORT = board.I8042_COMMAND
 RESET_VALUE = 0xFE
 
 _PCI_CONFIG = range(0xCF8, 0xD00)
@@ -93,16 +86,16 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     wbinvd, no_power_button, no_sleep_button, no_rtc_wake, reset_register = 1 << 0, 1 << 4, 1 << 5, 1 << 6, 1 << 10
     struct.pack_into("<II", table, 36, facs, dsdt)
     struct.pack_into("<H", table, 46, SCI)
-    struct.pack_into("<I", table, 56, PM1_EVENT)
-    struct.pack_into("<I", table, 64, PM1_CONTROL)
+    struct.pack_into("<I", table, 56, board.PM1_EVENT.start)
+    struct.pack_into("<I", table, 64, board.PM1_CONTROL.start)
     table[88:90] = bytes([4, 2])  # PM1_EVT_LEN, PM1_CNT_LEN
     struct.pack_into("<HH", table, 96, 0xFFF, 0xFFF)  # no C2, no C3
     struct.pack_into("<H", table, 109, legacy_devices | keyboard_controller | no_vga | no_aspm)
     struct.pack_into("<I", table, 112, wbinvd | no_power_button | no_sleep_button | no_rtc_wake | reset_register)
     table[116:129] = _io_register(RESET_PORT, 8) + bytes([RESET_VALUE])
     struct.pack_into("<Q", table, 140, dsdt)
-    table[148:160] = _io_register(PM1_EVENT, 32)
-    table[172:184] = _io_register(PM1_CONTROL, 16)
+    table[148:160] = _io_register(board.PM1_EVENT.start, 32)
+    table[172:184] = _io_register(board.PM1_CONTROL.start, 16)
     return bytes(table[36:])
 
 
