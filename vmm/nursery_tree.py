@@ -149,15 +149,21 @@ def _left(phase: str) -> InvalidState:
 
 @final
 class _ShieldingStatus(Generic[ValueT]):
-    """Passes `started` on, and shields the resident from then on: until then its starter's cancel must reach it."""
+    """Passes `started` on, and shields the resident from then on: until then its starter's cancel must reach it.
 
-    def __init__(self, scope: trio.CancelScope, status: trio.TaskStatus[ValueT]) -> None:
+    It must reach it afterwards too if it came just before: then trio leaves the task with its starter, who waits for
+    the task's end and would wait for ever.
+    """
+
+    def __init__(self, scope: trio.CancelScope, status: trio.TaskStatus[ValueT], nursery: trio.Nursery) -> None:
         self._scope = scope
         self._status = status
+        self._nursery = nursery
+        self._task = trio.lowlevel.current_task()
 
     def started(self, value: Any = None) -> None:
-        self._scope.shield = True
         self._status.started(value)
+        self._scope.shield = self._task.parent_nursery is self._nursery
 
 
 @final
@@ -218,9 +224,10 @@ class Residents:
         task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         self._here.append(resident)
+        status = _ShieldingStatus(resident._scope, task_status, self._nursery)
 
         async def with_status() -> None:
-            await fn(*args, task_status=_ShieldingStatus(resident._scope, task_status))
+            await fn(*args, task_status=status)
 
         await self._run(resident, with_status)
 
@@ -241,7 +248,7 @@ class Lending:
     holder: str
     kinds: tuple[type[AnyToken], ...]
     since: float
-    """Loop time, in seconds."""
+    """When it was asked for; loop time, in seconds."""
 
 
 @final
@@ -256,15 +263,23 @@ class Window(Generic[GrantsT]):
     _nursery: trio.Nursery
     lendings: list[Lending] = attrs.Factory(list)
 
-    async def call(self, lending: Lending, fn: Callable[..., Awaitable[ResultT]], arguments: Mapping[str, Any]) -> ResultT:
-        """Run `fn(**arguments)` as a user of the window and return what it returns.
+    async def call(
+        self,
+        lending: Lending,
+        fn: Callable[..., Awaitable[ResultT]],
+        arguments: Mapping[str, Any],
+        *,
+        outer: Iterable[Window[Any]] = (),
+    ) -> ResultT:
+        """Run `fn(**arguments)` as a user of the window and return what it returns. `fn` begins to run in any case.
 
-        The window cannot close under `fn`. Cancelling the caller leaves `fn` running: a client that hangs up does
-        not undo its command.
+        The window cannot close under `fn`, nor can the `outer` ones whose tokens are lent as well. Cancelling the
+        caller leaves `fn` running: a client that hangs up does not undo its command.
 
         Raises:
             CommandAborted: the window was cancelled before `fn` finished.
         """
+        lenders = (self, *outer)
         finished = trio.Event()
         result: list[ResultT] = []
         failure: list[VmmError] = []
@@ -276,10 +291,12 @@ class Window(Generic[GrantsT]):
             except* VmmError as group:
                 failure.extend(error for error in leaves(group) if isinstance(error, VmmError))
             finally:
-                self.lendings.remove(lending)
+                for window in lenders:
+                    window.lendings.remove(lending)
                 finished.set()
 
-        self.lendings.append(lending)
+        for window in lenders:
+            window.lendings.append(lending)
         self._nursery.start_soon(user, name=f"{self.path}: {lending.command}")
         await finished.wait()
         if failure:
@@ -348,19 +365,24 @@ class Phase:
         """Wait for a decision that `carry_out` can carry out; return its result, and close the inbox.
 
         A decision that fails is answered with its `VmmError` and leaves the phase as it was. One that succeeds is
-        answered when the window that it leads to has opened.
+        answered when the window that it leads to has opened. What the phase was cancelled in the middle of, fails.
         """
-        while True:
-            turn = await inbox.take()
-            try:
-                await self.tree.drain(turn, self.path)
-                result = carry_out(turn.value)
-            except VmmError as error:
-                turn.fail(error)
-                continue
+        try:
+            while True:
+                turn = await inbox.take()
+                try:
+                    await self.tree.drain(turn, f"after {self.path}")
+                    result = carry_out(turn.value)
+                except VmmError as error:
+                    turn.fail(error)
+                    continue
+                except BaseException:
+                    turn.fail(_left(self.name))
+                    raise
+                self.tree.move(turn)
+                return result
+        finally:
             inbox.close()
-            self.tree.move(turn)
-            return result
 
     def publish(self, view: object) -> None:
         """Let `may-query` see `view`, under its class, for as long as this phase is open."""
@@ -382,10 +404,14 @@ class Tree:
         self._turnstile = trio.CapacityLimiter(1)
         self._passing: Lending | Turn[Any] | None = None
         self._moving: list[Turn[Any]] = []
+        self._awaited: list[tuple[str, Turn[Any]]] = []
         self.root: Phase | None = None
         self.innermost: Phase | None = None
         self.reserved_for: str | None = None
         """Who alone may be lent more than may-query and may-quit; None for nobody in particular."""
+        self._begun = trio.Event()
+        self._begun.set()
+        self._over = False
 
     @property
     def path(self) -> str:
@@ -401,10 +427,36 @@ class Tree:
         """Return the innermost published view of class `kind`. Raises `DeviceNotActive`."""
         found = self._views.get(kind)
         if not found:
-            raise DeviceNotActive(what=getattr(kind, "what", kind.__name__), phase=getattr(kind, "phase", "a later one"))
+            raise DeviceNotActive(
+                what=getattr(kind, "what", kind.__name__), phase=getattr(kind, "phase", "a later one")
+            )
         view = found[-1]
         assert isinstance(view, kind)
         return view
+
+    # Who goes first.
+
+    def begin_with(self, holder: str) -> None:
+        """Let `holder` build the machine before anybody else may do more than query and quit."""
+        self.reserved_for = holder
+        self._begun = trio.Event()
+
+    def begun(self) -> None:
+        """Let the others in."""
+        self.reserved_for = None
+        self._begun.set()
+
+    async def wait_begun(self, command: str, holder: str) -> None:
+        """Wait until whoever begins has begun, if that is not `holder` itself.
+
+        Raises:
+            CommandAborted: it never came to that.
+        """
+        if holder == self.reserved_for or self._begun.is_set():
+            return
+        await self._begun.wait()
+        if self._over:
+            raise CommandAborted(command=command)
 
     # Lending.
 
@@ -415,37 +467,55 @@ class Tree:
         scope: str | None,
         grant: Grant,
         holder: str,
-        hint: Callable[[type[AnyToken]], str] = lambda kind: "",
+        hint: Callable[[type[AnyToken], str | None], str] = lambda kind, scope: "",
     ) -> tuple[AnyToken, Window[Any]]:
         """Find a token of one of `kinds` that covers `scope`, from the innermost open window outwards.
 
         Raises:
             SessionNotGranted: the caller's `grant` has none of the kinds.
+            CommandAborted: no window is open, the machine is at its end.
             MachineReserved: somebody else is building the machine.
             TokenWithheld: an exclusive phase withholds the kind.
             TokenNotGranted: no open window has it; `hint` says what would.
         """
         allowed = [kind for kind in kinds if kind in grant.kinds]
         if not allowed:
-            raise SessionNotGranted(command=command, kind=kinds[0].wire_name, grant=grant.name)
+            raise SessionNotGranted(command=command, kind=_asked(kinds[0], scope), grant=grant.name)
         if self.reserved_for not in (None, holder) and not _ALWAYS_LENT.issuperset(allowed):
-            raise MachineReserved(command=command, kind=allowed[0].wire_name, holder=str(self.reserved_for))
+            raise MachineReserved(command=command, kind=_asked(allowed[0], scope), holder=str(self.reserved_for))
+        if not self._open:
+            raise CommandAborted(command=command)
+        withheld: TokenWithheld | None = None
+        possible = allowed
         for window in reversed(self._open):
             for token in window.tokens:
-                if type(token) in allowed and (scope is None or token.covers(scope)):
+                if type(token) in possible and (scope is None or token.covers(scope)):
                     return token, window
-            held = [kind for kind in allowed if kind in window.withholds]
-            if held:
-                raise TokenWithheld(command=command, kind=held[0].wire_name, phase=window.path)
-        raise TokenNotGranted(command=command, kind=allowed[0].wire_name, phase=self.path, hint=hint(allowed[0]))
+            held = [kind for kind in possible if kind in window.withholds]
+            if held and withheld is None:
+                withheld = TokenWithheld(command=command, kind=_asked(held[0], scope), phase=window.path)
+            possible = [kind for kind in possible if kind not in held]
+        if withheld is not None:
+            raise withheld
+        kind = allowed[0]
+        raise TokenNotGranted(command=command, kind=_asked(kind, scope), phase=self.path, hint=hint(kind, scope))
 
     def depth(self, window: Window[Any]) -> int:
         """How far inside `window` lies; the innermost of a command's windows is where it runs."""
         return self._open.index(window)
 
     async def pass_turnstile(self, lending: Lending) -> None:
-        """Wait until no other command that changes the machine is under way."""
+        """Wait until no other command that changes the machine is under way, and none moves it.
+
+        To be awaited outside all windows: while the machine moves, the window that it leaves waits for its users.
+
+        Raises:
+            CommandAborted: the machine has come to its end meanwhile.
+        """
         await self._turnstile.acquire_on_behalf_of(lending)
+        if self._over:
+            self._turnstile.release_on_behalf_of(lending)
+            raise CommandAborted(command=lending.command)
         self._passing = lending
 
     def leave_turnstile(self, holder: Lending | Turn[Any]) -> None:
@@ -467,17 +537,32 @@ class Tree:
             turn.on_settled(lambda: self.leave_turnstile(turn))
             return
         holder = self._passing
-        holders = f"{holder.command} of {holder.holder} is" if isinstance(holder, Lending) else "a move of the machine is"
+        holders = (
+            f"{holder.command} of {holder.holder} is" if isinstance(holder, Lending) else "a move of the machine is"
+        )
         raise DrainTimeout(phase=phase, seconds=within, holders=holders)
 
     def move(self, turn: Turn[Any]) -> None:
         """Let `turn` settle by itself, when the window that it leads to opens."""
         self._moving.append(turn)
 
-    def settle(self, error: VmmError) -> None:
-        """Fail the moves under way: the machine did not get there."""
+    async def outcome(self, command: str, turn: Turn[Any]) -> None:
+        """Wait until `turn`, which `command` has posted, is settled; raise what it failed with."""
+        entry = (command, turn)
+        self._awaited.append(entry)
+        try:
+            await turn
+        finally:
+            self._awaited.remove(entry)
+
+    def settle(self, error: VmmError | None = None) -> None:
+        """The machine ends, because of `error` or as somebody asked. Fail all that waits for it to get somewhere."""
+        self._over = True
+        self._begun.set()
+        for command, turn in self._awaited:
+            turn.fail(error or CommandAborted(command=command))
         for turn in self._moving:
-            turn.fail(error)
+            turn.fail(error or _left(self.path))
         self._moving.clear()
 
     # What phases and windows report.
@@ -506,6 +591,10 @@ class Tree:
             self._views[type(view)].remove(view)
         self.innermost = innermost
         self._observer("PHASE_CHANGED", _phase_data(phase, opened=False))
+
+
+def _asked(kind: type[AnyToken], scope: str | None) -> str:
+    return kind.wire_name if scope is None else f"{kind.wire_name}:{scope}"
 
 
 def _token_data(phase: Phase, token: AnyToken) -> dict[str, object]:

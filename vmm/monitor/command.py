@@ -7,8 +7,11 @@ A handler is a module-level function. Each of its parameters is annotated with
 - one attrs class, the arguments.
 
 From this the table looks up tokens, the schema and the documentation are generated, and nothing is written twice.
-A handler without `async` may use `may-query` alone and runs at once; every other runs as a user of the innermost
+A handler that only queries or quits and is not `async` runs at once; every other runs as a user of the innermost
 window that lends to it. A handler that moves the machine on posts a `Turn` and returns it; the reply waits for it.
+
+Commands that may change the machine take turns. Who waits does so outside all windows, so that the machine can move on
+meanwhile; afterwards the tokens are looked up again.
 """
 
 from __future__ import annotations
@@ -111,7 +114,9 @@ class Command:
             elif arguments is None and isinstance(hint, type) and attrs.has(hint):
                 arguments = (parameter, hint)
             else:
-                raise TypeError(f"{self.name}: parameter {parameter!r} is neither a token, the caller nor the arguments")
+                raise TypeError(
+                    f"{self.name}: parameter {parameter!r} is neither a token, the caller nor the arguments"
+                )
         if not needs:
             raise TypeError(f"{self.name}: a command needs at least one token")
         return Signature(tuple(needs), caller, arguments, hints.get("return"))
@@ -128,11 +133,17 @@ class Command:
         return None if returns is type(None) or get_origin(returns) in (Turn, Awaitable) else returns
 
     @cached_property
+    def harmless(self) -> bool:
+        """Whether the command cannot do more than query and quit."""
+        return all(_HARMLESS.issuperset(need.kinds) for need in self.signature.needs)
+
+    @property
     def queues(self) -> bool:
-        """Whether the command waits its turn: all do that may change the machine, but those that move it on."""
-        moves = get_origin(self.signature.returns) is Turn
-        only_reads = all(_HARMLESS.issuperset(need.kinds) for need in self.signature.needs)
-        return not (moves or only_reads or self.oob)
+        """Whether the command waits its turn: all do that may change the machine, but those that move it on.
+
+        These post a decision, and the phase that takes it waits for the command under way, within a time limit.
+        """
+        return not (self.moves_to or self.harmless or self.oob)
 
 
 _HARMLESS: Final = frozenset({MayQuery, MayQuit})
@@ -159,7 +170,7 @@ class CommandTable:
         tree: Tree,
         *,
         grant_of: Callable[[Caller], Grant],
-        hint: Callable[[type[AnyToken]], str],
+        hint: Callable[[type[AnyToken], str | None], str],
         record: Callable[[str, Mapping[str, object]], None],
     ) -> None:
         self._by_name: Final = {command.name: command for command in commands}
@@ -200,7 +211,7 @@ class CommandTable:
 
     def can_run_at_once(self, command: Command) -> bool:
         """Say whether `command` neither waits nor changes anything."""
-        return not command.queues and not inspect.iscoroutinefunction(command.handler)
+        return command.harmless and not inspect.iscoroutinefunction(command.handler)
 
     async def execute(self, caller: Caller, name: str, arguments: Mapping[str, object]) -> object:
         """Run one command for `caller` and return its reply as JSON.
@@ -211,6 +222,8 @@ class CommandTable:
             VmmError: the command is unknown, inadmissible here, got wrong arguments, or failed.
         """
         command = self[name]
+        if not command.harmless:
+            await self._tree.wait_begun(name, caller.name)
         found = self.admitted(command, caller)
         signature = command.signature
         bound: dict[str, Any] = {parameter: token for parameter, (token, _) in found.items()}
@@ -224,32 +237,40 @@ class CommandTable:
         if self.can_run_at_once(command):
             result = command.handler(**bound)
         else:
-            result = await self._call(command, caller, found, bound)
+            result = await self._call(command, caller, bound, lambda: self._record(name, arguments))
         if isinstance(result, Turn):
-            await result
+            await self._tree.outcome(name, result)
             result = None
-        if command.recorded:
-            self._record(name, arguments)
         return {} if result is None else unstructure(result)
 
     async def _call(
-        self, command: Command, caller: Caller, found: Mapping[str, tuple[AnyToken, Any]], bound: Mapping[str, Any]
+        self, command: Command, caller: Caller, bound: dict[str, Any], record: Callable[[], None]
     ) -> object:
-        window = max((window for _, window in found.values()), key=self._tree.depth)
-        lending = Lending(
-            command.name, caller.name, tuple(type(token) for token, _ in found.values()), trio.current_time()
-        )
+        kinds = tuple(type(bound[need.parameter]) for need in command.signature.needs)
+        lending = Lending(command.name, caller.name, kinds, trio.current_time())
 
         async def run(**arguments: Any) -> object:
-            if not command.queues:
-                return await _finish(command.handler(**arguments))
-            await self._tree.pass_turnstile(lending)
             try:
-                return await _finish(command.handler(**arguments))
+                result = await _finish(command.handler(**arguments))
+                if command.recorded:
+                    record()
+                return result
             finally:
-                self._tree.leave_turnstile(lending)
+                if command.queues:
+                    self._tree.leave_turnstile(lending)
 
-        result: object = await window.call(lending, run, bound)
+        if command.queues:
+            await self._tree.pass_turnstile(lending)
+        try:
+            found = self.admitted(command, caller)
+        except BaseException:
+            if command.queues:
+                self._tree.leave_turnstile(lending)
+            raise
+        bound.update({parameter: token for parameter, (token, _) in found.items()})
+        inner, *outer = sorted({window for _, window in found.values()}, key=self._tree.depth, reverse=True)
+        # From here to the user's start nothing waits: the windows are open, and `run` leaves the turnstile.
+        result: object = await inner.call(lending, run, bound, outer=outer)
         return result
 
 

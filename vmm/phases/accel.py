@@ -79,10 +79,11 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
 
         def carry_out(options: AcceleratorOptions) -> Accelerator:
             accelerator = Accelerator.open(options)
+            stack.callback(accelerator.close)
             made.host.recorder.record_options("accel-set", options)
             return accelerator
 
-        async with phase.window(grants):
-            accelerator = await phase.decided(inbox, carry_out)
-        with closing(accelerator):
+        with ExitStack() as stack:
+            async with phase.window(grants):
+                accelerator = await phase.decided(inbox, carry_out)
             await run_backends(phase, made, accelerator)

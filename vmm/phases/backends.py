@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -39,8 +39,8 @@ async def run_backends(accel: Phase, made: Precreated, accelerator: Accelerator)
             )
 
         size = made.definition.options.memory.size
-        async with phase.window(grants) as window:
-            fd = window.grants.open_host_file.obtain("ram", lambda: hostio.create_ram(size, "ram"))
-            memory = GuestMemory.from_memfd(fd, size)
-        with closing(memory):
+        with ExitStack() as stack:
+            async with phase.window(grants) as window:
+                fd = window.grants.open_host_file.obtain("ram", lambda: hostio.create_ram(size, "ram"))
+                memory = stack.enter_context(closing(GuestMemory.from_memfd(fd, size)))
             await run_preconfig(phase, made, accelerator, memory)

@@ -122,7 +122,7 @@ class BoardBuilder:
         devices: list[Device] = []
         for number, label in enumerate(self._made.definition.options.serial):
             ports, gsi = board.COM[number]
-            chardev = stores.take_chardev(label, f"COM{number + 1}")
+            chardev = stores.chardevs[label].chardev  # This machine's since `machine-set`.
             uart = Uart(
                 name=f"uart{number}", addresses=(ports,), irq=line(gsi), sink=chardev, on_room=chardev.accept_input
             )

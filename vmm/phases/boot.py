@@ -43,9 +43,7 @@ class BootGrants:
     open_host_file: MayOpenHostFile
 
 
-async def run_machine(
-    start: Start, *, task_status: trio.TaskStatus[Host] = trio.TASK_STATUS_IGNORED
-) -> int:
+async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio.TASK_STATUS_IGNORED) -> int:
     """Run one machine to its end and return its exit status. Started once its monitors can be.
 
     A cancel unwinds the phases, innermost first, and then goes on up.
@@ -64,8 +62,30 @@ async def run_machine(
             status = RunState(events.emit)
             stores = BootStores(phase.residents)
             await phase.residents.start("events", events.serve)
-            host = Host(start, events, table, status, stores, recorder, ending, HostFiles(), MonitorMaker(table, events, start.version, start.complain))
-            for view in (host, tree, status, table, events, stores, fdsets, recorder, host.monitors, start.identity, start.version):
+            host = Host(
+                start,
+                events,
+                table,
+                status,
+                stores,
+                recorder,
+                ending,
+                HostFiles(),
+                MonitorMaker(table, events, start.version, start.complain),
+            )
+            for view in (
+                host,
+                tree,
+                status,
+                table,
+                events,
+                stores,
+                fdsets,
+                recorder,
+                host.monitors,
+                start.identity,
+                start.version,
+            ):
                 phase.publish(view)
 
             def grants(mint: Mint) -> BootGrants:
@@ -77,17 +97,19 @@ async def run_machine(
                     open_host_file=mint(MayOpenHostFile, host.files),
                 )
 
-            async with phase.window(grants):
-                try:
-                    with ending.scope:
-                        task_status.started(host)
-                        await _run_to_the_end(phase, host)
-                except* VmmError as group:
-                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
-                    tree.settle(failure)
-            if failure is None:
+            try:
+                async with phase.window(grants):
+                    try:
+                        with ending.scope:
+                            task_status.started(host)
+                            await _run_to_the_end(phase, host)
+                    except* VmmError as group:
+                        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                    finally:
+                        tree.settle(failure)
+            finally:
                 # After the window, whose end has events too: this is the last that a client sees.
-                cause = ending.cause or "host-signal"
+                cause = ending.cause or ("host-signal" if failure is None else "host-error")
                 events.emit("SHUTDOWN", {"guest": cause.startswith("guest"), "reason": cause})
     if failure is not None:
         raise failure
@@ -96,7 +118,7 @@ async def run_machine(
 
 async def _run_to_the_end(phase: Phase, host: Host) -> None:
     async with trio.open_nursery() as nursery:
-        phase.tree.reserved_for = REPLAYER.name
+        phase.tree.begin_with(REPLAYER.name)
         nursery.start_soon(replay_start, host, phase.tree, name="recipe")
         await run_precreate(phase, host)
         nursery.cancel_scope.cancel()
@@ -105,5 +127,3 @@ async def _run_to_the_end(phase: Phase, host: Host) -> None:
 def _grant_of(caller: Caller) -> Grant:
     grant: Grant = getattr(caller, "grant", ADMIN)
     return grant
-
-

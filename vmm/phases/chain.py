@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Final, Union, final, get_args, get_origin
 import attrs
 
 from vmm.capabilities import Token
+from vmm.monitor.command import Need
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vmm.capabilities import AnyToken
-    from vmm.monitor.command import Need
 
 
 @final
@@ -146,16 +146,15 @@ def _met(need: Need, windows: list[PhaseFacts]) -> bool:
     for phase in windows:
         if phase.grants_for(need):
             return True
-        if any(kind in phase.withholds for kind in need.kinds):
-            return False
+        need = Need(need.parameter, tuple(kind for kind in need.kinds if kind not in phase.withholds), need.scope)
     return False
 
 
-def hint(kind: type[AnyToken]) -> str:
-    """Return what an error text adds about `kind`: the phases that grant it, and how to get there."""
-    granting = [phase for phase in chain() if phase.lent and kind in phase.kinds()]
+def hint(kind: type[AnyToken], scope: str | None) -> str:
+    """Return what an error text adds about `kind` for `scope`: the phases that grant it, and how to get there."""
+    need = Need("", (kind,), scope)
+    granting = [phase for phase in chain() if phase.lent and phase.grants_for(need)]
     if not granting:
         return ""
-    named = ", ".join(phase.name for phase in granting)
-    ways = dict.fromkeys(phase.reach for phase in granting if phase.reach)
-    return f"; phases that grant it: {named} (reached by {'; '.join(ways)})" if ways else f"; phases that grant it: {named}"
+    named = (f"{phase.name} (reached by {phase.reach})" if phase.reach else phase.name for phase in granting)
+    return f"; phases that grant it: {', '.join(named)}"

@@ -86,14 +86,18 @@ async def run_devices(
                 )
 
             async with phase.window(grants) as window:
-                machine = builder.build(window.grants.map_guest_memory, window.grants.plug_device, window.grants.declare_state)
+                machine = builder.build(
+                    window.grants.map_guest_memory, window.grants.plug_device, window.grants.declare_state
+                )
                 phase.publish(machine)
-                if onward is None:
-                    onward = await phase.decided(inbox, lambda decision: decision)
-                inbox.close()
-                host.recorder.record("finish-machine-init", {})
-                if window.grants.write_guest_memory is not None:
-                    machine.power_on(window.grants.write_guest_memory)
+
+                def carry_out(decision: GoOn) -> GoOn:
+                    if window.grants.write_guest_memory is not None:
+                        machine.power_on(window.grants.write_guest_memory)
+                    host.recorder.record("finish-machine-init", {})
+                    return decision
+
+                onward = carry_out(onward) if onward is not None else await phase.decided(inbox, carry_out)
             if made.incoming.arrival is not None:
                 await run_incoming(phase, machine, made.incoming.arrival)
             else:

@@ -48,13 +48,14 @@ class PreconfigGrants:
 class _Decision:
     """The facet of `may-configure-machine`, for the CPU."""
 
-    def __init__(self, inbox: Inbox[CpuOptions | GoOn]) -> None:
+    def __init__(self, inbox: Inbox[CpuOptions | GoOn], until: str) -> None:
         self._inbox = inbox
+        self._until = until
 
     def decide(self, decision: object) -> Awaitable[None]:
         """Post the CPU model."""
         assert isinstance(decision, CpuOptions)
-        return self._inbox.post(decision)
+        return self._inbox.post(decision, until=self._until)
 
 
 async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory) -> None:
@@ -62,10 +63,13 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
     host = made.host
     async with backends.child("preconfig") as phase:
         inbox: Inbox[CpuOptions | GoOn] = Inbox("preconfig")
+        # A predecessor's recipe says itself how it goes on.
+        onward = host.start.after_preconfig if made.incoming.arrival is None else None
+        until = "devices" if onward is None else "running"
 
         def grants(mint: Mint) -> PreconfigGrants:
             return PreconfigGrants(
-                configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"cpu"})),
+                configure_machine=mint(MayConfigureMachine, _Decision(inbox, until), only=frozenset({"cpu"})),
                 create_backend=mint(MayCreateBackend, host.stores),
                 open_host_file=mint(MayOpenHostFile, host.files),
                 set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
@@ -78,8 +82,8 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
             cpu = decision if isinstance(decision, CpuOptions) else CpuOptions()
             cpu.check()
             host.recorder.record_options("cpu-model-set", cpu)
-            return decision if isinstance(decision, GoOn) else host.start.after_preconfig
+            return decision if isinstance(decision, GoOn) else onward
 
         async with phase.window(grants):
-            onward = await phase.decided(inbox, carry_out)
-        await run_devices(phase, made, accelerator, memory, onward)
+            decided = await phase.decided(inbox, carry_out)
+        await run_devices(phase, made, accelerator, memory, decided)

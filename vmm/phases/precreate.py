@@ -5,7 +5,7 @@ Left by `machine-set`, `x-exit-precreate`, or the arrival of CPR state, whose re
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -47,7 +47,7 @@ class _Decision:
         from vmm.phases.assembly import Definition  # The caller has imported it, to make one.
 
         assert isinstance(decision, Definition)
-        return self._inbox.post(decision)
+        return self._inbox.post(decision, until="accel")
 
 
 async def run_precreate(boot: Phase, host: Host) -> None:
@@ -60,9 +60,7 @@ async def run_precreate(boot: Phase, host: Host) -> None:
 
         def grants(mint: Mint) -> PrecreateGrants:
             return PrecreateGrants(
-                configure_machine=mint(
-                    MayConfigureMachine, _Decision(inbox), only=frozenset({"machine"})
-                ),
+                configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"machine"})),
                 set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, migration.parameters),
                 listen=mint(MayListen, incoming),
@@ -72,13 +70,21 @@ async def run_precreate(boot: Phase, host: Host) -> None:
             incoming.require_no_cpr_wait("machine-set")
             definition.check()
             options = definition.options
+            with ExitStack() as undo:
+                for number, label in enumerate(options.serial, 1):
+                    host.stores.take_chardev(label, f"COM{number}")
+                    undo.callback(host.stores.free_chardev, label)
+                undo.pop_all()
+            stack.callback(definition.close)
             host.start.identity.name, host.start.identity.uuid = options.name, options.uuid
             host.recorder.record_options("machine-set", options)
             return definition
 
-        async with phase.window(grants):
-            definition = await phase.decided(inbox, carry_out)
-        with closing(definition):
+        # Here, and so in the phases that follow: what a decision has brought is closed whatever happens next, also if
+        # the window that it leaves is cancelled before it has closed.
+        with ExitStack() as stack:
+            async with phase.window(grants):
+                definition = await phase.decided(inbox, carry_out)
             # Only now: the monitor answers without KVM, devices and migration streams, which take longer to import than
             # it takes to start. All later phases and commands are imported at once, so that none is in a guest's pause.
             from vmm.phases.accel import run_accel

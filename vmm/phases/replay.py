@@ -38,15 +38,14 @@ SUCCESSOR: Final = Replayer("the incoming recipe", REPLAY)
 
 
 async def replay_start(host: Host, tree: Tree) -> None:
-    """Replay the start recipe; until it is done nobody else may change the machine."""
-    recipe = host.start.recipe
-    tree.reserved_for = REPLAYER.name
-    await _replay(host, recipe, REPLAYER)
-    tree.reserved_for = None
+    """Replay the start recipe; the tree has been told that this is what it begins with."""
+    await _replay(host, host.start.recipe, REPLAYER)
+    tree.begun()
 
 
 async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
-    """Replay a predecessor's recipe, with its descriptors in place of this host's files."""
+    """Replay a predecessor's recipe, with its descriptors in place of this host's files; nobody else may interfere."""
+    await tree.wait_begun("migrate-incoming", SUCCESSOR.name)
     tree.reserved_for = SUCCESSOR.name
     await _replay(host, recipe, SUCCESSOR)
 
