@@ -9,11 +9,13 @@ import attrs
 
 from vmm.errors import StateRejected
 from vmm.hw import board
+from vmm.hw.acpi_pm import AcpiPm
 from vmm.hw.bus import Bus
 from vmm.hw.codec import Codecs, DeviceSection
 from vmm.hw.debug_exit import DebugExit
 from vmm.hw.i8042 import I8042
 from vmm.hw.irq import GsiLine
+from vmm.hw.legacy import PostCode, SystemControlA
 from vmm.hw.rtc import Rtc
 from vmm.hw.uart import Uart
 from vmm.kvm.cpuid import guest_cpuid
@@ -39,9 +41,7 @@ if TYPE_CHECKING:
 class BoardBuilder:
     """Builds the board. The facet of `may-plug-device` and `may-map-guest-memory` while it does."""
 
-    def __init__(
-        self, made: Precreated, accelerator: Accelerator, memory: GuestMemory, stack: ExitStack
-    ) -> None:
+    def __init__(self, made: Precreated, accelerator: Accelerator, memory: GuestMemory, stack: ExitStack) -> None:
         self._made = made
         self._accelerator = accelerator
         self._memory = memory
@@ -131,6 +131,9 @@ class BoardBuilder:
             devices.append(uart)
         devices.append(I8042(irq=line(board.I8042_GSI), request_reset=bells.request_reset))
         devices.append(Rtc())
+        devices.append(AcpiPm(request_power_off=bells.request_power_off))
+        devices.append(PostCode())
+        devices.append(SystemControlA(request_reset=bells.request_reset))
         devices.append(DebugExit(request_exit=bells.request_exit))
         return devices
 
