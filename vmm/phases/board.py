@@ -96,7 +96,8 @@ class BoardBuilder:
         )
         kernel = KernelState(machine)
         may_declare.register("kvm", KernelState.VERSION, save=kernel.save, load=kernel.load)
-        for name, owner in made.host.stores.sections():
+        arrival = made.incoming.arrival
+        for name, owner in made.host.stores.sections(None if arrival is None else arrival.recipe):
             may_declare.register(name, owner.version, save=owner.save, load=owner.load)
         return machine
 

@@ -48,6 +48,7 @@ class Machine:
 
     def prepare_to_move(self) -> None:
         """Do now what would else be done at the first save or load, inside the guest's pause: make the codecs."""
+        self.made.host.stores.declare_again(self.state)
         for section in self.sections:
             section.prepare()
 
