@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from vmm.backends.chardev import Chardev
+    from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.monitors import Monitor
+    from vmm.recipe import Recipe
 
 
 @final
@@ -155,10 +157,20 @@ class BootStores:
 
     # State.
 
-    def sections(self) -> Iterator[tuple[str, SectionOwner]]:
-        """Yield each chardev's section."""
+    def sections(self, recipe: Recipe | None = None) -> Iterator[tuple[str, SectionOwner]]:
+        """Yield each chardev's section; with a predecessor's `recipe`, those of its chardevs alone."""
+        moved = None if recipe is None else {step.arguments.get("id") for step in recipe if step.execute == "chardev-add"}
         for label, held in self.chardevs.items():
-            yield f"chardev/{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+            if moved is None or label in moved:
+                yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+
+    def declare_again(self, state: StateRegistry) -> None:
+        """Give each chardev its section, and those that have gone none: chardevs came and went since the board was made."""
+        for name in state.order():
+            if name.startswith(_SECTION):
+                state.unregister(name)
+        for name, owner in self.sections():
+            state.register(name, owner.version, save=owner.save, load=owner.load)
 
     def _loader(self, label: str, chardev: Chardev) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
         def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
@@ -190,6 +202,8 @@ class BootStores:
 
         return load
 
+
+_SECTION: Final = "chardev/"
 
 MONITOR: Final = "monitor "
 """How the user of a chardev begins that a monitor has."""
