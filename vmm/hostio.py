@@ -233,6 +233,14 @@ def adopt_listener(fd: int, name: str = "listener") -> socket.socket:
     return listener
 
 
+def sign_listener(listener: socket.socket) -> None:
+    """Make `listener`, which another process may have made, name this one to its clients (SO_PEERCRED).
+
+    To listen again on a listening socket changes nothing else. Clients that have connected already saw what they saw.
+    """
+    listener.listen(_BACKLOG)
+
+
 def accept(listener: socket.socket, path: str) -> int | None:
     """Accept one client and return its descriptor, which does not block; None if nobody waits.
 

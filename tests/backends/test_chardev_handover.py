@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import sys
 import termios
 import threading
 from typing import TYPE_CHECKING
@@ -575,3 +576,27 @@ async def test_clients_that_cannot_be_are_refused_and_closed(path: str, complain
             new.take_over(ChardevState(), {"client-1": a_socket(), "client-2": a_socket()})
         new.close()
     assert exists(path)
+
+
+LISTENS_AND_ENDS = """
+import os, socket, sys
+from vmm.hostio import listen_unix
+listener = listen_unix(sys.argv[2])
+socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"%d" % os.getpid()], [listener.fileno()])
+"""
+
+
+async def test_clients_of_a_listener_are_told_of_the_process_that_owns_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "com1")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        command = [sys.executable, "-c", LISTENS_AND_ENDS, str(theirs.fileno()), path]
+        await trio.run_process(command, pass_fds=[theirs.fileno()])
+        predecessor, (listener,), _, _ = socket.recv_fds(ours, 16, 1)
+    chardev = from_descriptors("com1", socket_at(path), {"listener": listener}, None, Complaints())
+    async with served(chardev):
+        async with await connect(path) as before:
+            assert hostio.peer_credentials(before.socket)[0] == int(predecessor)
+        chardev.resume()
+        async with await connect(path) as after:
+            assert hostio.peer_credentials(after.socket)[0] == os.getpid()

@@ -206,7 +206,7 @@ class Chardev(ABC):
         assert not self._closed, "the descriptors are gone"
         if self._quiesced:
             self._quiesced = False
-            self._owner = True
+            self.own()
             self._open_output()
             self._resumed.set()
             if self._frontend is not None:

@@ -72,6 +72,11 @@ class SocketChardev(Chardev):
             found[f"{CLIENT}{self._serial}"] = self._client
         return found
 
+    def own(self) -> None:
+        super().own()
+        if self._listener is not None:
+            hostio.sign_listener(self._listener)
+
     def surrender_client(self) -> int | None:
         """Give the connected client away: its descriptor is the caller's from here on. None if there is no client."""
         client, self._client = self._client, None
