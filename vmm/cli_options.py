@@ -64,6 +64,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--recipe", metavar="FILE", help="carry out the commands in FILE, after those of the options")
     start.add_argument("--print-recipe", action="store_true", help="print the commands that the options stand for, and leave")
     add("--x-cpr-stop-at", default="", metavar="SIDE:STEP", help=argparse.SUPPRESS)
+    add("--x-cpr-limits", default="", metavar="NAME=SECONDS,...", help=argparse.SUPPRESS)
 
 
 def defines_machine(options: argparse.Namespace) -> bool:

@@ -10,19 +10,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, final
 
 import attrs
 import trio
 
 from vmm import hostio
-from vmm.errors import CprRefused, HostFileRefused, OptionInvalid, VmmError
-from vmm.qmp_client import CommandFailed, qmp_over, qmp_session
+from vmm.errors import HostFileRefused, OptionInvalid, VmmError, leaves
+from vmm.qmp_client import CommandFailed, MonitorGone, NoMonitor, qmp_over, qmp_session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from vmm.qmp_client import QmpClient
 
@@ -33,13 +33,31 @@ COMPLETION: Final = 120.0
 """Seconds for the whole hand-over. The guest's own pause has limits of its own, far below."""
 
 
+CALLING_OFF: Final = 5.0
+"""Seconds for the old process to answer when the update is called off."""
+
+
 @final
-@attrs.frozen(kw_only=True)
 class UpdateFailed(VmmError):
     """The update did not come about; the guest goes on in the old process."""
 
-    text = "The live update failed, and the guest goes on in the old process: {reason}"
+    text: ClassVar[str] = "The live update failed, and the machine goes on in the old process: {reason}"
     reason: str
+
+
+@final
+class UpdateUnclear(VmmError):
+    """The update went wrong, and the guest need not be in the old process."""
+
+    text: ClassVar[str] = "The live update went wrong: {reason}"
+    reason: str
+
+
+@final
+class UpdateInterrupted(VmmError):
+    """A signal ended the update."""
+
+    text: ClassVar[str] = "The live update was interrupted; query-migrate on the machine's monitor says how far it came"
 
 
 @final
@@ -71,15 +89,27 @@ def update_machine(path: str, binary: str | None, *, as_json: bool) -> int:
 
 
 async def _update(path: str, command: Sequence[str]) -> UpdateReport:
+    report: UpdateReport | None = None
+    failure: VmmError | None = None
     try:
-        return await live_update(path, command)
-    except BaseExceptionGroup as group:
-        from vmm.errors import leaves
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_cancel_at_signal, nursery.cancel_scope)
+            report = await live_update(path, command)
+            nursery.cancel_scope.cancel()
+    except* VmmError as group:
+        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    if failure is not None:
+        raise failure
+    if report is None:
+        raise UpdateInterrupted
+    return report
 
-        expected = [error for error in leaves(group) if isinstance(error, VmmError)]
-        if expected:
-            raise expected[0] from None
-        raise
+
+async def _cancel_at_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            scope.cancel()
 
 
 def successor_command(binary: str | None) -> list[str]:
@@ -95,7 +125,8 @@ def successor_command(binary: str | None) -> list[str]:
 async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = ()) -> UpdateReport:
     """Hand the machine at `path` over to a new process, and end the old one. `extra` are options for the successor.
 
-    On a failure or a cancel the successor is ended and the guest stays where it is.
+    On a failure or a cancel the successor is ended, unless it has the guest, and the guest stays where it is. Once the
+    old process has been told to hand over, only its word ends the successor: nobody else knows who has the guest.
 
     Raises:
         UpdateFailed, VmmError: the update did not come about.
@@ -103,30 +134,40 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-vmm-update-"))
         main, cpr = str(Path(folder) / "main"), str(Path(folder) / "cpr")
-        ours, theirs = hostio.socket_pair()
-        stack.enter_context(ours)
         async with qmp_session(path) as source:
-            old_pid = _peer_pid(path)
-            process = start_successor(command, theirs, main, cpr, extra)
-            theirs.close()
-            try:
-                with trio.fail_after(START):
-                    async with qmp_over(ours.dup(), "the successor") as destination:
-                        await _await_listeners(destination)
+            old_pid = source.peer_pid
+            await _require_guest(source, path)
+            ours, theirs = hostio.connected_pair()
+            with ours, theirs:
+                # Before it is started: what is sent earlier comes without its sender.
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                successor = _Successor(start_successor(command, theirs, main, cpr, extra), command[0])
+                theirs.close()
+                with successor:
+                    async with successor.session(ours.dup()) as destination, _changed_settings(source):
+                        new_pid = destination.peer_pid
                         await _migrate(source, main, cpr)
-                        stages = await _await_completion(source, destination, process)
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
+                        successor.may_have_the_guest = True
+                        stages = await _completed(source, destination, successor)
             await _quit(source)
-    return UpdateReport(old_pid, process.pid, stages)
+    return UpdateReport(old_pid, new_pid, stages)
+
+
+async def _require_guest(source: QmpClient, path: str) -> None:
+    phase = (await source.execute("query-machine-phase"))["phase"]
+    if phase != "machine-ready":
+        reason = f"the machine at {path} has no guest yet; its phase is {phase}, and must be machine-ready"
+        raise UpdateFailed(reason=reason)
 
 
 def start_successor(
     command: Sequence[str], monitor: socket.socket, main: str, cpr: str, extra: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a destination whose first monitor is the connected socket `monitor`. It outlives this process."""
+    """Start a destination whose first monitor is the connected socket `monitor`. It outlives this process.
+
+    It says what it has to say on this process's standard error until it has the guest, and then on the old process's.
+    Nothing else of ours is kept open by it, so that nobody who reads our output waits for a machine to end.
+    """
     argv = [
         *command, "run", "-qmp", f"fd:{monitor.fileno()}", "-incoming", f"unix:{main}",
         "-incoming", json.dumps({"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": cpr}}),
@@ -134,10 +175,86 @@ def start_successor(
     ]  # fmt: skip
     try:
         return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, pass_fds=(monitor.fileno(),), start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(monitor.fileno(),),
+            start_new_session=True,
         )
     except OSError as error:
         raise HostFileRefused(action="start", path=argv[0], reason=error.strerror or str(error)) from error
+
+
+@final
+class _Successor:
+    """The new process. A context manager that ends it on the way out of an error, unless it may have the guest."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        self._process = process
+        self._name = name
+        self.may_have_the_guest = False
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and not self.may_have_the_guest:
+            self.end()
+
+    def end(self) -> None:
+        """End it. For who knows that it has no guest."""
+        self._process.kill()
+        self._process.wait()
+
+    @asynccontextmanager
+    async def session(self, sock: socket.socket) -> AsyncGenerator[QmpClient, None]:
+        """Yield a session of its first monitor, once it listens for the old process."""
+        destination: QmpClient | None = None
+        async with AsyncExitStack() as stack:
+            try:
+                with trio.fail_after(START):
+                    destination = await stack.enter_async_context(qmp_over(sock, "the successor", within=START))
+                    await _await_listeners(destination)
+            except trio.TooSlowError as error:
+                raise UpdateFailed(reason=f"the successor, {self._name}, was not ready within {START:g} s") from error
+            except MonitorGone as error:
+                # It may have closed its monitor just before its end.
+                with trio.move_on_after(1):
+                    await self._ended()
+                status = self._process.poll()
+                how = "closed its monitor" if status is None else _end(status)
+                raise UpdateFailed(reason=f"the successor, {self._name}, {how} before it was ready") from error
+            except NoMonitor as error:
+                raise UpdateFailed(reason=f"the successor, {self._name}, is no trio-vmm: {error}") from error
+            yield destination
+
+    async def _ended(self) -> None:
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+
+
+def _end(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+
+
+@asynccontextmanager
+async def _changed_settings(source: QmpClient) -> AsyncGenerator[None, None]:
+    """Set what an update needs; if it does not come about, put back what was set before."""
+    mode = (await source.execute("query-migrate-parameters"))["mode"]
+    known = await source.execute("query-migrate-capabilities")
+    events = next(entry["state"] for entry in known if entry["capability"] == "events")
+    await source.execute("migrate-set-parameters", mode="cpr-transfer")
+    await source.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    try:
+        yield
+    except BaseException:
+        with trio.move_on_after(1, shield=True), suppress(VmmError):
+            await source.execute("migrate-set-parameters", mode=mode)
+            await source.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": events}])
+        raise
 
 
 async def _await_listeners(destination: QmpClient) -> None:
@@ -146,40 +263,81 @@ async def _await_listeners(destination: QmpClient) -> None:
 
 
 async def _migrate(source: QmpClient, main: str, cpr: str) -> None:
-    await source.execute("migrate-set-parameters", mode="cpr-transfer")
-    await source.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
     source.events.clear()
     channels = [
         {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": where}}
         for kind, where in (("main", main), ("cpr", cpr))
     ]
-    await source.execute("migrate", channels=channels)
+    try:
+        await source.execute("migrate", channels=channels)
+    except CommandFailed as error:
+        raise UpdateFailed(reason=error.desc) from error
 
 
-async def _await_completion(
-    source: QmpClient, destination: QmpClient, process: subprocess.Popen[bytes]
-) -> dict[str, float]:
-    over = ("completed", "failed", "cancelled")
-    with trio.fail_after(COMPLETION):
-        await source.wait_event(lambda event: event["event"] == "MIGRATION" and event["data"]["status"] in over)
-    info = await source.execute("query-migrate")
-    if info["status"] != "completed":
+async def _completed(source: QmpClient, destination: QmpClient, successor: _Successor) -> dict[str, float]:
+    """Wait for the end of the hand-over and return the stages of the guest's pause. A cancel calls it off."""
+    try:
+        with trio.fail_after(COMPLETION):
+            info = await _outcome(source)
+    except MonitorGone as error:
+        await _tell_of_a_lost_source(destination, successor, error)
+    except (trio.TooSlowError, trio.Cancelled) as error:
+        late = await _call_off(source, successor)
+        if isinstance(error, trio.TooSlowError):
+            raise UpdateUnclear(reason=f"the old process did not finish it within {COMPLETION:g} s; {late}") from error
+        raise
+    if info["status"] == "completed":
+        stages: dict[str, float] = info["x-pause"]
+        return stages
+    if "x-pause" not in info:
+        successor.may_have_the_guest = False
         raise UpdateFailed(reason=info.get("error-desc", info["status"]))
-    stages: dict[str, float] = info["x-pause"]
-    return stages
+    raise UpdateUnclear(reason=info["error-desc"])
+
+
+async def _outcome(source: QmpClient) -> dict[str, Any]:
+    """Return what `query-migrate` says once it is over."""
+    while True:
+        info: dict[str, Any] = await source.execute("query-migrate")
+        if info["status"] in ("completed", "failed", "cancelled"):
+            return info
+        await source.wait_event(lambda event: event["event"] == "MIGRATION")
+
+
+async def _call_off(source: QmpClient, successor: _Successor) -> str:
+    """Ask the old process to keep the guest; say in words what is known then."""
+    with trio.move_on_after(CALLING_OFF, shield=True), suppress(VmmError):
+        with suppress(CommandFailed):
+            await source.execute("migrate_cancel")
+        info = await _outcome(source)
+        if info["status"] != "completed" and "x-pause" not in info:
+            successor.may_have_the_guest = False
+            return "the guest goes on in the old process"
+        return "the guest is with the new process"
+    return "it may be with either process"
+
+
+async def _tell_of_a_lost_source(destination: QmpClient, successor: _Successor, error: MonitorGone) -> NoReturn:
+    gone = "the old process ended during the update"
+    status = ""
+    try:
+        with trio.move_on_after(CALLING_OFF):
+            while status != "completed":
+                status = (await destination.execute("query-migrate"))["status"]
+                if status != "completed":
+                    await destination.wait_event(lambda event: True)
+    except MonitorGone:
+        raise UpdateUnclear(reason=f"{gone}, and the guest with it") from error
+    if status == "completed":
+        reason = f"{gone}; the guest goes on in the new one, process {destination.peer_pid}"
+        raise UpdateUnclear(reason=reason) from error
+    # Still waiting for a source to connect: it has nothing, and nobody is left to give it anything.
+    successor.may_have_the_guest = status != "setup"
+    raise UpdateUnclear(reason=f"{gone}, and the guest with it") from error
 
 
 async def _quit(source: QmpClient) -> None:
-    await source.execute("quit")
-    try:
+    with suppress(VmmError):  # the end of its monitor is the end of the old process
+        await source.execute("quit")
         while True:
             await source.read()
-    except VmmError:
-        pass  # the end of its monitor is the end of the old process
-
-
-def _peer_pid(path: str) -> int:
-    with hostio.connect_unix(path) as sock:
-        return hostio.peer_credentials(sock)[0]
-
-

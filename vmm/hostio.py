@@ -445,6 +445,26 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
+def connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Make two unix stream sockets that are connected to each other.
+
+    Raises:
+        HostFileRefused: the host has no descriptor left.
+    """
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise refused("create", "a pair of sockets", error) from error
+
+
+def unconnected_unix() -> socket.socket:
+    """Make a unix stream socket. Raises as `connected_pair`."""
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise refused("create", "a socket", error) from error
+
+
 def adopt_connection(fd: int) -> int:
     """Take over connected unix socket number `fd`, which this process was started with, as close-on-exec.
 

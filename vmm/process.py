@@ -17,6 +17,7 @@ from vmm.phases.start import Start
 if TYPE_CHECKING:
     import argparse
 
+    from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
     from vmm.phases.foundation import Host
     from vmm.recipe import Recipe
@@ -35,7 +36,18 @@ def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
         from vmm.phases.config import GoOn  # The machine's options, which the monitor does not need to start.
 
         after_preconfig = GoOn(start=not options.stopped)
-    start = Start(recipe.ordered(rank), after_preconfig, options.x_cpr_stop_at)
+    limits: CprLimits | None = None
+    if options.x_cpr_limits:
+        from vmm.cpr.limits import CprLimits  # Only for tests.
+
+        limits = CprLimits.parse(options.x_cpr_limits)
+    start = Start(
+        recipe.ordered(rank),
+        after_preconfig,
+        options.x_cpr_stop_at,
+        limits=limits,
+        stderr=2 if sys.stderr is not None else None,
+    )
     return trio.run(_run, start)
 
 

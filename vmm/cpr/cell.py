@@ -9,7 +9,8 @@
 
 Every arrow is a compare-and-swap, and only one that succeeded lets a process run, read, write, accept or start
 anything. So two owners cannot be, and a process that was stalled and wakes finds out by its next swap that it lost.
-A cell is made anew for each attempt and never used again: a late waker must not find a later offer.
+Whether a process owns the guest is what its own swaps said, and not what the word says now. A cell is made anew for
+each attempt and never used again: a late waker must not find a later offer.
 
 The word lives in a memfd whose size is sealed, so that the other side can't make access to it fault.
 """
@@ -17,13 +18,14 @@ The word lives in a memfd whose size is sealed, so that the other side can't mak
 from __future__ import annotations
 
 import enum
+import errno
 import fcntl
 import mmap
 import os
 import stat
 from typing import TYPE_CHECKING, Final, final
 
-from vmm.errors import DescriptorWrongKind
+from vmm.errors import CprRefused, DescriptorWrongKind, HostFileRefused
 from vmm.kvm._kvm import ffi, lib
 
 if TYPE_CHECKING:
@@ -44,22 +46,27 @@ class Owner(enum.IntEnum):
 
 @final
 class OwnershipCell:
-    """One process's view of a cell. Not thread safe by need: each side uses it from its trio loop."""
+    """One process's view of a cell. Each side uses it from its trio loop alone."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, ours: bool) -> None:
         self.fd: Final = fd
+        self._ours = ours
         self._map = mmap.mmap(fd, _SIZE)
         self._word: CData | None = ffi.from_buffer("uint32_t[]", self._map)
 
     @classmethod
     def create(cls) -> OwnershipCell:
-        """Make a cell in state SOURCE, sealed."""
-        fd = os.memfd_create("trio-vmm-owner", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        """Make a cell in state SOURCE, sealed. Raises `HostFileRefused` where the host has no descriptor left."""
+        try:
+            fd = os.memfd_create("trio-vmm-owner", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise HostFileRefused(action="create", path="an ownership cell", reason=reason) from error
         try:
             os.ftruncate(fd, _SIZE)
             os.pwrite(fd, int(Owner.SOURCE).to_bytes(4, "little"), 0)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(fd)
+            return cls(fd, ours=True)
         except BaseException:
             os.close(fd)
             raise
@@ -69,12 +76,14 @@ class OwnershipCell:
         """Map a cell that a peer sent. The descriptor becomes the cell's.
 
         Raises:
-            DescriptorWrongKind: it is no sealed memfd of the right size; the descriptor has been closed.
+            DescriptorWrongKind: it is no sealed memfd of the right size, or not fresh; the descriptor has been closed.
         """
         try:
             found = os.fstat(fd)
             wanted = f"a sealed memfd of {_SIZE} bytes"
-            if not stat.S_ISREG(found.st_mode) or found.st_size != _SIZE:
+            if not stat.S_ISREG(found.st_mode):
+                raise DescriptorWrongKind(name="owner", found="no file", wanted=wanted)
+            if found.st_size != _SIZE:
                 raise DescriptorWrongKind(name="owner", found=f"a file of {found.st_size} bytes", wanted=wanted)
             try:
                 seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
@@ -82,26 +91,46 @@ class OwnershipCell:
                 seals = 0
             if seals & _SEALS != _SEALS:
                 raise DescriptorWrongKind(name="owner", found=f"a file with seals {seals:#x}", wanted=wanted)
-            return cls(fd)
+            word = int.from_bytes(os.pread(fd, 4, 0), "little")
+            if word != Owner.SOURCE:
+                raise DescriptorWrongKind(name="owner", found=f"a cell that says {word}", wanted="a fresh one")
+            try:
+                return cls(fd, ours=False)
+            except OSError as error:
+                found_out = "a file that can't be written" if error.errno in (errno.EACCES, errno.EPERM) else str(error)
+                raise DescriptorWrongKind(name="owner", found=found_out, wanted=wanted) from error
         except BaseException:
             os.close(fd)
             raise
 
     @property
+    def ours(self) -> bool:
+        """Whether this process owns the guest: its own last swap says so; the source's before its first one, too."""
+        return self._ours
+
+    @property
     def owner(self) -> Owner:
-        """The present state."""
-        return Owner(lib.cell_load(self._word))
+        """The present state. A word that is none of them counts as RUNNING: whoever wrote it has the guest."""
+        word = lib.cell_load(self._word)
+        return Owner(word) if word in Owner.__members__.values() else Owner.RUNNING
 
     def _swap(self, old: Owner, new: Owner) -> bool:
         return bool(lib.cell_compare_and_swap(self._word, old, new) == old)
 
     def offer(self) -> None:
-        """SOURCE -> OFFERED. The caller is the source, which alone can leave SOURCE; so this cannot fail."""
-        assert self._swap(Owner.SOURCE, Owner.OFFERED), f"offered from {self.owner.name}"
+        """SOURCE -> OFFERED. The source alone can leave SOURCE; so this fails only where somebody breaks the rules.
+
+        Raises:
+            CprRefused: the destination wrote to the cell. Nothing was offered.
+        """
+        if not self._swap(Owner.SOURCE, Owner.OFFERED):
+            raise CprRefused(side="source", step="loaded", reason="the destination wrote to the ownership cell unasked")
+        self._ours = False
 
     def take_back(self) -> bool:
         """OFFERED -> SOURCE. False where the destination was quicker."""
-        return self._swap(Owner.OFFERED, Owner.SOURCE)
+        self._ours = self._swap(Owner.OFFERED, Owner.SOURCE)
+        return self._ours
 
     def take(self) -> bool:
         """OFFERED -> TAKEN. False where nothing is offered, or no longer."""
@@ -109,11 +138,13 @@ class OwnershipCell:
 
     def run(self) -> bool:
         """TAKEN -> RUNNING. False where the source found this process dead, and reclaimed."""
-        return self._swap(Owner.TAKEN, Owner.RUNNING)
+        self._ours = self._swap(Owner.TAKEN, Owner.RUNNING)
+        return self._ours
 
     def reclaim(self) -> bool:
         """TAKEN -> SOURCE. Only for a source that knows the taker to be dead."""
-        return self._swap(Owner.TAKEN, Owner.SOURCE)
+        self._ours = self._swap(Owner.TAKEN, Owner.SOURCE)
+        return self._ours
 
     def close(self) -> None:
         """Unmap and close. Idempotent."""

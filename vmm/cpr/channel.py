@@ -6,8 +6,8 @@ in the order of their names; more than one sendmsg can carry follow in frames of
 
 Facts about unix sockets that this module rests on (unix(7), Linux net/unix/af_unix.c):
 
-- One recvmsg on a stream never returns bytes of two sendmsg calls that both carried descriptors, and descriptors
-  arrive with the first byte of their sendmsg.
+- Descriptors arrive with the first byte of their sendmsg. One recvmsg can return the end of a frame and the beginning
+  of the next, with descriptors that belong to either; so no more is asked for than the frame that is due still lacks.
 - SCM_MAX_FD is 253 descriptors a sendmsg.
 - SO_PEERCRED names who called connect or listen, not who holds the socket now: an inherited listener names the wrong
   process. SCM_CREDENTIALS is filled in (or checked) by the kernel for the process that sends.
@@ -22,6 +22,7 @@ import os
 import socket
 import struct
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -131,8 +132,7 @@ class CprChannel:
                     descriptors[name] = self._fds.popleft()
                 if len(descriptors) > _MAX_FDS:
                     raise self._broken(f"more than {_MAX_FDS} descriptors were sent")
-                if self._fds and not self._data:
-                    # (With data left, they may belong to the frame that begins there.)
+                if self._fds:
                     raise self._broken(f"{len(self._fds)} descriptors came without a name")
                 if kind != "more":
                     break
@@ -146,7 +146,14 @@ class CprChannel:
         message.close()
         if kind == "refused":
             raise CprRefused(side=self.peer, step=str(body.get("step")), reason=str(body.get("reason")))
-        raise self._broken(f"message {kind!r} came where {' or '.join(kinds)} was due")
+        raise self._broken(f"message {kind!r} came where {' or '.join(kinds) or 'none'} was due")
+
+    async def watch(self) -> None:
+        """Wait until the peer refuses or the channel ends, which is raised; a message that comes is an error too.
+
+        For the time in which nothing is due: to be cancelled once something is.
+        """
+        await self.receive()
 
     async def _receive_frame(self) -> tuple[str, dict[str, Any], list[str]]:
         await self._fill(_HEADER.size)
@@ -172,7 +179,8 @@ class CprChannel:
         space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_PER_FRAME * 4)
         while len(self._data) < size:
             try:
-                data, ancillary, flags, _ = await self._sock.recvmsg(65536, space, socket.MSG_CMSG_CLOEXEC)
+                lacking = min(size - len(self._data), 1 << 16)
+                data, ancillary, flags, _ = await self._sock.recvmsg(lacking, space, socket.MSG_CMSG_CLOEXEC)
             except OSError as error:
                 raise self._gone("closed the channel") from error
             for level, kind, content in ancillary:
@@ -206,11 +214,15 @@ class CprChannel:
         try:
             version = message.body.get("version")
             if version != PROTOCOL_VERSION:
-                raise await self.refuse(f"the {self.peer} speaks CPR protocol version {version!r}, not {PROTOCOL_VERSION}")
+                raise await self.refuse(
+                    f"the {self.peer} speaks CPR protocol version {version!r}, not {PROTOCOL_VERSION}"
+                )
             assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
             pid, uid, _gid = self._sender
             if uid not in (0, os.getuid()):
-                raise await self.refuse(f"the {self.peer} runs as uid {uid}; only uid {os.getuid()} and root are admitted")
+                raise await self.refuse(
+                    f"the {self.peer} runs as uid {uid}; only uid {os.getuid()} and root are admitted"
+                )
             try:
                 self._peer_pidfd = message.claim("pidfd")
                 named = _pid_of(self._peer_pidfd)
@@ -224,11 +236,8 @@ class CprChannel:
 
     async def refuse(self, reason: str) -> CprRefused:
         """Tell the peer that this side will not go on, if it still listens; return the error to raise."""
-        with trio.move_on_after(1, shield=True):
-            try:
-                await self.send("refused", {"step": self.step, "reason": reason})
-            except CprPeerGone:
-                pass  # It is not there to be told.
+        with trio.move_on_after(1, shield=True), suppress(CprPeerGone):
+            await self.send("refused", {"step": self.step, "reason": reason})
         return CprRefused(side=self.side, step=self.step, reason=reason)
 
     def peer_is_dead(self) -> bool:

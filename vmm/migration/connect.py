@@ -34,7 +34,7 @@ def _refused(action: str, address: SocketAddress, error: OSError) -> HostFileRef
 
 
 async def connect(address: SocketAddress, *, within: float) -> trio.socket.SocketType:
-    """Connect to `address`. For a descriptor: adopt the connected socket, which then belongs to the caller.
+    """Connect to `address`. For a descriptor: duplicate the connected socket; the descriptor stays the caller's.
 
     Raises:
         HostFileRefused: nobody listens there, or not within `within` seconds.
@@ -54,7 +54,12 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
                     stream = await trio.open_tcp_stream(address.host or "localhost", int(address.port))
                     return stream.socket
                 case DescriptorAddress():
-                    return _adopt(address)
+                    copy = hostio.dup(_number(address))
+                    try:
+                        return trio.socket.from_stdlib_socket(socket.socket(fileno=copy))
+                    except OSError:
+                        os.close(copy)
+                        raise
     except trio.TooSlowError as error:
         late = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         raise _refused("connect to", address, late) from error
@@ -67,10 +72,14 @@ async def connect_stream(address: SocketAddress, *, within: float) -> trio.Socke
     return trio.SocketStream(await connect(address, within=within))
 
 
-def _adopt(address: DescriptorAddress) -> trio.socket.SocketType:
+def _number(address: DescriptorAddress) -> int:
     fd = address.number
     assert fd is not None, "names of descriptors are resolved by the command"
-    return trio.socket.from_stdlib_socket(socket.socket(fileno=fd))
+    return fd
+
+
+def _adopt(address: DescriptorAddress) -> trio.socket.SocketType:
+    return trio.socket.from_stdlib_socket(socket.socket(fileno=_number(address)))
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from typing import Any, final
 
 import attrs
@@ -80,17 +80,27 @@ def migrate(may: MayStartMigration, query: MayQuery, caller: Caller, args: Migra
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
-    return may.start(TransferPlan(Channels(_resolved(channels.main, caller), _resolved(channels.cpr, caller))))
+    main, cpr = _resolved((channels.main, channels.cpr), caller)
+    return may.start(TransferPlan(Channels(main, cpr)))
 
 
-def _resolved(address: Any, caller: Caller) -> Any:
-    """Replace the name of a descriptor by its number; the descriptor then belongs to the migration."""
-    if not isinstance(address, DescriptorAddress) or address.number is not None:
-        return address
-    if address.name not in caller.descriptors:
-        known = ", ".join(sorted(caller.descriptors)) or "none"
-        raise DescriptorError(reason=f"This session has no descriptor {address.name!r} (it has: {known}); send it by getfd")
-    return DescriptorAddress(str(caller.descriptors.pop(address.name)))
+def _resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
+    """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration."""
+    named = [
+        address.name for address in addresses if isinstance(address, DescriptorAddress) and address.number is None
+    ]
+    for name in named:
+        if name not in caller.descriptors:
+            known = ", ".join(sorted(caller.descriptors)) or "none"
+            raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
+        if named.count(name) > 1:
+            raise DescriptorError(reason=f"Descriptor {name!r} is given for two channels; each needs its own")
+    return [
+        DescriptorAddress(str(caller.descriptors.pop(address.name)))
+        if isinstance(address, DescriptorAddress) and address.number is None
+        else address
+        for address in addresses
+    ]
 
 
 @final
@@ -117,7 +127,8 @@ async def migrate_incoming(may: MayListen, caller: Caller, args: MigrateIncoming
     channels = [
         Channel.from_json(value, f"migrate-incoming: channels[{index}]") for index, value in enumerate(args.channels)
     ]
-    await may.listen([Channel(channel.channel_type, _resolved(channel.address, caller)) for channel in channels])
+    addresses = _resolved([channel.address for channel in channels], caller)
+    await may.listen([Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)])
 
 
 async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:

@@ -7,8 +7,9 @@ process ends with that reason.
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 import attrs
 import trio
@@ -16,9 +17,11 @@ import trio
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
+from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
 from vmm.errors import CprError, RecipeInvalid, VmmError
 from vmm.phases.host import Inheritance
+from vmm.phases.migrating import STDERR
 from vmm.phases.replay import replay_incoming
 from vmm.phases.run_state import RUN_STATES
 from vmm.recipe import Recipe
@@ -29,8 +32,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
-
-HELLO: Final = 10.0
+    from vmm.phases.start import Start
 
 
 @final
@@ -51,6 +53,21 @@ class Arrival:
     cell: OwnershipCell
     recipe: Recipe
     inheritance: Inheritance
+    over: trio.Event = attrs.Factory(trio.Event)
+    """Set once the guest is here: the channel and the cell have done their duty."""
+    _stderr: int = -1
+
+    def adopt_standard_error(self, start: Start) -> None:
+        """Put the source's standard error, if it sent one, in place of this process's, if it is the machine's alone."""
+        if self._stderr >= 0 and start.stderr is not None:
+            os.dup2(self._stderr, start.stderr)
+
+    def close(self) -> None:
+        """Close the cell. Idempotent."""
+        self.cell.close()
+        if self._stderr >= 0:
+            os.close(self._stderr)
+            self._stderr = -1
 
 
 async def run_fd_receive(
@@ -78,16 +95,19 @@ async def run_fd_receive(
                         except CprError as error:
                             host.complain(str(error))
                             continue
-                        with closing(arrival.cell):
+                        # No second source: it is told so when it connects, and not left waiting.
+                        listener.close()
+                        with closing(arrival):
                             await _build(phase, host, port, arrival)
-                            # The channel and the cell are the machine's until it ends, or is given up.
-                            await trio.sleep_forever()
+                            await arrival.over.wait()
+                            return
 
 
 async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) -> Arrival:
     steps = Steps("destination", host.start.stop_at)
     steps.reach("accepted")
-    with trio.move_on_after(HELLO):
+    limits = host.start.limits or CprLimits()
+    with trio.move_on_after(limits.describing):
         await channel.hello(host.start.version.package)
         channel.step = "describing"
         message = await channel.receive("machine")
@@ -96,6 +116,7 @@ async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) ->
             if message.body.get("run-state") not in RUN_STATES:
                 raise await channel.refuse(f"run state {message.body.get('run-state')!r} is none")
             cell = OwnershipCell.adopt(message.claim("owner"))
+            stderr = message.descriptors.pop(STDERR, -1)
             inheritance.add(message.descriptors)
             message.descriptors = {}
         except CprError as error:
@@ -105,8 +126,8 @@ async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) ->
         finally:
             message.close()
         steps.reach("described")
-        return Arrival(channel, steps, cell, recipe, inheritance)
-    raise await channel.refuse(f"the source did not describe its machine within {HELLO:g} s")
+        return Arrival(channel, steps, cell, recipe, inheritance, stderr=stderr)
+    raise await channel.refuse(f"the source did not describe its machine within {limits.describing:g} s")
 
 
 async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 import attrs
 
@@ -11,11 +11,9 @@ from vmm.cpr.handover import give
 
 if TYPE_CHECKING:
     from vmm.capabilities import Mint
+    from vmm.cpr.handover import Given
     from vmm.nursery_tree import Phase
-    from vmm.phases.quiesced import Stopwatch, Transfer
-
-TAKING: Final = 1.0
-"""Seconds that an offer stands."""
+    from vmm.phases.quiesced import Transfer
 
 
 @final
@@ -26,17 +24,18 @@ class HandoverGrants:
     release_guest: MayReleaseGuest
 
 
-async def run_handover(quiesced: Phase, transfer: Transfer, watch: Stopwatch) -> None:
+async def run_handover(quiesced: Phase, transfer: Transfer) -> Given:
     """Offer the guest, and return once the destination runs it. Raises `CprError` if it stays here."""
     async with quiesced.child("handover") as phase:
 
         def grants(mint: Mint) -> HandoverGrants:
             return HandoverGrants(release_guest=mint(MayReleaseGuest, transfer.cell))
 
-        transfer.channel.step = "handing over"
+        channel, steps = transfer.channel, transfer.steps
+        channel.step = "handing over"
         async with phase.window(grants) as window:
-            resumed = await give(
-                window.grants.release_guest, transfer.cell, transfer.channel, transfer.steps, within=TAKING
+            given = await give(
+                window.grants.release_guest, transfer.cell, channel, steps, within=transfer.limits.taking
             )
-            watch.lap("resume", resumed)
-            transfer.steps.reach("given")
+            steps.reach("given")
+    return given

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, final
 
 import attrs
 import trio
 
 from vmm.capabilities import MayLoadState, MaySetMigrationCap, MaySetMigrationParam
-from vmm.errors import StreamCorrupt, VmmError
+from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError, leaves
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_io import receive_stream
-from vmm.phases.run_state import RunStateName, run_state_named
+from vmm.phases.quiesced import Pause
 from vmm.phases.running import Run, run_running
 
 if TYPE_CHECKING:
     from vmm.capabilities import Mint
+    from vmm.cpr.channel import CprChannel, Message
+    from vmm.migration.connect import Listener
+    from vmm.migration.status import MigrationProgress
+    from vmm.migration.stream_io import StateStream
     from vmm.nursery_tree import Phase
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.machine import Machine
@@ -38,9 +43,7 @@ class Loaded:
     """A machine with a predecessor's state, which still owns it."""
 
     arrival: Arrival
-    runs: bool
-    """Whether the guest ran when it was paused."""
-    run_state: RunStateName
+    pause: Pause
 
 
 async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> None:
@@ -61,36 +64,72 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
 
         async with phase.window(grants) as window:
             host.status.stands("inmigrate")
+            failure: VmmError | None = None
             try:
                 arrival.inheritance.require_empty()
                 machine.rehearse_load()
-                run = Run(machine)
+                run = Run(machine, here=False)
                 await run.gang.warm()
                 steps.reach("built")
                 await channel.send("ready", {})
                 channel.step = "loading"
-                main = trio.SocketStream(await made.incoming.main.accept())
-                async with main:
-                    progress.advance(MigrationStatus.ACTIVE)
-                    message = await channel.receive("paused")
-                    stream = await receive_stream(main)
+                message, stream = await _receive_state(channel, made.incoming.main, progress)
                 moments = {"received-ns": time.monotonic_ns()}
-                checked = window.grants.load_state.check(stream.sections)
-                gone = message.body.get("gone")
-                run_state = run_state_named(message.body.get("run-state"))
-                if not isinstance(gone, list) or run_state is None:
-                    raise StreamCorrupt(reason="the message that the guest is paused lacks gone or run-state")
-                host.stores.adopt_changes(message.descriptors, gone)
-                message.descriptors = {}
+                with closing(message):
+                    checked = window.grants.load_state.check(stream.sections)
+                    pause = Pause.from_json(message.body)
+                    gone = message.body.get("gone")
+                    if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
+                        raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
+                    host.stores.adopt_changes(message.descriptors, gone)
+                    message.descriptors = {}
                 steps.reach("state-received")
                 checked.apply()
                 host.stores.require_all_adopted()
                 moments["loaded-ns"] = time.monotonic_ns()
                 # At once: the source works on while this side leaves one phase and opens the next.
                 await channel.send("loaded", moments)
-            except VmmError as error:
-                made.migration.failed(progress, str(error))
-                await channel.refuse(str(error))
-                raise
-        loaded = Loaded(arrival, bool(message.body.get("running")), run_state)
-        await run_running(phase, run, start=False, loaded=loaded)
+            except* VmmError as group:
+                failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+            if failure is not None:
+                made.migration.failed(progress, str(failure))
+                with suppress(DescriptorsUnclaimed):
+                    host.stores.require_all_adopted()
+                await channel.refuse(str(failure))
+                raise failure
+        await run_running(phase, run, start=False, loaded=Loaded(arrival, pause))
+
+
+async def _receive_state(
+    channel: CprChannel, listener: Listener, progress: MigrationProgress
+) -> tuple[Message, StateStream]:
+    """Wait until the guest is paused, and read its state. Waits as long as the source lives.
+
+    Raises:
+        VmmError: alone or in a group: the source refused, died, or sent what is no state.
+    """
+    connected: list[trio.SocketStream] = []
+
+    async def accept() -> None:
+        connected.append(trio.SocketStream(await listener.accept()))
+
+    try:
+        # Both at once: the source has connected before it pauses the guest, and accepting costs time.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept)
+            message = await channel.receive("paused")
+        listener.close()
+        progress.advance(MigrationStatus.ACTIVE)
+        try:
+            async with trio.open_nursery() as nursery:
+                # A source that gives up says so there, and may never say so on the main channel.
+                nursery.start_soon(channel.watch)
+                stream = await receive_stream(connected[0])
+                nursery.cancel_scope.cancel()
+        except BaseException:
+            message.close()
+            raise
+    finally:
+        for main in connected:
+            main.socket.close()
+    return message, stream

@@ -6,6 +6,8 @@ first: when phase quiesced opens and the guest pauses, the destination has built
 
 from __future__ import annotations
 
+import os
+import socket
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, final
 
@@ -21,10 +23,12 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MayStartMigration,
 )
-from vmm.cpr.cell import Owner, OwnershipCell
+from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
+from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprPeerGone, MigrationCancelled, VmmError, leaves
+from vmm.errors import CprPeerGone, MigrationCancelled, MigrationRefused, VmmError, leaves
+from vmm.migration.address import DescriptorAddress
 from vmm.migration.connect import connect, connect_stream
 from vmm.migration.status import MigrationStatus
 from vmm.phases.quiesced import Transfer, run_quiesced
@@ -36,10 +40,14 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.migration.channel import Channels
     from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.machine import Machine
     from vmm.phases.running import Run
 
-PATIENCE: Final = 30.0
-"""Seconds that the destination has for each step before the pause."""
+STDERR: Final = "stderr"
+"""Name of the descriptor of the source's standard error."""
+
+_CONNECTING: Final = 10.0
+"""Seconds for the CPR channel to be connected. It is a unix socket: only a full backlog makes it wait."""
 
 WITHHELD: Final = (
     MayPlugDevice, MayCreateBackend, MayOpenHostFile, MaySetMigrationCap, MayStartMigration,
@@ -47,13 +55,39 @@ WITHHELD: Final = (
 
 
 @final
-@attrs.frozen
+@attrs.define(eq=False)
 class TransferPlan:
-    """Where a live update goes."""
+    """Where a live update goes. Owns the descriptors among its channels."""
 
     channels: Channels
     sessions: bool = False
     """Whether monitor sessions move too (`migrate-sessions`)."""
+    _closed: bool = False
+
+    async def connect(self) -> trio.socket.SocketType:
+        """Connect the CPR channel.
+
+        Raises:
+            HostFileRefused: nobody listens there.
+            MigrationRefused: it is no unix stream socket: no other passes descriptors.
+        """
+        address = self.channels.cpr
+        assert address is not None, "checked by the command"
+        sock = await connect(address, within=_CONNECTING)
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            sock.close()
+            raise MigrationRefused(
+                reason="migrate: the channel of type 'cpr' must be a unix stream socket, to pass descriptors"
+            )
+        return sock
+
+    def close(self) -> None:
+        """Close the descriptors; the sockets that were connected stay. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            for address in (self.channels.main, self.channels.cpr):
+                if isinstance(address, DescriptorAddress) and address.number is not None:
+                    os.close(address.number)
 
 
 @final
@@ -69,35 +103,36 @@ class MigratingGrants:
 class _Canceller:
     """The facet of `may-cancel-migration`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: OwnershipCell) -> None:
+        self._cell = cell
         self.scope: Final = trio.CancelScope()
         self.by = ""
 
     def cancel(self, by: str) -> None:
-        """Call the migration off."""
-        self.by = self.by or by
-        self.scope.cancel()
+        """Call the migration off. Without effect once the guest has been offered: the cell decides then."""
+        if self._cell.ours:
+            self.by = self.by or by
+            self.scope.cancel()
 
 
-async def run_migrating(running: Phase, run: Run, turn: Turn[TransferPlan]) -> bool:
-    """Hand the guest over as `turn` says. Return whether it is gone; if not, it goes on here.
+async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn[TransferPlan]) -> bool:
+    """Hand the guest over as `plan` says. Return whether it is gone; if not, it goes on here.
 
     Raises:
-        VmmError: only before the phase's window has opened; later failures are in `query-migrate`.
+        VmmError: only before the phase has opened; later failures are in `query-migrate`.
     """
     machine = run.machine
     made = machine.made
     migration = made.migration
-    channels = turn.value.channels
-    assert channels.cpr is not None, "checked by the command"
     steps = Steps("source", made.host.start.stop_at)
-    async with running.child("migrating") as phase:
-        sock = await connect(channels.cpr, within=PATIENCE)
-        with closing(CprChannel(sock, side="source", peer="destination")) as channel, closing(
-            OwnershipCell.create()
-        ) as cell:
+    limits = made.host.start.limits or CprLimits()
+    with (
+        closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel,
+        closing(OwnershipCell.create()) as cell,
+    ):
+        async with running.child("migrating") as phase:
             steps.reach("connected")
-            canceller = _Canceller()
+            canceller = _Canceller(cell)
 
             def grants(mint: Mint) -> MigratingGrants:
                 return MigratingGrants(
@@ -111,34 +146,45 @@ async def run_migrating(running: Phase, run: Run, turn: Turn[TransferPlan]) -> b
                 try:
                     with canceller.scope:
                         may = window.grants.send_descriptors
-                        await _describe(may, channel, steps, machine, cell)
-                        main = await connect_stream(channels.main, within=PATIENCE)
+                        await _describe(may, channel, steps, machine, cell, limits)
+                        main = await connect_stream(plan.channels.main, within=limits.building)
                         async with main:
-                            transfer = Transfer(channel, cell, main, steps, progress, may)
-                            await run_quiesced(phase, run, transfer)
+                            await run_quiesced(phase, run, Transfer(channel, cell, main, steps, limits, progress, may))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                    if cell.ours:
+                        # So that the destination, if it lives, can say why; it may be the one that refused.
+                        await channel.refuse(str(failure))
                     migration.failed(progress, str(failure))
-                if canceller.scope.cancelled_caught and cell.owner is Owner.SOURCE:
-                    cancelled = MigrationCancelled(by=canceller.by)
-                    await channel.refuse(str(cancelled))
+                if canceller.scope.cancelled_caught and cell.ours:
+                    await channel.refuse(str(MigrationCancelled(by=canceller.by)))
                     progress.advance(MigrationStatus.CANCELLING)
                     progress.advance(MigrationStatus.CANCELLED)
-            return cell.owner is not Owner.SOURCE
+        return not cell.ours
 
 
 async def _describe(
-    may: MaySendDescriptors, channel: CprChannel, steps: Steps, machine: Any, cell: OwnershipCell
+    may: MaySendDescriptors,
+    channel: CprChannel,
+    steps: Steps,
+    machine: Machine,
+    cell: OwnershipCell,
+    limits: CprLimits,
 ) -> None:
     """Tell the destination what the machine is, lend it every descriptor, and wait until it has built it all."""
+    from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
+
     host = machine.made.host
-    with trio.move_on_after(PATIENCE) as patience:
+    with trio.move_on_after(limits.building) as patience:
         await channel.hello(host.start.version.package)
         body: Mapping[str, Any] = {
-            "recipe": host.recorder.recipe().to_json(),
+            "recipe": host.recorder.recipe().ordered(rank).to_json(),
             "run-state": host.status.name,
         }
-        await may.send("machine", body, {**machine.descriptors(), "owner": cell.fd})
+        descriptors = {**machine.descriptors(), "owner": cell.fd}
+        if host.start.stderr is not None:
+            descriptors[STDERR] = host.start.stderr
+        await may.send("machine", body, descriptors)
         steps.reach("described")
         channel.step = "building"
         machine.prepare_to_move()
@@ -146,5 +192,5 @@ async def _describe(
         message.close()
         steps.reach("ready")
     if patience.cancelled_caught:
-        what = f"did not answer within {PATIENCE:g} s"
+        what = f"did not answer within {limits.building:g} s"
         raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest was not paused")

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
 
 from vmm.capabilities import MayRunVcpus, MaySaveState
-from vmm.cpr.cell import Owner
-from vmm.errors import CprPeerGone
+from vmm.errors import CprPeerGone, StreamCorrupt
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream import StreamWriter
+from vmm.phases.guest_requests import GuestWishes
 from vmm.phases.handover import run_handover
+from vmm.phases.run_state import RunStateName, run_state_named
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm.capabilities import MaySendDescriptors, Mint
     from vmm.cpr.cell import OwnershipCell
     from vmm.cpr.channel import CprChannel
+    from vmm.cpr.limits import CprLimits
     from vmm.cpr.steps import Steps
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
 
 WITHHELD: Final = (MayRunVcpus,)
-
-LOADING: Final = 2.0
-"""Seconds that a paused guest waits for a destination that loads its state."""
 
 
 @final
@@ -39,6 +40,7 @@ class Transfer:
     cell: OwnershipCell
     main: trio.abc.SendStream
     steps: Steps
+    limits: CprLimits
     progress: MigrationProgress
     send_descriptors: MaySendDescriptors
 
@@ -52,6 +54,44 @@ class QuiescedGrants:
 
 
 @final
+@attrs.frozen
+class Pause:
+    """How a guest was when it was paused, beside its state."""
+
+    runs: bool
+    """Whether it ran, and shall run on."""
+    run_state: RunStateName
+    failure: str
+    """Why it can't run, in a sentence; empty where it can."""
+    wishes: GuestWishes
+    """What it has asked for and has not been given yet."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as members of the message ``paused``."""
+        return {
+            "running": self.runs, "run-state": self.run_state, "failure": self.failure, "wishes": self.wishes.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Pause:
+        """Check what a source sent. Raises `StreamCorrupt`."""
+        runs, run_state = body.get("running"), run_state_named(body.get("run-state"))
+        failure, wishes = body.get("failure"), GuestWishes.from_json(body.get("wishes"))
+        if not isinstance(runs, bool):
+            raise StreamCorrupt(reason="the message that the guest is paused lacks running")
+        if run_state is None or runs is not (run_state == "running"):
+            named = body.get("run-state")
+            raise StreamCorrupt(reason=f"run state {named!r} is none of a guest that {'runs' if runs else 'stands'}")
+        if not isinstance(failure, str) or len(failure) > _SENTENCE or wishes is None:
+            raise StreamCorrupt(reason="the message that the guest is paused lacks failure or wishes")
+        return cls(runs, run_state, failure, wishes)
+
+
+_SENTENCE: Final = 4096
+"""Characters."""
+
+
+@final
 class Stopwatch:
     """The stages of a pause, in milliseconds."""
 
@@ -61,8 +101,10 @@ class Stopwatch:
         self.stages: dict[str, float] = {}
 
     def lap(self, stage: str, at: object = None) -> None:
-        """End `stage` now, or at the CLOCK_MONOTONIC moment `at` (ns) that the other side named."""
-        now = at if isinstance(at, int) else time.monotonic_ns()
+        """End `stage` now, or at the CLOCK_MONOTONIC moment `at` (ns) that the other side named, if it can be true."""
+        now = time.monotonic_ns()
+        if isinstance(at, int) and self._last <= at <= now:
+            now = at
         self.stages[stage] = round((now - self._last) / 1e6, 3)
         self._last = now
 
@@ -75,26 +117,39 @@ async def run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
     """Pause the guest, move its state, and give it away. Returns once it is the destination's.
 
     On every other way out the guest is as it was before: it runs again if it ran.
+
+    Raises:
+        VmmError: it stays here.
     """
-    host = run.machine.made.host
+    # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
+    async with run.control:
+        await _run_quiesced(migrating, run, transfer)
+
+
+async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
+    host, bells = run.machine.made.host, run.machine.bells
     progress = transfer.progress
-    ran = run.gang.running
-    stood = run.status.name
     progress.advance(MigrationStatus.ACTIVE)
     progress.advance(MigrationStatus.DEVICE)
     # The stream's head needs no state: made outside the pause.
     writer = StreamWriter(host.start.identity.name or "trio-vmm")
     watch = Stopwatch()
+    ran = False
+    lost = ""
     try:
         async with migrating.child("quiesced") as phase:
             watch = Stopwatch()
             progress.pause_begins()
+            ran = run.gang.running
             # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
             with trio.CancelScope(shield=True):
                 await run.gang.stop()
                 watch.lap("stop")
                 await host.stores.quiesce()
                 watch.lap("quiesce")
+            # A vCPU may have failed in the moment of the stop: then the guest does not run on, neither here nor there.
+            ran = ran and run.status.running
+            pause = Pause(ran, run.status.name, run.status.failure, bells.pending())
             if ran:
                 run.status.stands("finish-migrate")
 
@@ -107,21 +162,27 @@ async def run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                 for section in sections.values():
                     writer.section(section.name, section.version, section.state)
                 watch.lap("save")
-                await _send(transfer, writer, host.stores.changed_descriptors(), watch, ran=ran, stood=stood)
-                await run_handover(phase, transfer, watch)
+                await _send(transfer, writer, host.stores.changed_descriptors(), watch, pause)
+                given = await run_handover(phase, transfer)
+                watch.lap("resume", given.resumed_ns)
+                lost = given.lost
     finally:
-        # Whichever way this is left, by a cancel too, the cell alone says whose the guest is.
+        # Whichever way this is left, by a cancel too, this process's own swaps of the cell say whose the guest is.
         progress.pause_ends()
-        if transfer.cell.owner is Owner.SOURCE:
+        if transfer.cell.ours:
             host.stores.resume()
             if ran:
                 run.start_nowait()
         else:
+            run.here = False
             host.stores.give_up()
             run.status.stands("postmigrate")
             watch.finish()
             progress.pause_stages = watch.stages
-            progress.advance(MigrationStatus.COMPLETED)
+            if lost:
+                run.machine.made.migration.failed(progress, lost)
+            else:
+                progress.advance(MigrationStatus.COMPLETED)
 
 
 async def _send(
@@ -129,15 +190,13 @@ async def _send(
     writer: StreamWriter,
     changed: tuple[dict[str, int], list[str]],
     watch: Stopwatch,
-    *,
-    ran: bool,
-    stood: str,
+    pause: Pause,
 ) -> None:
     steps, channel = transfer.steps, transfer.channel
     channel.step = "loading"
     new, gone = changed
-    with trio.move_on_after(LOADING) as patience:
-        await transfer.send_descriptors.send("paused", {"running": ran, "run-state": stood, "gone": gone}, new)
+    with trio.move_on_after(transfer.limits.loading) as patience:
+        await transfer.send_descriptors.send("paused", {**pause.to_json(), "gone": gone}, new)
         try:
             await transfer.main.send_all(b"".join(writer.finish()))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -149,7 +208,7 @@ async def _send(
         watch.lap("answer")
         steps.reach("loaded")
     if patience.cancelled_caught:
-        raise _gone(f"did not load the state within {LOADING:g} s", steps)
+        raise _gone(f"did not load the state within {transfer.limits.loading:g} s", steps)
 
 
 def _gone(what: str, steps: Steps) -> CprPeerGone:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from typing import TYPE_CHECKING, final
+from contextlib import closing
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
@@ -55,8 +55,12 @@ class RunningGrants:
 class Run:
     """The guest's run control, and the facet of `may-run-vcpus` once there is a guest."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, here: bool = True) -> None:
         self.machine = machine
+        self.here = here
+        """Whether the guest is this process's to run. Changed under `control`, or before anybody else has it."""
+        self.control: Final = trio.Lock()
+        """Held by whoever starts, stops or resets the guest, or pauses it to give it away, from beginning to end."""
         self.status = machine.made.host.status
         self.gang = VcpuGang(machine.vcpus, self._failed)
 
@@ -67,32 +71,47 @@ class Run:
 
     async def cont(self) -> None:
         """Run the guest. `InvalidState` after a failure that only a reset mends."""
-        await trio.lowlevel.checkpoint()
-        if self.status.name in NEEDS_RESET:
-            raise InvalidState(
-                what="cont", state=f"in run state {self.status.name}: {self.status.failure}", instead="system_reset first"
-            )
-        if not self.gang.running:
-            self.start_nowait()
+        async with self.control:
+            self._require_here("cont")
+            if self.status.name in NEEDS_RESET:
+                raise InvalidState(
+                    what="cont",
+                    state=f"in run state {self.status.name}: {self.status.failure}",
+                    instead="system_reset first",
+                )
+            if not self.gang.running:
+                self.start_nowait()
 
     async def stop(self) -> None:
         """Take every vCPU out of the guest."""
-        await self.gang.stop()
-        if self.status.name in ("running", "prelaunch"):
-            self.status.stands("paused")
+        async with self.control:
+            self._require_here("stop")
+            await self.gang.stop()
+            if self.status.name in ("running", "prelaunch"):
+                self.status.stands("paused")
 
     async def reset(self) -> None:
         """Put the machine into its power-on state; it runs afterwards if it ran before."""
-        await self.reset_because("host-qmp-system-reset")
+        async with self.control:
+            self._require_here("system_reset")
+            await self.reset_because("host-qmp-system-reset")
+
+    def _require_here(self, what: str) -> None:
+        # For a command that waited while the guest was given away: nothing here may touch it any more.
+        if not self.here:
+            instead = "the process that has it answers at this machine's own monitor sockets"
+            raise InvalidState(what=what, state="here: the guest has been handed over", instead=instead)
 
     async def reset_because(self, cause: str) -> None:
-        """Reset for `cause`, a QAPI ShutdownCause."""
-        ran = self.gang.running
+        """Reset for `cause`, a QAPI ShutdownCause. Called with `control` held."""
+        ran = self.gang.running and self.status.running
         await self.gang.stop()
         self.machine.power_on_again()
         self.machine.made.host.events.emit("RESET", {"guest": cause.startswith("guest"), "reason": cause})
         if ran:
             self.gang.start_nowait()
+            if not self.status.running:  # it failed while it was being stopped
+                self.status.runs()
         elif self.status.name in NEEDS_RESET:
             self.status.stands("paused")
 
@@ -117,8 +136,10 @@ class _Departure:
         self._run = run
 
     def start(self, plan: TransferPlan) -> Awaitable[None]:
-        """Post `plan`."""
-        return self._inbox.post(plan, until="migrating")
+        """Post `plan`, whose descriptors are closed if it is not carried out."""
+        turn = self._inbox.post(plan, until="migrating")
+        turn.on_settled(lambda: plan.close() if turn.failed else None)
+        return turn
 
 
 async def run_running(parent: Phase, run: Run, *, start: bool, loaded: Loaded | None = None) -> None:
@@ -153,20 +174,25 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     except VmmError as error:
         made.migration.failed(progress, str(error))
         raise
-    # The guest is ours. From here on nothing may fail before it runs.
-    if loaded.runs:
+    # The guest is ours. Nothing waits, and nothing may fail, before it runs.
+    run.here = True
+    pause = loaded.pause
+    if pause.runs:
         run.gang.start_nowait()
     arrival.steps.reach("running")
     made.host.stores.resume()
-    if loaded.runs:
+    run.machine.bells.take_over(pause.wishes)
+    arrival.adopt_standard_error(made.host.start)
+    if pause.runs:
         run.status.runs()
     else:
-        run.status.stands(loaded.run_state)
+        run.status.stands(pause.run_state, failure=pause.failure)
     progress.advance(MigrationStatus.COMPLETED)
     with contextlib.suppress(CprError):
         # The source may be dead by now. It finds in the cell what this message says.
-        resumed = await run.gang.entered() if loaded.runs else None
+        resumed = await run.gang.entered() if pause.runs else None
         await arrival.channel.send("running", {"resumed-ns": resumed})
+    arrival.over.set()
 
 
 async def stay_in_running(phase: Phase, run: Run) -> None:
@@ -189,12 +215,13 @@ async def stay_in_running(phase: Phase, run: Run) -> None:
         gone = False
         while not gone:
             turn = await inbox.take()
-            try:
-                await phase.tree.drain(turn, "migrating")
-                gone = await run_migrating(phase, run, turn)
-            except VmmError as error:
-                if turn.settled:
-                    raise
-                turn.fail(error)
+            with closing(turn.value) as plan:
+                try:
+                    await phase.tree.drain(turn, "migrating")
+                    gone = await run_migrating(phase, run, plan, turn)
+                except VmmError as error:
+                    if turn.settled:
+                        raise
+                    turn.fail(error)
         inbox.close()
     await run_postmigrate(phase)

@@ -13,6 +13,7 @@ from vmm.monitor.session import Version
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
     from vmm.recipe import Recipe
 
@@ -45,6 +46,11 @@ class Start:
     """With `--preconfig`: what follows by itself once a session has sent `x-exit-preconfig`."""
     stop_at: str = ""
     """For tests of live update: the named step at which this process stops itself with SIGSTOP."""
+    limits: CprLimits | None = None
+    """How long this side of a live update waits for the other; None for the usual."""
+    stderr: int | None = None
+    """Descriptor of this process's standard error: handed to a successor, and replaced by a predecessor's. None where
+    it is not the machine's alone, as in an embedding program."""
     version: Version = VERSION
     complain: Callable[[str], None] = _complain_on_stderr
     """Takes a sentence for the operator: something went wrong that the machine survives."""

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
+from vmm.errors import VmmError, leaves
+from vmm.kvm.exits import Stop
 from vmm.kvm.vcpu import run_vcpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmm.kvm.exits import Stop
     from vmm.kvm.vcpu import Vcpu
 
 
@@ -26,6 +27,7 @@ class VcpuGang:
         self._threads = trio.CapacityLimiter(len(self.vcpus))
         self._nursery: trio.Nursery | None = None
         self._inside = 0
+        self._stopping = False
         self._all_out = trio.Event()
         self._all_out.set()
         self._entered = trio.Event()
@@ -57,11 +59,15 @@ class VcpuGang:
         self._all_out = trio.Event()
         self._entered = trio.Event()
         self._inside = len(self.vcpus)
+        self._stopping = False
         for vcpu in self.vcpus:
             self._nursery.start_soon(self._run, vcpu, name=f"vcpu{vcpu.index}")
 
     async def entered(self) -> int:
-        """Wait until a vCPU has been about to enter the guest since the last start; return when, CLOCK_MONOTONIC in ns."""
+        """Wait until a vCPU has been about to enter the guest since the last start; return when, CLOCK_MONOTONIC in ns.
+
+        Returns, too, if all of them are out again without it.
+        """
         await self._entered.wait()
         return self._first_entry
 
@@ -82,17 +88,25 @@ class VcpuGang:
 
     async def stop(self) -> None:
         """Take every vCPU out of the guest; when this returns, no KVM_RUN is under way and no I/O half done."""
+        self._stopping = True  # for those whose tasks have not had their first turn: a kick now would be forgotten
         for vcpu in self.vcpus:
             vcpu.kick()
         await self._all_out.wait()
 
     async def _run(self, vcpu: Vcpu) -> None:
+        stop = Stop("kicked", "", {})
         try:
-            stop = await run_vcpu(vcpu, self._threads, entered=self._note_entry(trio.lowlevel.current_trio_token()))
+            if not self._stopping:
+                entered = self._note_entry(trio.lowlevel.current_trio_token())
+                stop = await run_vcpu(vcpu, self._threads, entered=entered)
+        except* VmmError as group:
+            stop = Stop("internal-error", "; ".join(str(error) for error in leaves(group)), {})
         finally:
             self._inside -= 1
             if not self._inside:
                 self._all_out.set()
+                self._entered.set()
+        # Before anybody who waits for the last one to be out comes to look at the run state.
         if stop.reason != "kicked":
             self._failed(vcpu, stop)
 
