@@ -34,7 +34,7 @@ from vmm.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
 
 GrantsT = TypeVar("GrantsT")
 ResultT = TypeVar("ResultT")
@@ -578,8 +578,8 @@ class Tree:
     def _closing(self, window: Window[Any]) -> None:
         self._open.remove(window)
 
-    def _closed(self, phase: Phase, tokens: Iterable[AnyToken]) -> None:
-        for token in tokens:
+    def _closed(self, phase: Phase, tokens: Sequence[AnyToken]) -> None:
+        for token in reversed(tokens):
             self._observer("TOKEN_REVOKED", _token_data(phase, token))
 
     def _enter(self, phase: Phase, *, innermost: Phase | None) -> None:

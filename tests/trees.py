@@ -1,0 +1,124 @@
+"""A small tree of phases for tests, with a log of all that its observer is told."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, final
+
+import attrs
+import trio
+
+from vmm.capabilities import MayQuery, MayQuit, MaySetMigrationCap
+from vmm.nursery_tree import Lending, open_tree
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping
+
+    from vmm.capabilities import AnyToken, Mint
+    from vmm.nursery_tree import Phase
+
+
+@final
+@attrs.define(eq=False)
+class Facet:
+    """Stands for anything that a token leads to; notes its uses."""
+
+    uses: list[str] = attrs.Factory(list)
+
+    def end(self, cause: str) -> None:
+        """As `may-quit` has it."""
+        self.uses.append(cause)
+
+    def update(self, changes: Mapping[str, Any]) -> None:
+        """As `may-set-migration-cap` has it."""
+        self.uses += changes
+
+
+@final
+@attrs.frozen
+class Basic:
+    """What the outermost window of these tests grants."""
+
+    query: MayQuery
+    quit: MayQuit
+
+
+@final
+@attrs.frozen
+class Settings:
+    """What an inner window of these tests grants."""
+
+    set_migration_cap: MaySetMigrationCap
+
+
+@final
+@attrs.frozen
+class Nothing:
+    """A window without tokens."""
+
+
+@final
+@attrs.define(eq=False)
+class Log:
+    """What an observer was told, in words."""
+
+    lines: list[str] = attrs.Factory(list)
+    events: list[tuple[str, dict[str, object]]] = attrs.Factory(list)
+
+    def observe(self, event: str, data: Mapping[str, object]) -> None:
+        """Note an event."""
+        self.events.append((event, dict(data)))
+        if event == "PHASE_CHANGED":
+            self.lines.append(f"{'open' if data['opened'] else 'leave'} {data['path']}")
+        else:
+            self.lines.append(f"{event.removeprefix('TOKEN_').lower()} {data['token']} of {data['path']}")
+
+    def note(self, line: str) -> None:
+        """Note something else."""
+        self.lines.append(line)
+
+    async def resident(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """A resident that notes its start and its end, which takes it a few turns of the loop."""
+        self.note(f"start {name}")
+        try:
+            task_status.started()
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                for _ in range(3):
+                    await trio.lowlevel.checkpoint()
+            self.note(f"end {name}")
+
+
+@asynccontextmanager
+async def tree(log: Log | None = None) -> AsyncGenerator[Phase, None]:
+    """Open a root phase named `boot`."""
+    async with open_tree("boot", (log or Log()).observe) as phase:
+        yield phase
+
+
+def basic(facet: Any = None) -> Callable[[Mint], Basic]:
+    """Return the builder of a window that grants may-query and may-quit."""
+    found: Any = facet or Facet()
+    return lambda mint: Basic(query=mint(MayQuery, found), quit=mint(MayQuit, found))
+
+
+def settings(facet: Any = None) -> Callable[[Mint], Settings]:
+    """Return the builder of a window that grants may-set-migration-cap."""
+    return lambda mint: Settings(set_migration_cap=mint(MaySetMigrationCap, facet or Facet()))
+
+
+def nothing(mint: Mint) -> Nothing:
+    """Build a window without tokens."""
+    return Nothing()
+
+
+def grants_of(*kinds: type[AnyToken]) -> Callable[[Mint], Any]:
+    """Return the builder of a window that grants `kinds`, all over one facet."""
+    made = attrs.make_class("Made", [kind.wire_name.replace("-", "_") for kind in kinds], frozen=True)
+    return lambda mint: made(*(mint(kind, Facet()) for kind in kinds))
+
+
+def lending(command: str = "command", holder: str = "qmp0/1", *kinds: type[AnyToken]) -> Lending:
+    """Return a lending as the command table makes them."""
+    return Lending(command, holder, kinds or (MayQuery,), trio.current_time())
