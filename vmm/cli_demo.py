@@ -1,0 +1,455 @@
+"""`trio-vmm demo`: a machine is built phase by phase, and the process under it is replaced while its guest goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.cli_demo_events import NEW, OLD, Moment, changes, may, show, show_timeline, token_name
+from vmm.cli_demo_screen import BOLD, DIM, GREEN, RED, Screen
+from vmm.cli_demo_ticks import TickClock
+from vmm.cli_update import live_update, successor_command
+from vmm.errors import HostFileRefused, VmmError, leaves
+from vmm.guests.heartbeat import HeartbeatReader
+from vmm.kvm.system import Kvm
+from vmm.qmp_client import MonitorGone, QmpClient, qmp_over, qmp_session
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from vmm.cli_update import UpdateReport
+    from vmm.guests.heartbeat import HeartbeatReport
+
+LIMIT: Final = 60.0
+"""Seconds after which something must have gone wrong. It takes 3 to 7 on an idle machine."""
+
+PACE: Final = 0.35
+"""Seconds between two commands for whoever reads along on a terminal."""
+
+_ENDING: Final = 3.0
+"""Seconds that a machine has to end in order, at the end of the demo or at Ctrl-C."""
+
+_BEATS: Final = 8
+"""Lines of the guest's heartbeat, ten a second, that are awaited before the update and after it."""
+
+_MEBIBYTES: Final = 128
+
+
+@final
+@attrs.frozen(kw_only=True)
+class DemoFailed(VmmError):
+    """The demo can't go on."""
+
+    text = "The demo failed: {reason}"
+    reason: str
+
+
+def run_demo(plain: bool) -> int:
+    """Run the demo on standard output, and return the exit status: 0 if all that it claims was so.
+
+    Ends every process that it started, and removes its directory, at Ctrl-C too.
+
+    Raises:
+        VmmError: it cannot be run here, or something broke.
+    """
+    Kvm.open().close()  # One sentence now, rather than an error in the middle of things.
+    screen = Screen.on_stdout(plain=plain)
+    try:
+        return trio.run(_run, screen)
+    except BaseExceptionGroup as group:
+        found = list(leaves(group))
+        for error in found:
+            if isinstance(error, VmmError):
+                raise error from None
+        if not all(isinstance(error, BrokenPipeError) for error in found):
+            raise
+        sys.stdout = None  # Nobody reads on. Nothing is left to be flushed into the pipe.
+        return 1
+
+
+async def _run(screen: Screen) -> int:
+    status = 1
+    signals_seen: list[int] = []
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def interrupted() -> None:
+                async for number in signals:
+                    signals_seen.append(number)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(interrupted)
+            with trio.move_on_after(LIMIT) as patience:
+                status = await _in_a_directory(screen)
+            nursery.cancel_scope.cancel()
+    if signals_seen:
+        screen.line()
+        screen.line("Interrupted. The guest has been ended, and nothing is left.", DIM)
+        return 128 + signals_seen[0]
+    if patience.cancelled_caught:
+        raise DemoFailed(reason=f"it did not come to its end within {LIMIT:g} s")
+    return status
+
+
+async def _in_a_directory(screen: Screen) -> int:
+    with tempfile.TemporaryDirectory(prefix="trio-vmm-demo-") as folder:
+        async with _processes() as processes, AsyncExitStack() as stack:
+            return await _Demo(screen, Path(folder), processes, stack).run()
+
+
+# --- processes ------------------------------------------------------------------------------------------------
+
+
+@final
+class _Processes:
+    """The processes that are the demo's to end, held by pidfds, so that no pid is mistaken for another's."""
+
+    def __init__(self) -> None:
+        self._pidfds: dict[int, int] = {}
+
+    def add(self, pid: int) -> None:
+        if pid not in self._pidfds:
+            self._pidfds[pid] = os.pidfd_open(pid)
+
+    async def ended(self, pid: int) -> None:
+        """Wait until `pid` has ended, and forget it."""
+        await trio.lowlevel.wait_readable(self._pidfds[pid])
+        os.close(self._pidfds.pop(pid))
+        _reap(pid)
+
+    async def end_all(self) -> None:
+        """End what is left: in order if it can, and in any case."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for pidfd in self._pidfds.values():
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, number)
+            with trio.move_on_after(_ENDING):
+                for pid in list(self._pidfds):
+                    await self.ended(pid)
+
+
+def _reap(pid: int) -> None:
+    """Let go of a child that has ended. Does not block."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+@asynccontextmanager
+async def _processes() -> AsyncGenerator[_Processes, None]:
+    processes = _Processes()
+    try:
+        yield processes
+    finally:
+        # Bounded: SIGTERM, some seconds, SIGKILL.
+        with trio.CancelScope(shield=True):
+            await processes.end_all()
+
+
+# --- what the guest says --------------------------------------------------------------------------------------
+
+
+@final
+class _Ram:
+    """A process's view of its guest's RAM, which is read and never written. The guest's first 3 GiB begin at 0."""
+
+    def __init__(self, pid: int) -> None:
+        self.fd: Final = hostio.open_input_file(str(_ram_of(pid)))
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Tells one file from every other."""
+        found = os.fstat(self.fd)
+        return found.st_dev, found.st_ino
+
+    def read(self, address: int, size: int) -> bytes:
+        return os.pread(self.fd, size, address)
+
+
+def _ram_of(pid: int) -> Path:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if str(entry.readlink()).startswith("/memfd:ram"):
+                return entry
+    raise DemoFailed(reason=f"process {pid} has no memfd named ram")
+
+
+@final
+class _Serial:
+    """The other end of the guest's serial port: one connection, whoever runs the guest."""
+
+    def __init__(self) -> None:
+        self.lines: Final[list[str]] = []
+        self._cut = False
+        self._news = trio.Event()
+
+    async def read(self, stream: trio.SocketStream) -> None:
+        """Read until the other end hangs up."""
+        rest = ""
+        async with stream:
+            with suppress(trio.BrokenResourceError):
+                async for data in stream:
+                    *lines, rest = (rest + data.decode("ascii", "replace")).split("\r\n")
+                    self.lines.extend(lines)
+                    if lines:
+                        self._tell()
+        self._cut = True
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    async def news(self) -> None:
+        """Wait for the next line. Raises `DemoFailed` when none can come any more."""
+        if self._cut:
+            raise DemoFailed(reason="the guest's serial line was cut")
+        await self._news.wait()
+
+    def faults(self) -> list[str]:
+        """Return what is wrong with the lines: each must be there once, in order, and say ok."""
+        expected = ["heartbeat: started", *(f"heartbeat {n} ok" for n in range(1, len(self.lines)))]
+        wrong = [(line, want) for line, want in zip(self.lines, expected, strict=True) if line != want]
+        return [f"the serial line said {line!r} where {want!r} was due" for line, want in wrong[:1]]
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------
+
+
+@final
+class _Demo:
+    """One run of it."""
+
+    def __init__(self, screen: Screen, folder: Path, processes: _Processes, stack: AsyncExitStack) -> None:
+        self._screen = screen
+        self._processes = processes
+        self._stack = stack
+        self._qmp = str(folder / "qmp.sock")
+        self._watch = str(folder / "watch.sock")
+        self._console = str(folder / "serial.sock")
+        self._serial = _Serial()
+        self._moments: list[Moment] = []
+        self._shown: set[str] = set()
+        """Names of the phases whose tokens have been shown."""
+        self._pause_seen = (0.0, 0.0)
+        """When the guest's pause began and ended, by the wall clock, in ms."""
+        self._clock = TickClock()
+        self._successor_ready = trio.Event()
+        self._successor_gone = trio.Event()
+
+    async def run(self) -> int:
+        """Run it all and return the exit status."""
+        screen = self._screen
+        screen.line("trio-vmm demo: a guest that outlives the process it runs in", BOLD)
+        async with trio.open_nursery() as nursery:
+            process, machine = await self._start()
+            await self._build(machine, nursery)
+            ram = self._ram(process.pid)
+            reader = HeartbeatReader(ram.read)
+            screen.heading("The guest lives: 1000 timer ticks a second, each noted in its RAM")
+            await self._beats(_BEATS, process.pid, ram)
+            before = _looked(reader)
+            update = await self._update(machine, nursery, process.pid, ram)
+            await self._processes.ended(process.pid)
+            process.wait()
+            moved = self._ram(update.new_pid)
+            reader.follow(moved.read)
+            await self._beats(_BEATS, update.new_pid, moved)
+            after = _looked(reader)
+            gaps = self._clock.gaps(moved.read, *self._pause_seen)
+            runs = await self._quit(update.new_pid)
+            nursery.cancel_scope.cancel()
+        faults = self._serial.faults() + [str(report) for report in (before, after) if not report.intact]
+        if moved.identity != ram.identity:
+            faults.append("the new process runs the guest in other memory than the old one did")
+        if not runs:
+            faults.append("the new process says that the guest does not run")
+        return self._verdict(update, after, gaps, faults)
+
+    async def _start(self) -> tuple[subprocess.Popen[bytes], QmpClient]:
+        self._screen.heading("A process with a monitor, and nothing else")
+        self._screen.command("$", f"trio-vmm run -qmp unix:{self._qmp}")
+        process = _machine(["-qmp", f"unix:{self._qmp}"])
+        self._processes.add(process.pid)
+        while True:
+            try:
+                machine = await self._stack.enter_async_context(qmp_session(self._qmp))
+                break
+            except HostFileRefused:
+                if process.poll() is not None:
+                    reason = f"the machine's process ended with status {process.returncode} before its monitor answered"
+                    raise DemoFailed(reason=reason) from None
+                await trio.sleep(0.01)
+        phase = await machine.execute("query-nursery-tree")
+        while phase:
+            self._screen.opened([phase["phase"]], may([token_name(token) for token in phase["tokens"]]))
+            self._shown.add(phase["phase"])
+            phase = next(iter(phase["children"]), None)
+        await self._pause()
+        return process, machine
+
+    async def _build(self, machine: QmpClient, nursery: trio.Nursery) -> None:
+        """Make the machine, a command after the other, and run its guest."""
+        self._screen.heading("It becomes a machine, one command and one phase at a time")
+        address = {"type": "unix", "data": {"path": self._console}}
+        backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+        await self._command(machine, "id=serial0 backend=socket", "chardev-add", id="serial0", backend=backend)
+        nursery.start_soon(self._serial.read, await trio.open_unix_socket(self._console))
+        await self._command(
+            machine, f"kernel=builtin:heartbeat memory.size={_MEBIBYTES}M serial=serial0", "machine-set",
+            kernel="builtin:heartbeat", memory={"size": _MEBIBYTES << 20}, serial=["serial0"],
+        )  # fmt: skip
+        await self._command(machine, "accel=kvm", "accel-set", accel="kvm")
+        await self._command(machine, "model=host", "cpu-model-set", model="host")
+        await self._command(machine, "", "finish-machine-init")
+        await self._command(machine, "", "cont")
+
+    async def _command(self, machine: QmpClient, shown: str, name: str, /, **arguments: Any) -> None:
+        self._screen.command(self._screen.marks.command, f"{name} {shown}".rstrip())
+        await machine.execute(name, **arguments)
+        events = [machine.events.popleft() for _ in range(len(machine.events))]
+        while name == "cont" and not any(event["event"] == "RESUME" for event in events):
+            events.append(await machine.wait_event(lambda event: True))
+        found = changes(Moment.of(OLD, event) for event in events)
+        show(self._screen, found)
+        self._shown.update(change.phase for change in found)
+        await self._pause()
+
+    async def _pause(self) -> None:
+        if self._screen.is_terminal:
+            await trio.sleep(PACE)
+
+    def _ram(self, pid: int) -> _Ram:
+        ram = _Ram(pid)
+        self._stack.callback(os.close, ram.fd)
+        return ram
+
+    # The guest.
+
+    async def _beats(self, count: int, pid: int, ram: _Ram) -> None:
+        """Show `count` more lines of the guest's heartbeat, and leave the last one."""
+        last = len(self._serial.lines) + count
+        await self._follow(lambda: len(self._serial.lines) >= last, pid, ram)
+        self._screen.line(f"  {self._beat(pid, ram)}")
+
+    async def _follow(self, done: Callable[[], bool], pid: int, ram: _Ram) -> None:
+        while not done():
+            await self._serial.news()
+            self._screen.live(self._beat(pid, ram))
+
+    def _beat(self, pid: int, ram: _Ram) -> str:
+        tick = self._clock.sample(ram.read, time.time() * 1e3)
+        return f"{self._screen.paint(self._serial.lines[-1], GREEN)}   tick {tick}   process {pid}"
+
+    # The update.
+
+    async def _update(self, machine: QmpClient, nursery: trio.Nursery, pid: int, ram: _Ram) -> UpdateReport:
+        self._screen.heading("A live update: another process takes the guest over")
+        self._screen.command("$", f"trio-vmm update --qmp {self._qmp}")
+        listener = hostio.listen_unix(self._watch)
+        self._stack.callback(listener.close)
+        nursery.start_soon(self._watch_new, listener)
+        async with trio.open_nursery() as watching:
+            watching.start_soon(self._watch_old, machine)
+            beating = await watching.start(self._go_on_beating, pid, ram)
+            # What the command does, with one more monitor for the successor: it connects to us, so we see it begin.
+            extra = ["-qmp", f"unix:{self._watch},server=off"]
+            report = await live_update(self._qmp, successor_command(None), extra)
+            await self._successor_ready.wait()
+            beating.cancel()
+        self._screen.line(f"      ms  old is process {pid}, new is process {report.new_pid}", DIM)
+        zero, resumed = show_timeline(self._screen, self._moments, frozenset(self._shown))
+        self._pause_seen = (zero, resumed)
+        return report
+
+    async def _go_on_beating(self, pid: int, ram: _Ram, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            await self._follow(lambda: False, pid, ram)
+
+    async def _watch_old(self, machine: QmpClient) -> None:
+        with suppress(MonitorGone):
+            while True:
+                self._moments.append(Moment.of(OLD, await machine.wait_event(lambda event: True)))
+
+    async def _watch_new(self, listener: socket.socket) -> None:
+        await trio.lowlevel.wait_readable(listener)
+        fd = hostio.accept(listener, self._watch)
+        if fd is None:
+            raise DemoFailed(reason="the successor hung up before it had said anything")
+        sock = socket.socket(fileno=fd)
+        self._processes.add(hostio.peer_credentials(sock)[0])
+        with suppress(MonitorGone):
+            async with qmp_over(sock, self._watch) as successor:
+                while True:
+                    moment = Moment.of(NEW, await successor.wait_event(lambda event: True))
+                    self._moments.append(moment)
+                    # The last of what phase running grants.
+                    if moment.event == "TOKEN_GRANTED" and moment.data["token"] == "may-start-migration":
+                        self._successor_ready.set()
+        self._successor_gone.set()
+
+    # The end.
+
+    async def _quit(self, pid: int) -> bool:
+        """Ask at the same socket whether the guest runs, and end the machine."""
+        screen = self._screen
+        screen.heading("The same socket answers, from the new process")
+        self._moments.clear()
+        async with qmp_session(self._qmp) as machine:
+            screen.command(screen.marks.command, "query-status")
+            status = await machine.execute("query-status")
+            screen.text(f"running: {str(status['running']).lower()}")
+            await self._pause()
+            screen.command(screen.marks.command, "quit")
+            await machine.execute("quit")
+        await self._successor_gone.wait()
+        await self._processes.ended(pid)
+        closed = [m.phase for m in self._moments if m.event == "PHASE_CHANGED" and not m.data["opened"]]
+        screen.text(f"phases closed, innermost first: {', '.join(closed)}", DIM)
+        return bool(status["running"])
+
+    def _verdict(
+        self, update: UpdateReport, after: HeartbeatReport, gaps: tuple[float, float], faults: list[str]
+    ) -> int:
+        screen = self._screen
+        stages = ", ".join(f"{name} {value:.2f}" for name, value in update.stages.items() if name != "total")
+        screen.heading(f"The guest's pause: {update.stages['total']:.2f} ms")
+        screen.text(f"by stage: {stages}")
+        screen.text(f"as the guest saw it: {gaps[0]:.2f} ms without a tick (else at most {gaps[1]:.2f} ms)")
+        screen.line()
+        if faults:
+            for fault in faults:
+                screen.text(f"Not as it should be: {fault}.", RED)
+            return 1
+        screen.text(
+            f"No tick was lost, repeated or torn: {after.ticks} ticks and {after.header.pages_checked} pages checked, "
+            f"and {len(self._serial.lines)} lines over one serial connection, in order.",
+            BOLD, GREEN,
+        )  # fmt: skip
+        return 0
+
+
+def _machine(options: list[str]) -> subprocess.Popen[bytes]:
+    """Start `trio-vmm run`, out of the reach of this terminal's Ctrl-C: the demo ends it in its own time."""
+    return subprocess.Popen(
+        [*successor_command(None), "run", *options], stdin=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _looked(reader: HeartbeatReader) -> HeartbeatReport:
+    report = reader.look()
+    if report is None:
+        raise DemoFailed(reason="the guest left no trace of itself in its RAM")
+    return report
