@@ -64,6 +64,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
             await phase.residents.start("events", events.serve)
             host = Host(
                 start,
+                tree,
                 events,
                 table,
                 status,

@@ -10,6 +10,7 @@ import trio
 if TYPE_CHECKING:
     from vmm.monitor.command import CommandTable
     from vmm.monitor.events import EventHub
+    from vmm.nursery_tree import Tree
     from vmm.phases.host import HostFiles
     from vmm.phases.monitors import MonitorMaker
     from vmm.phases.recorder import Recorder
@@ -24,6 +25,7 @@ class Host:
     """What phase boot leaves to the later ones."""
 
     start: Start
+    tree: Tree
     events: EventHub
     table: CommandTable
     status: RunState
