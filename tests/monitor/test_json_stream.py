@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message
+from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message, StreamState
 
 if TYPE_CHECKING:
     from typing import Any
@@ -245,3 +245,40 @@ def test_items_are_messages_or_faults() -> None:
     first, second = JsonStream().feed(b"{}{]")
     assert isinstance(first, Message)
     assert isinstance(second, Fault)
+
+
+MORE = "A frame must hold one message, and this one holds more"
+NONE = "A frame must hold one message, and this one holds none"
+INSIDE = "Malformed JSON: the frame ends inside the message"
+
+
+@pytest.mark.parametrize(
+    ("frame", "found"),
+    [
+        (b'{"execute":"x"}', Message({"execute": "x"})),
+        (b' {"a":[1]}\r\n', Message({"a": [1]})),
+        (b"12", Message(12)),
+        (b"true", Message(True)),
+        (b'"abc"', Message("abc")),
+        (b"", Fault(NONE)),
+        (b" \r\n", Fault(NONE)),
+        (b"{}{}", Fault(MORE)),
+        (b'{"a":1} x', Fault(MORE)),
+        (b'{"a":', Fault(INSIDE)),
+        (b'{"a":1', Fault(INSIDE)),
+        (b'"abc', Fault(INSIDE)),
+        (b"[1,2", Fault(INSIDE)),
+        (b"nul", Fault("Malformed JSON at byte 0 of the message: 'nul' is no keyword; there are true, false and null")),
+        (b"\0{}", Fault("Malformed JSON at byte 0 of the message: '\\x00' begins no JSON value")),
+        (
+            b'{"a":"' + b"x" * 200 + b'"}',
+            Fault("Malformed JSON: the message exceeds the size limit of 100 bytes"),
+        ),
+    ],
+)
+def test_a_frame_is_one_message_and_ends_whatever_it_is(frame: bytes, found: Message | Fault) -> None:
+    stream = JsonStream(Limits(size=100))
+    for _ in range(2):
+        assert stream.feed_frame(frame) == found
+        assert stream.save() == StreamState()
+        assert stream.feed_frame(b'{"next":1}') == Message({"next": 1})

@@ -126,6 +126,21 @@ class JsonStream:
         out, self._out = self._out, []
         return out
 
+    def feed_frame(self, data: bytes) -> Message | Fault:
+        """Take an input that is one message, as the frames of a websocket are; anything else is one fault.
+
+        The next input begins anew, whatever this one was.
+        """
+        out = self.feed(data)
+        if self._skipping == "no" and self._token >= 0 and self._buffer[self._token] not in (_DOUBLE, _SINGLE):
+            out += self.feed(b"\n")  # a number or a word, which the end of the frame ends
+        if self._skipping == "no" and self._buffer:
+            out.append(Fault("Malformed JSON: the frame ends inside the message"))
+        self._begin_anew("no", len(self._buffer))
+        if len(out) == 1 or (out and isinstance(out[0], Fault)):
+            return out[0]
+        return Fault(f"A frame must hold one message, and this one holds {'more' if out else 'none'}")
+
     def _feed_whole(self, data: bytes) -> bytes:
         """Take off the whole objects at the front of `data`; return the rest."""
         limits = self._limits

@@ -49,6 +49,8 @@ class Transport(Protocol):
     async def receive(self) -> bytes:
         """Wait for input and return it, at most 64 KiB; empty at the end of the stream. A cancellation loses nothing.
 
+        A transport of messages returns a message whole.
+
         Raises:
             trio.BrokenResourceError: the client is gone.
             trio.ClosedResourceError: `close` was called.

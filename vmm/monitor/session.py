@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final
 import attrs
 import trio
 
+from vmm.capabilities import ADMIN, Grant
 from vmm.errors import CommandNotFound, MalformedRequest, VmmError
 from vmm.monitor.arguments import structure
 from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message, StreamState
@@ -63,6 +64,10 @@ class SessionOptions:
     """Whether out-of-band execution is offered."""
     pretty: bool = False
     """Whether output is spread over indented lines (`qemu.qmp` can't read that)."""
+    framed: bool = False
+    """Whether each input is a frame, which holds one message."""
+    grant: Grant = ADMIN
+    """What the clients may be lent."""
     limits: Limits = attrs.Factory(Limits)
     bounds: Bounds = attrs.Factory(Bounds)
 
@@ -141,6 +146,11 @@ class Session:
     def transport(self) -> Transport:
         """The wire, for its descriptor to be handed over."""
         return self._transport
+
+    @property
+    def grant(self) -> Grant:
+        """What the client may be lent, whatever the phases grant."""
+        return self._options.grant
 
     @property
     def dropped(self) -> str:
@@ -255,7 +265,10 @@ class Session:
                 self._unclaimed = fresh
             if not data:
                 return None
-            self._read.extend(self._stream.feed(data))
+            if self._options.framed:
+                self._read.append(self._stream.feed_frame(data))
+            else:
+                self._read.extend(self._stream.feed(data))
 
     async def _take_turns(self) -> None:
         while True:
