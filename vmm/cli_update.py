@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     from vmm.qmp_client import QmpClient
 
-START: Final = 30.0
-"""Seconds that the successor has to answer its monitor."""
+START: Final = 120.0
+"""Seconds that the successor has to answer its monitor: generous, since the guest runs on meanwhile, and a successor
+that ends is noticed at once."""
 
-COMPLETION: Final = 120.0
+COMPLETION: Final = 300.0
 """Seconds for the whole hand-over. The guest's own pause has limits of its own, far below."""
 
 

@@ -19,8 +19,8 @@ class CprLimits:
 
     describing: float = 10.0
     """The destination's, for a source that has connected to say what its machine is."""
-    building: float = 30.0
-    """The source's, for each thing that a destination does before the guest is paused."""
+    building: float = 120.0
+    """The source's, for each thing that a destination does before the guest is paused: generous, since it runs on."""
     loading: float = 2.0
     """The source's, for the destination to load the state. The guest is paused."""
     taking: float = 1.0
