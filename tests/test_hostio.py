@@ -489,3 +489,70 @@ def test_a_private_file_keeps_the_position(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"onetwo"
     os.close(private)
     os.close(shared)
+
+
+# --- tcp, of this machine alone ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host", hostio.LOOPBACK)
+def test_a_loopback_listener_has_a_port_of_its_own_and_goes_to_another_process(host: str) -> None:
+    with hostio.listen_loopback(host, 0) as listener:
+        port = listener.getsockname()[1]
+        assert not listener.get_inheritable()
+        assert not listener.getblocking()
+        with pytest.raises(HostFileRefused) as caught:
+            hostio.listen_loopback(host, port)
+        assert str(caught.value) == f"Cannot listen on {host} port {port}: Address already in use"
+        copy = hostio.dup(listener.fileno())
+        with hostio.adopt_loopback_listener(copy, "listener", host, port) as adopted:
+            assert adopted.getsockname()[:2] == (host, port)
+
+
+def test_what_does_not_listen_on_the_very_port_is_no_loopback_listener(path: str) -> None:
+    with (
+        hostio.listen_loopback("127.0.0.1", 0) as listener,
+        hostio.listen_unix(path) as unix,
+        socket.socket() as unbound,
+        open("/dev/null") as null,
+    ):
+        port = listener.getsockname()[1]
+        for fd, found in {
+            listener.fileno(): f"a socket that listens on 127.0.0.1 port {port}",
+            unix.fileno(): "a socket",
+            unbound.fileno(): "a socket",
+            null.fileno(): "a character device",
+        }.items():
+            with pytest.raises(DescriptorWrongKind) as caught:
+                hostio.adopt_loopback_listener(fd, "monitor/ws/listener", "127.0.0.1", 1)
+            wanted = "a socket that listens on 127.0.0.1 port 1"
+            assert str(caught.value) == f"Descriptor 'monitor/ws/listener' is {found}, not {wanted}"
+            os.fstat(fd)
+
+
+def test_a_secret_is_a_file_that_its_owner_alone_has_access_to(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("open sesame")
+    for mode in (0o640, 0o604, 0o610, 0o620):
+        secret.chmod(mode)
+        with pytest.raises(HostFileRefused) as caught:
+            hostio.open_secret_file(str(secret))
+        text = f"its mode is {mode:04o}, so others than its owner have access; use chmod 600"
+        assert str(caught.value) == f"Cannot take a secret from {secret}: {text}"
+    for mode in (0o600, 0o400):
+        secret.chmod(mode)
+        with open(hostio.open_secret_file(str(secret))) as file:
+            assert file.read() == "open sesame"
+    with pytest.raises(HostFileRefused, match="it is a directory, not a regular file"):
+        hostio.open_secret_file(str(tmp_path))
+
+
+@needs_root
+def test_a_secret_of_another_user_is_none(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("open sesame")
+    secret.chmod(0o600)
+    os.chown(secret, 1001, -1)
+    with pytest.raises(HostFileRefused) as caught:
+        hostio.open_secret_file(str(secret))
+    reason = "it belongs to uid 1001, neither to uid 0 nor to root"
+    assert str(caught.value) == f"Cannot take a secret from {secret}: {reason}"

@@ -280,6 +280,55 @@ def admit_peer(sock: Socket, path: str) -> None:
         raise PeerRefused(path=path, uid=uid, wanted=own)
 
 
+# --- tcp sockets, of this machine alone ---------------------------------------------------------------------
+
+LOOPBACK: Final = ("127.0.0.1", "::1")
+"""Addresses that no other machine can connect to. (`localhost` is not among them: a name may lead anywhere.)"""
+
+
+def listen_loopback(host: str, port: int) -> socket.socket:
+    """Bind a TCP socket to `port` (0: any free one) of `host`, one of `LOOPBACK`, and listen. It does not block.
+
+    Raises:
+        HostFileRefused: the port is taken, or the host refused.
+    """
+    assert host in LOOPBACK, "the caller has checked the address"
+    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
+    try:
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:  # a kernel without IPv6
+        raise refused("listen on", f"{host} port {port}", error) from error
+    try:
+        # On Linux this lets a port be bound whose last connections linger, and never one that somebody listens on.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise refused("listen on", f"{host} port {port}", error) from error
+    return listener
+
+
+def adopt_loopback_listener(fd: int, name: str, host: str, port: int) -> socket.socket:
+    """Make a socket of the descriptor `fd`, which listens on `port` of `host`, and own it. It does not block.
+
+    Raises:
+        DescriptorWrongKind: it is anything else; it stays the caller's. `name` is what the text calls it.
+    """
+    found = _kind(os.fstat(fd).st_mode)
+    if found == "a socket":
+        listener = socket.socket(fileno=fd)
+        tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
+        if tcp and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            bound = listener.getsockname()
+            if bound[:2] == (host, port):
+                listener.setblocking(False)
+                return listener
+            found = f"a socket that listens on {bound[0]} port {bound[1]}"
+        listener.detach()
+    raise DescriptorWrongKind(name=name, found=found, wanted=f"a socket that listens on {host} port {port}")
+
+
 # --- memory -----------------------------------------------------------------------------------------------
 
 
@@ -332,6 +381,25 @@ def open_input_file(path: str) -> int:
     if not stat.S_ISREG(mode):
         os.close(fd)
         raise HostFileRefused(action="read", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+    return fd
+
+
+def open_secret_file(path: str) -> int:
+    """Open regular file `path`, which nobody but its owner may have access to, for reading.
+
+    Raises:
+        HostFileRefused: there is none, it may not be read, it is of another kind, or others have access to it.
+    """
+    fd = open_input_file(path)
+    found = os.fstat(fd)
+    reason = ""
+    if found.st_mode & 0o077:
+        reason = f"its mode is {stat.S_IMODE(found.st_mode):04o}, so others than its owner have access; use chmod 600"
+    elif found.st_uid not in (os.geteuid(), 0):
+        reason = f"it belongs to uid {found.st_uid}, neither to uid {os.geteuid()} nor to root"
+    if reason:
+        os.close(fd)
+        raise HostFileRefused(action="take a secret from", path=path, reason=reason)
     return fd
 
 
