@@ -70,6 +70,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         parser.print_usage(sys.stderr)
         print(f"{parser.prog}: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)", file=sys.stderr)
         return 1
+    if not (options.qmp or options.recipe or options.kernel):
+        print("trio-vmm: nothing to boot: give -kernel FILE, or a monitor (-qmp unix:PATH) to go on with", file=sys.stderr)
+        return 1
     from vmm.process import run_process
 
     return run_process(recipe, options)

@@ -218,12 +218,14 @@ def _chardev_step(text: str) -> Step:
     if not label:
         raise OptionInvalid(option="-chardev", value=text, wanted="complete: it needs id=NAME")
     data: dict[str, Any] = {}
+    if kind in ("file", "socket") and not members.get("path"):
+        raise OptionInvalid(option="-chardev", value=text, wanted="complete: it needs path=PATH")
     if kind == "file":
-        data = {"out": members.pop("path", "")}
+        data = {"out": members.pop("path")}
         if "append" in members:
             data["append"] = members.pop("append") == "on"
     elif kind == "socket":
-        path, server = members.pop("path", ""), members.pop("server", "off") == "on"
+        path, server = members.pop("path"), members.pop("server", "off") == "on"
         if members.pop("wait", "off") == "on":
             raise OptionInvalid(option="-chardev", value=text, wanted="possible: use wait=off")
         backend = _socket_backend(path, server=server)

@@ -78,8 +78,9 @@ class MachineOptions:
             if value not in (None, only):
                 wanted = f"{only}, the only value with {smp.cpus} vCPUs (one socket, a core each, no hot plug)"
                 raise OptionInvalid(option=f"smp.{member}", value=value, wanted=wanted)
-        if self.initrd is not None and self.kernel is None:
-            raise OptionInvalid(option="initrd", value=self.initrd, wanted="possible without a kernel")
+        for member in ("initrd", "append"):
+            if getattr(self, member) and self.kernel is None:
+                raise OptionInvalid(option=member, value=getattr(self, member), wanted="possible without a kernel")
         if self.uuid is not None:
             try:
                 uuids.UUID(self.uuid)
