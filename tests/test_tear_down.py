@@ -61,7 +61,10 @@ async def use(log: Log, turns: int) -> None:
 async def populate(phase: Phase, log: Log, choice: random.Random) -> None:
     for _ in range(choice.randrange(4)):
         name = f"{phase.path}#{len(phase.residents.names)}"
-        await phase.residents.start(name, resident, log, name, choice.randrange(3), choice.randrange(3))
+        if choice.random() < 0.3:
+            phase.residents.start_soon(name, resident, log, name, 0, choice.randrange(3))
+        else:
+            await phase.residents.start(name, resident, log, name, choice.randrange(3), choice.randrange(3))
         log.note(f"start {name}")
 
 
