@@ -530,14 +530,17 @@ static int tv_load_msrs(int vcpu, struct tv_state *state)
     uint32_t next = 0;
     uint32_t kept = 0;
 
-    /* Setting these, KVM marks the clock page in guest memory at once, which may still be another process's. */
+    /*
+     * Setting these, KVM marks the clock page in guest memory at once, which may still be another process's. But a zero,
+     * as in a reset, takes the page from KVM, which must not write into the next guest's memory.
+     */
     state->clock_msr_count = 0;
     for (uint32_t i = 0; i < state->saved_msr_count; i++) {
         uint32_t index = state->msrs[i].index;
 
-        if (index != MSR_KVM_SYSTEM_TIME && index != MSR_KVM_SYSTEM_TIME_NEW)
+        if ((index != MSR_KVM_SYSTEM_TIME && index != MSR_KVM_SYSTEM_TIME_NEW) || state->msrs[i].data == 0)
             state->msrs[kept++] = state->msrs[i];
-        else if (state->msrs[i].data != 0 && state->clock_msr_count < 2)
+        else if (state->clock_msr_count < 2)
             state->clock_msrs[state->clock_msr_count++] = state->msrs[i];
     }
     state->saved_msr_count = kept;
