@@ -50,14 +50,14 @@ JUMP_INTO_NOTHING = f"{_TO_PROTECTED_MODE} mov eax, 0xd0000000\n jmp eax"
 PULL_RESET = "mov al, 0xfe\n out 0x64, al\nstay: hlt\n jmp stay"
 ECHO = """
  mov dx, 0x3fd
-wait: in al, dx
+poll: in al, dx
  test al, 1
- jz wait
+ jz poll
  mov dx, 0x3f8
  in al, dx
  out dx, al
  mov dx, 0x3fd
- jmp wait
+ jmp poll
 """
 """Sends back on COM1 each byte that comes."""
 
