@@ -12,9 +12,6 @@ from vmm.errors import RecipeInvalid, TokenNotGranted
 
 OPTIONS = {"memory": {"size": 16 << 20}, "kernel": "builtin:heartbeat"}
 MACHINE: dict[str, Any] = {"execute": "machine-set", "arguments": OPTIONS}
-    "execute": "machine-set",
-    "arguments": {"memory": {"size": 16 << 20}, "kernel": "builtin:heartbeat"},
-}
 BUILT: list[dict[str, Any]] = [
     MACHINE,
     {"execute": "accel-set", "arguments": {"accel": "kvm"}},
