@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 
 import attrs
 import pytest
 
 from tests.kvm.tiny import TinyMachine
 from vmm.kvm.machine_state import load_machine, save_machine
-from vmm.kvm.state import VcpuState
+
+if TYPE_CHECKING:
+    from vmm.kvm.state import VcpuState
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
