@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 
 
 @final
+class NothingUnderWay:
+    """The facet of `may-cancel-migration` where there is nothing to cancel, which QEMU's clients do to be sure."""
+
+    def cancel(self, by: str) -> None:
+        """Do nothing."""
+
+
+@final
 class MigrationState:
     """Lives in phase precreate, so that a migration can be set up before there is a machine."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 from vmm.capabilities import (
+    MayCancelMigration,
     MayConfigureMachine,
     MayCreateBackend,
     MayListen,
@@ -19,6 +20,7 @@ from vmm.nursery_tree import Inbox
 from vmm.phases.building import WishToRun
 from vmm.phases.config import CpuOptions, GoOn
 from vmm.phases.devices import run_devices
+from vmm.phases.migration_state import NothingUnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -41,6 +43,7 @@ class PreconfigGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     listen: MayListen
+    cancel_migration: MayCancelMigration
     run_vcpus: MayRunVcpus
 
 
@@ -75,6 +78,7 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
                 set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
                 listen=mint(MayListen, made.incoming),
+                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
                 run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
             )
 

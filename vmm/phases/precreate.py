@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, final
 
 import attrs
 
-from vmm.capabilities import MayConfigureMachine, MayListen, MaySetMigrationCap, MaySetMigrationParam
+from vmm.capabilities import (
+    MayCancelMigration,
+    MayConfigureMachine,
+    MayListen,
+    MaySetMigrationCap,
+    MaySetMigrationParam,
+)
 from vmm.nursery_tree import Inbox
 from vmm.phases.incoming_port import IncomingPort
-from vmm.phases.migration_state import MigrationState
+from vmm.phases.migration_state import MigrationState, NothingUnderWay
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -33,6 +39,7 @@ class PrecreateGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     listen: MayListen
+    cancel_migration: MayCancelMigration
 
 
 @final
@@ -64,6 +71,7 @@ async def run_precreate(boot: Phase, host: Host) -> None:
                 set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, migration.parameters),
                 listen=mint(MayListen, incoming),
+                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
             )
 
         def carry_out(definition: Definition) -> Definition:

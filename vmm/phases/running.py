@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from vmm.capabilities import (
+    MayCancelMigration,
     MayCreateBackend,
     MayOpenHostFile,
     MayRunVcpus,
@@ -23,6 +24,7 @@ from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.guest_requests import GuestRequests
 from vmm.phases.migrating import TransferPlan, run_migrating
+from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
 from vmm.phases.vcpus import VcpuGang
@@ -49,6 +51,7 @@ class RunningGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     start_migration: MayStartMigration
+    cancel_migration: MayCancelMigration
 
 
 @final
@@ -209,6 +212,7 @@ async def stay_in_running(phase: Phase, run: Run) -> None:
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
             start_migration=mint(MayStartMigration, _Departure(inbox, run)),
+            cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
         )
 
     async with phase.window(grants):
