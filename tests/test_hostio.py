@@ -506,6 +506,8 @@ def test_a_loopback_listener_has_a_port_of_its_own_and_goes_to_another_process(h
         copy = hostio.dup(listener.fileno())
         with hostio.adopt_loopback_listener(copy, "listener", host, port) as adopted:
             assert adopted.getsockname()[:2] == (host, port)
+            with hostio.adopt_loopback_listener(hostio.dup(copy), "listener", host, 0) as again:
+                assert again.getsockname()[1] == port
 
 
 def test_what_does_not_listen_on_the_very_port_is_no_loopback_listener(path: str) -> None:

@@ -53,6 +53,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     devices.add_argument("-serial", action="append", metavar="DEV", help="null, none, stdio, pty, file:PATH, unix:PATH[,server=on], chardev:ID")
     devices.add_argument("-chardev", action="append", default=[], metavar="KIND,id=ID[,...]", help="null, stdio, pty, file,path=, socket,path=[,server=on]")
     devices.add_argument("-qmp", action="append", default=[], metavar="DEV", help="a monitor: unix:PATH, or fd:N (a connected socket)")
+    devices.add_argument(
+        "-websocket", action="append", default=[], metavar="ADDR:PORT[,...]",
+        help="a monitor at 127.0.0.1 or [::1]: [,token-file=PATH][,grant=observe|operate|migrate|admin]; port 0: any",
+    )  # fmt: skip
     devices.add_argument("-display", metavar="TYPE", help="there is none")
     devices.add_argument("-nographic", action="store_true", help="accepted: there is no display to leave out")
     devices.add_argument("-nodefaults", action="store_true", help="no serial port unless one is named")
@@ -89,6 +93,8 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         # A destination's own monitors must not take the names that the source's have.
         suffix = f"@{os.getpid()}" if awaits else ""
         steps += _monitor_steps(text, f"compat_monitor{number}{suffix}")
+    for number, text in enumerate(options.websocket):
+        steps.append(_websocket_step(text, f"websocket{number}{f'@{os.getpid()}' if awaits else ''}"))
     if incoming:
         steps.append(Step("migrate-incoming", {"channels": incoming}))
     if not defines_machine(options):
@@ -254,6 +260,18 @@ def _monitor_steps(text: str, name: str) -> list[Step]:
         Step("chardev-add", {"id": name, "backend": backend}),
         Step("object-add", {"qom-type": "monitor-qmp", "id": f"qmp_{name}", "chardev": name}),
     ]
+
+
+def _websocket_step(text: str, name: str) -> Step:
+    where, *parts = text.split(",")
+    address, colon, port = where.rpartition(":")
+    bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    members = dict(part.partition("=")[::2] for part in parts)
+    if not colon or not bare or (":" in bare and bare == address) or not {"token-file", "grant"}.issuperset(members):
+        wanted = "ADDR:PORT[,token-file=PATH][,grant=observe|operate|migrate|admin], with ADDR 127.0.0.1 or [::1]"
+        raise OptionInvalid(option="-websocket", value=text, wanted=wanted)
+    addr = {"host": bare, "port": port}
+    return Step("object-add", {"qom-type": "monitor-websocket", "id": name, "addr": addr, **members})
 
 
 def _incoming_channel(text: str) -> dict[str, object]:

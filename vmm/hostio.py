@@ -310,10 +310,11 @@ def listen_loopback(host: str, port: int) -> socket.socket:
 
 
 def adopt_loopback_listener(fd: int, name: str, host: str, port: int) -> socket.socket:
-    """Make a socket of the descriptor `fd`, which listens on `port` of `host`, and own it. It does not block.
+    """Make a socket of the descriptor `fd`, which listens on `port` (0: whichever) of `host`. It does not block.
 
     Raises:
-        DescriptorWrongKind: it is anything else; it stays the caller's. `name` is what the text calls it.
+        DescriptorWrongKind: it is anything else. `name` is what the text calls it. It stays the caller's; else it
+            is the socket's.
     """
     found = _kind(os.fstat(fd).st_mode)
     if found == "a socket":
@@ -321,7 +322,7 @@ def adopt_loopback_listener(fd: int, name: str, host: str, port: int) -> socket.
         tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
         if tcp and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             bound = listener.getsockname()
-            if bound[:2] == (host, port):
+            if bound[0] == host and port in (0, bound[1]):
                 listener.setblocking(False)
                 return listener
             found = f"a socket that listens on {bound[0]} port {bound[1]}"

@@ -15,6 +15,7 @@ from vmm.monitor.events import Event
 
 _MONITOR: Final = "vmm.phases.commands_monitor"
 _BACKENDS: Final = "vmm.phases.commands_backends"
+_MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
 _MIGRATION: Final = "vmm.phases.commands_migration"
 
@@ -37,6 +38,7 @@ COMMANDS: Final = (
     Command("query-chardev", f"{_BACKENDS}:query_chardev"),
     Command("object-add", f"{_BACKENDS}:object_add"),
     Command("object-del", f"{_BACKENDS}:object_del"),
+    Command("query-monitors", f"{_MONITORS}:query_monitors"),
     Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel"),
     Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate", moves_to="accel"),
     Command("accel-set", f"{_MACHINE}:accel_set", moves_to="preconfig"),

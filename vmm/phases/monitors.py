@@ -10,6 +10,7 @@ import trio
 
 from vmm import hostio
 from vmm.backends.chardev_socket import SocketChardev
+from vmm.capabilities import ADMIN
 from vmm.errors import Unsupported
 from vmm.monitor.session import SessionOptions
 from vmm.monitor.unix import SocketMonitor
@@ -29,6 +30,9 @@ _FLUSH: Final = 1.0
 @final
 class Monitor:
     """A monitor with the sockets that it serves. Its one task ends when it is cancelled, or its only client leaves."""
+
+    url: Final = None
+    grant: Final = ADMIN.name
 
     def __init__(
         self,
@@ -50,6 +54,11 @@ class Monitor:
     def chardev(self) -> str | None:
         """Label of the chardev whose socket this is."""
         return self._chardev.label if self._chardev is not None else None
+
+    @property
+    def clients(self) -> int:
+        """How many are connected."""
+        return len(self._monitor.sessions)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve clients; at a cancel, let them read what is unsent, for `_FLUSH` seconds at most, and hang up."""
@@ -80,6 +89,10 @@ class Monitor:
         hostio.admit_peer(client, str(self._chardev.filename if self._chardev is not None else "a monitor"))
 
     # Live update.
+
+    def descriptors(self) -> dict[str, int]:
+        """Return nothing: the chardev gives the listener to the successor."""
+        return {}
 
     def hold(self) -> None:
         """Accept nobody from now on."""

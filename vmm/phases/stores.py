@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.monitors import Monitor
+    from vmm.phases.websocket import WebSocketBackend
     from vmm.recipe import Recipe
 
 
@@ -49,7 +50,7 @@ class BootStores:
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
         self.chardevs: Final[dict[str, Held]] = {}
-        self.monitors: Final[dict[str, tuple[Monitor, Resident]]] = {}
+        self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
@@ -137,11 +138,17 @@ class BootStores:
         return new, sorted(self._sent - set(descriptors))
 
     def _descriptors(self) -> dict[str, int]:
-        return {
+        chardevs = {
             f"{_prefix(label)}{suffix}": fd
             for label, held in self.chardevs.items()
             for suffix, fd in held.chardev.descriptors().items()
         }
+        monitors = {
+            f"monitor/{name}/{suffix}": fd
+            for name, (monitor, _) in self.monitors.items()
+            for suffix, fd in monitor.descriptors().items()
+        }
+        return chardevs | monitors
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
         """Keep what the source's last message brought until the chardevs' sections are loaded."""
