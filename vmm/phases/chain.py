@@ -87,7 +87,7 @@ def chain() -> tuple[PhaseFacts, ...]:
         ),
         PhaseFacts(
             "fd_receive", "no-machine", FdReceiveGrants, lent=False,
-            left_by="stays open beside the chain; lent to the incoming recipe alone",
+            left_by="the change of owner",
         ),
         PhaseFacts("accel", "machine-created", AccelGrants, left_by="`accel-set`", reach="machine-set"),
         PhaseFacts("backends", "accel-created", BackendsGrants, left_by="itself, once RAM is there", reach="accel-set"),
