@@ -125,6 +125,38 @@ def test_what_has_state_that_is_not_carried_over_is_taken_away(supported: list[C
     assert (empty.eax, empty.ebx, empty.ecx, empty.edx) == (0, 0, 0, 0)
 
 
+def test_the_register_of_intels_that_kvm_emulates_on_amd_is_not_shown_there() -> None:
+    assert leaves(INTEL, 0, 1)[7, 0].edx & 1 << 29
+    assert not leaves(AMD, 0, 1)[7, 0].edx & 1 << 29
+
+
+@pytest.mark.kvm
+def test_a_guest_sees_the_name_of_the_processor() -> None:
+    with open("/proc/cpuinfo") as file:
+        name = next(line.partition(": ")[2].strip() for line in file if line.startswith("model name"))
+    with TinyMachine() as machine:
+        machine.boot("""
+ mov dword [0x8000], 0x80000002
+l: mov eax, [0x8000]
+ cpuid
+ out 0x80, eax
+ mov eax, ebx
+ out 0x80, eax
+ mov eax, ecx
+ out 0x80, eax
+ mov eax, edx
+ out 0x80, eax
+ inc dword [0x8000]
+ cmp dword [0x8000], 0x80000005
+ jne l
+ out 0x99, al
+ hlt
+""")
+        machine.run()
+        shown = b"".join(word.to_bytes(4, "little") for word in machine.outs(0x80))
+    assert shown.rstrip(b"\0").decode().strip() == name
+
+
 @pytest.mark.kvm
 def test_this_host_takes_the_leaves_of_every_one_of_four_vcpus() -> None:
     with TinyMachine(4) as m:

@@ -3,6 +3,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#include <cpuid.h>
 #include <errno.h>
 #include <signal.h>
 #include <stddef.h>
@@ -34,6 +35,13 @@ static int tv_ioctl(int fd, unsigned long request, uintptr_t argument)
 static int tv_ioctl_ptr(int fd, unsigned long request, void *argument)
 {
     return tv_ioctl(fd, request, (uintptr_t)argument);
+}
+
+/* EAX, EBX, ECX, EDX; zero if this processor has no such leaf. */
+static void tv_host_cpuid(uint32_t function, uint32_t *registers)
+{
+    if (!__get_cpuid(function, &registers[0], &registers[1], &registers[2], &registers[3]))
+        memset(registers, 0, 4 * sizeof *registers);
 }
 
 static int tv_irq_line(int vm, uint32_t gsi, uint32_t level)
@@ -404,6 +412,7 @@ struct tv_state {
         }                                                                                                              \
     } while (0)
 
+/* Whether it was done. */
 static int tv_one_msr(int vcpu, unsigned long request, uint32_t index, uint64_t *data)
 {
     struct {

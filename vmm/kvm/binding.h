@@ -32,6 +32,7 @@
 #define KVM_KVMCLOCK_CTRL ...
 #define KVM_NMI ...
 #define KVM_GET_MP_STATE ...
+#define KVM_SET_MSRS ...
 
 #define KVM_API_VERSION ...
 
@@ -114,6 +115,7 @@ struct kvm_clock_data { uint64_t clock; uint32_t flags; uint64_t realtime; uint6
 
 int tv_ioctl(int fd, unsigned long request, uintptr_t argument);
 int tv_ioctl_ptr(int fd, unsigned long request, void *argument);
+void tv_host_cpuid(uint32_t function, uint32_t *registers);
 int tv_irq_line(int vm, uint32_t gsi, uint32_t level);
 int tv_get_dirty_log(int vm, uint32_t slot, void *bitmap);
 int tv_clear_dirty_log(int vm, uint32_t slot, uint64_t first_page, uint32_t pages, void *bitmap);
@@ -199,6 +201,7 @@ struct tv_state {
     struct kvm_msr_entry msrs[...];
     ...;
 };
+int tv_one_msr(int vcpu, unsigned long request, uint32_t index, uint64_t *data);
 int tv_state_prepare(int vcpu, struct tv_state *state, const struct tv_msr_list *list);
 int tv_state_save_mp(int vcpu, struct tv_state *state);
 int tv_state_save(int vcpu, struct tv_state *state);

@@ -29,9 +29,13 @@ LEAF7_EBX_SGX = 1 << 2
 LEAF7_EBX_PT = 1 << 25
 LEAF7_ECX_SGX_LC = 1 << 30
 LEAF7_EDX_ARCH_LBR = 1 << 19
+LEAF7_EDX_ARCH_CAPABILITIES = 1 << 29
 EXT1_ECX_CMP_LEGACY = 1 << 1
 EXT1_ECX_SVM = 1 << 2
 EXT1_ECX_PERFCTR = 1 << 23 | 1 << 24 | 1 << 28
+
+PROCESSOR_NAME: Final = range(0x8000_0002, 0x8000_0005)
+"""Leaves with 48 characters of ASCII in all."""
 
 # Whole leaves that a guest must find empty: performance counters, SGX, processor trace, last branch records, SVM,
 # AMD's performance counters. They come with state that is not saved here, or with too much of it for what they are
@@ -130,7 +134,8 @@ def _adapted(entry: CpuidEntry, index: int, count: int, tsc_deadline: bool, amd:
                 entry,
                 ebx=entry.ebx & ~(LEAF7_EBX_SGX | LEAF7_EBX_PT),
                 ecx=entry.ecx & ~LEAF7_ECX_SGX_LC,
-                edx=entry.edx & ~LEAF7_EDX_ARCH_LBR,
+                # KVM emulates an MSR of Intel's on AMD too, where no processor has it and some guests fail over it.
+                edx=entry.edx & ~(LEAF7_EDX_ARCH_LBR | (LEAF7_EDX_ARCH_CAPABILITIES if amd else 0)),
             )
         case 0x8000_0001, _:
             ecx = entry.ecx & ~(EXT1_ECX_SVM | EXT1_ECX_PERFCTR | EXT1_ECX_CMP_LEGACY)

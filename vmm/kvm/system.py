@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import final
+from typing import Final, final
 
 from vmm.errors import KvmUnavailable
 from vmm.kvm._kvm import ffi, lib
 from vmm.kvm.calls import call, call_with, checked
-from vmm.kvm.cpuid import CpuidEntry
+from vmm.kvm.cpuid import PROCESSOR_NAME, CpuidEntry
 from vmm.kvm.vm import Vm
+
+MTRR_DEFAULT_TYPE: Final = 0x2FF
+MTRRS: Final = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), MTRR_DEFAULT_TYPE)
+"""Eight ranges, the fixed ones below 1 MiB, and the type of all else. Source: Intel SDM volume 3, 12.11.2."""
 
 
 @final
@@ -72,23 +76,32 @@ class Kvm:
         return call(self._fd, "KVM_CHECK_EXTENSION", getattr(lib, name), context=name)
 
     def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
-        """Return every CPUID leaf that KVM can give a guest on this host.
+        """Return every CPUID leaf that KVM can give a guest on this host; and the processor's name, which KVM omits.
 
         Not the TSC-deadline bit: that is the extension KVM_CAP_TSC_DEADLINE_TIMER.
         """
         table = ffi.new("struct tv_cpuid *")
         table.count = lib.TV_CPUID_MAX
         call_with(self._fd, "KVM_GET_SUPPORTED_CPUID", table)
-        return tuple(
-            CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx) for e in table.entries[0 : table.count]
-        )
+        entries = {
+            (e.function, e.index): CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
+            for e in table.entries[0 : table.count]
+        }
+        registers = ffi.new("uint32_t[4]")
+        for function in PROCESSOR_NAME:
+            lib.tv_host_cpuid(function, registers)
+            entries[function, 0] = CpuidEntry(function, 0, 0, *registers[0:4])
+        return tuple(entries.values())
 
     def msr_indices(self) -> tuple[int, ...]:
-        """Return the model-specific registers that may be state of a guest. A vCPU need not have each of them."""
+        """Return the model-specific registers that may be state of a guest. A vCPU need not have each of them.
+
+        KVM's own list leaves out the memory type range registers, which it keeps for guests nevertheless.
+        """
         table = ffi.new("struct tv_msr_list *")
         table.count = lib.TV_MSRS_MAX
         call_with(self._fd, "KVM_GET_MSR_INDEX_LIST", table)
-        return tuple(table.indices[0 : table.count])
+        return (*table.indices[0 : table.count], *MTRRS)
 
     def create_vm(self) -> Vm:
         """Make a VM without memory, chips or vCPUs.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, final
 
-from vmm.errors import KvmExtensionMissing
+from vmm.errors import KvmCallFailed, KvmExtensionMissing
 from vmm.kvm._kvm import ffi, lib
 from vmm.kvm.calls import call, call_with, checked
 from vmm.kvm.clock import clock_distance
@@ -131,6 +132,15 @@ class VcpuFd:
                 setattr(regs if name in GENERAL_REGISTERS else sregs, name, value)
         call_with(self._fd, "KVM_SET_SREGS", sregs, context=self._context)
         call_with(self._fd, "KVM_SET_REGS", regs, context=self._context)
+
+    def set_msr(self, index: int, value: int) -> None:
+        """Write a model-specific register.
+
+        Raises:
+            KvmCallFailed: this vCPU has it not, or it does not take the value.
+        """
+        if not lib.tv_one_msr(self._fd, lib.KVM_SET_MSRS, index, ffi.new("uint64_t *", value)):
+            raise KvmCallFailed(ioctl="KVM_SET_MSRS", errno=errno.EINVAL, context=f"MSR {index:#x} of {self._context}")
 
     def registers(self) -> dict[str, int]:
         """Return general registers, rflags, cs and cs_base, cr0 to cr4 and efer, by name."""

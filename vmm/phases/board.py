@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
@@ -21,6 +21,7 @@ from vmm.hw.uart import Uart
 from vmm.kvm.cpuid import guest_cpuid
 from vmm.kvm.machine_state import check_machine, load_machine, save_machine
 from vmm.kvm.state import ChipState, VcpuState
+from vmm.kvm.system import MTRR_DEFAULT_TYPE
 from vmm.kvm.vcpu import Vcpu
 from vmm.migration.registry import StateRegistry
 from vmm.phases.guest_requests import GuestBells
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from vmm.kvm.memory import GuestMemory
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
+
+
+MTRRS_ENABLED: Final = 1 << 11
+WRITE_BACK: Final = 6
+"""IA32_MTRR_DEF_TYPE: ranges count, and what is in none is write-back. Source: Intel SDM volume 3, 12.11.2.1."""
 
 
 @final
@@ -110,6 +116,8 @@ class BoardBuilder:
         for index in range(count):
             fd = self._stack.enter_context(closing(vm.create_vcpu(index)))
             fd.set_cpuid(guest_cpuid(supported, index, count, deadline))
+            # As firmware leaves it. Without it memory counts as uncached, and older kernels give up on PAT.
+            fd.set_msr(MTRR_DEFAULT_TYPE, MTRRS_ENABLED | WRITE_BACK)
             vcpus.append(Vcpu(index, fd, self._ports, self._mmio))
         return vcpus
 
