@@ -40,12 +40,17 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parent.parent
 DOCS: Final = ROOT / "docs"
 
-OWN_COMMANDS: Final = (
-    "machine-set", "x-exit-precreate", "accel-set", "cpu-model-set", "finish-machine-init",
-    "query-machine-phase", "query-nursery-tree",
-)  # fmt: skip
-OWN_EVENTS: Final = ("PHASE_CHANGED", "TOKEN_GRANTED", "TOKEN_REVOKED", "VCPU_FAILED")
-"""What QEMU 11.0 has not. All other names are QEMU's, and mean what they mean there."""
+_COMMANDS: Final = """
+add-fd chardev-add chardev-remove closefd cont device_add device_del getfd migrate migrate-incoming migrate-pause
+migrate-recover migrate-set-capabilities migrate-set-parameters migrate_cancel object-add object-del qmp_capabilities
+qom-get qom-list qom-set query-chardev query-commands query-cpus-fast query-fdsets query-kvm query-machines
+query-migrate query-migrate-capabilities query-migrate-parameters query-name query-qmp-schema query-status query-uuid
+query-version quit remove-fd stop system_powerdown system_reset system_wakeup x-exit-preconfig
+"""
+_EVENTS: Final = "GUEST_PANICKED MIGRATION POWERDOWN RESET RESUME SHUTDOWN STOP SUSPEND WAKEUP"
+QEMU_COMMANDS: Final = frozenset(_COMMANDS.split())
+QEMU_EVENTS: Final = frozenset(_EVENTS.split())
+"""Names that QEMU 11.0 has, as far as they are, or may be, ours too. All others are documented as extensions."""
 
 MARKED: Final = re.compile(
     r"<!-- generated: (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- end of (?P=name) -->\n", re.DOTALL
@@ -138,11 +143,11 @@ def grants() -> str:
 
 def own_commands() -> str:
     """The commands that QEMU has not, with arguments and results."""
-    by_name = {command.name: command for command in COMMANDS}
     parts = []
-    for name in OWN_COMMANDS:
-        command = by_name[name]
-        parts.append(f"### `{name}`\n")
+    for command in COMMANDS:
+        if command.name in QEMU_COMMANDS:
+            continue
+        parts.append(f"### `{command.name}`\n")
         parts.append(_paragraphs(command.handler.__doc__))
         parts.append(f"Needs {_needs(command)}.\n")
         parts += _members_of("Arguments", command.arguments)
@@ -152,11 +157,12 @@ def own_commands() -> str:
 
 def own_events() -> str:
     """The events that QEMU has not, with their data."""
-    by_name = {event.name: event for event in EVENTS}
     parts = []
-    for name in OWN_EVENTS:
-        data = by_name[name].data
-        parts.append(f"### `{name}`\n")
+    for event in EVENTS:
+        if event.name in QEMU_EVENTS:
+            continue
+        data = event.data
+        parts.append(f"### `{event.name}`\n")
         parts.append(_paragraphs(data.__doc__ if data else ""))
         parts += _members_of("Data", data)
     return "\n".join(parts)
