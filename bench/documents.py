@@ -1,0 +1,181 @@
+"""The tables of README.md and docs/benchmarks.md, generated from the results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from bench.machines import ROOT, BenchFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+BEGIN: Final = "<!-- python -m bench --write: begin -->"
+END: Final = "<!-- python -m bench --write: end -->"
+
+_STAGES: Final = {
+    "stop": "vCPUs out",
+    "quiesce": "chardevs at rest",
+    "save": "state read",
+    "send": "state sent",
+    "load": "state loaded",
+    "answer": "destination's answer back",
+    "resume": "owner changed, guest entered",
+}
+_PLACES: Final = {"unpinned": "on all CPUs", "one_cpu": "on one CPU"}
+_KINDS: Final = {"monitor": "monitor only", "machine": "microvm, 128 MiB, stopped"}
+
+
+def readme_table(results: Mapping[str, Any]) -> str:
+    """Return the README's table: a row a figure, ours beside QEMU's."""
+    machine = results["machine"]
+    rows = [("", "trio-vmm", f"QEMU {_version(machine)}", "ratio")]
+    pause, start = results["pause"], results["start"]
+    qemus = _qemus_pause(pause, machine)
+    for size, found in pause["ours"]["unpinned"].items():
+        rows.append((f"live update, pause of a guest of {size}", _ms(found["total"]), qemus, ""))
+    for size, found in pause["ours"]["unpinned"].items():
+        rows.append((f"the same as the guest sees it, {size}", _ms(found["guest_pause"]), qemus, ""))
+    rows.append(("the machine's own speed: the same in bare C", _ms(pause["floor"]["unpinned"]["total"]), "", ""))
+    for kind, what in _KINDS.items():
+        rows.append((f"exec to the QMP greeting, {what}", *_pair(start[kind], "greeting_ms", _ms)))
+        if kind == "monitor":
+            rows.append(("of that, the interpreter with `import trio`", _ms(start["import_trio"]["exec_ms"]), "", ""))
+            rows.append(("of that, trio-vmm's own share", _ms(start["own_share"]["greeting_ms"]), "", ""))
+        rows.append((f"exec to the first answered command, {what}", *_pair(start[kind], "answer_ms", _ms)))
+    rows.append((f"exec to a complete machine, {what}", *_pair(start[kind], "complete_ms", _ms)))
+    for column, name in (("rss_mib", "resident memory"), ("private_mib", "private memory")):
+        rows.append((f"{name}, {_KINDS['machine']}", *_pair(start["machine"], column, _mib)))
+    for place, where in _PLACES.items():
+        pair = results["roundtrips"][place]
+        rows.append((f"`query-status` a second, client and server {where}", *_pair(pair, "per_second", _count)))
+    for sink, where in (("file", "into a file"), ("socket", "to a socket")):
+        rows.append(
+            (f"serial output, bytes a second {where}", *_pair(results["serial"][sink], "bytes_per_second", _count))
+        )
+    return _markdown(rows) + "\n" + _provenance(results)
+
+
+def benchmarks_tables(results: Mapping[str, Any]) -> str:
+    """Return what docs/benchmarks.md has beyond the README: the stages of a pause, and what a start consists of."""
+    pause, start = results["pause"], results["start"]
+    parts = []
+    for place, where in _PLACES.items():
+        sizes = pause["ours"][place]
+        floor = pause["floor"][place]
+        rows = [(f"both processes {where}, ms", *(f"{size}" for size in sizes), "bare C")]
+        for stage in next(iter(sizes.values())):
+            if stage not in _STAGES:
+                continue
+            cells = (_digits(found[stage]["median"]) for found in sizes.values())
+            rows.append((_STAGES[stage], *cells, _digits(floor[stage]["median"]) if stage in floor else ""))
+        for name, what in (
+            ("total", "**pause, STOP to RESUME**"),
+            ("guest_pause", "**pause as the guest sees it**"),
+            ("guest_longest", "longest gap in the whole update"),
+            ("calm_longest", "longest gap without an update"),
+        ):
+            cells = (_range(found[name]) for found in sizes.values())
+            rows.append((what, *cells, _range(floor[name]) if name in floor else ""))
+        cells = (_range(found["whole_update"]) for found in sizes.values())
+        rows.append(("whole update, from start of the successor to end of the old process", *cells, ""))
+        parts.append(_markdown(rows))
+        names = list(sizes)
+        growth = pause["largest_by_smallest"][place]
+        parts.append(f"Pause at {names[-1]} by pause at {names[0]}, {where}: {_range(growth)}.\n")
+    rows = [("start", "exec to a sign of life", "resident", "private")]
+    for key, what in (("interpreter", "the bare interpreter"), ("import_trio", "with `import trio`")):
+        found = start[key]
+        rows.append((what, _ms(found["exec_ms"]), _mib(found["rss_mib"]), _mib(found["private_mib"])))
+    for kind, what in _KINDS.items():
+        for side, name in (("ours", "trio-vmm"), ("qemu", "QEMU")):
+            if start[kind][side] is not None:
+                found = start[kind][side]
+                rows.append(
+                    (f"{name}, {what}", _ms(found["greeting_ms"]), _mib(found["rss_mib"]), _mib(found["private_mib"]))
+                )
+    parts.append(_markdown(rows))
+    return "\n".join([*parts, _provenance(results)])
+
+
+DOCUMENTS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
+    "README.md": readme_table,
+    "docs/benchmarks.md": benchmarks_tables,
+}
+
+
+def write(results: Mapping[str, Any]) -> None:
+    """Put the tables into the documents."""
+    for name, table in DOCUMENTS.items():
+        path = ROOT / name
+        before, _, after = split(path)
+        path.write_text(f"{before}{BEGIN}\n{table(results)}{END}{after}")
+
+
+def split(path: Path) -> tuple[str, str, str]:
+    """Return what precedes a document's generated part, that part, and what follows it."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    table, end, after = rest.partition(END)
+    if not (begin and end):
+        raise BenchFailed(f"{path.name} has no place for the table: it needs the lines {BEGIN} and {END}")
+    return before, table.removeprefix("\n"), after
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    machine = results["machine"]
+    sizes = results["pause"]["left_out"]
+    left_out = f" Not enough memory was free for: {', '.join(sizes)}." if sizes else ""
+    count = len(results["roundtrips"]["unpinned"]["ours"]["per_second"]["values"])
+    starts = len(results["start"]["own_share"]["greeting_ms"]["values"])
+    updates = len(next(iter(results["pause"]["ours"]["unpinned"].values()))["total"]["values"])
+    return (
+        f"Medians (least to largest) of {updates} updates, {starts} starts, {count} pairs of the rest, in turn, on "
+        f"{machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_mib']} MiB, Linux "
+        f"{machine['kernel']}, {machine['kvm']}, Python {machine['python']}, trio {machine['trio']}, "
+        f"QEMU {machine['qemu'] or 'not there'}.{left_out}\n"
+    )
+
+
+def _qemus_pause(pause: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    if machine["qemu"] is None:
+        return "not there"
+    return "not measured" if pause["qemu_has"] else f"QEMU {_version(machine)} has no cpr-transfer"
+
+
+def _version(machine: Mapping[str, Any]) -> str:
+    return str(machine["qemu"]).split()[0] if machine["qemu"] else "(not there)"
+
+
+def _pair(pair: Mapping[str, Any], column: str, form: Callable[[Mapping[str, Any]], str]) -> tuple[str, str, str]:
+    if pair["qemu"] is None:
+        return form(pair["ours"][column]), "not there", ""
+    ratio = pair["ratio"]
+    return form(pair["ours"][column]), form(pair["qemu"][column]), _digits(ratio.get(column, ratio)["median"])
+
+
+def _ms(found: Mapping[str, Any]) -> str:
+    return f"{_range(found)} ms"
+
+
+def _mib(found: Mapping[str, Any]) -> str:
+    return f"{found['median']:.1f} MiB"
+
+
+def _count(found: Mapping[str, Any]) -> str:
+    return f"{found['median']:,.0f} ({found['min']:,.0f} to {found['max']:,.0f})"
+
+
+def _range(found: Mapping[str, Any]) -> str:
+    return f"{_digits(found['median'])} ({_digits(found['min'])} to {_digits(found['max'])})"
+
+
+def _digits(value: float) -> str:
+    """Three digits, as far as they stand behind the point two at most."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
+    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines) + "\n"

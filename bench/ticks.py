@@ -1,0 +1,72 @@
+"""The gaps between the ticks of the guest `heartbeat`, on the host's clock."""
+
+from __future__ import annotations
+
+import struct
+import time
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+
+from bench.machines import BenchFailed
+from vmm.guests.heartbeat import read_header
+
+if TYPE_CHECKING:
+    from vmm.guests.heartbeat import HeartbeatHeader, Read
+
+_ENTRY: Final = struct.Struct("<IIQ")  # vmm/guests/layout.h, struct ring_entry
+
+SAMPLES: Final = 40
+"""Looks at the newest tick. One that is caught right after it came tells how the two clocks stand to each other."""
+
+
+@final
+@attrs.frozen
+class Gap:
+    """The time between two ticks; times are in milliseconds, on CLOCK_REALTIME where they are absolute."""
+
+    began: float
+    ended: float
+
+    @property
+    def length(self) -> float:
+        """How long it was."""
+        return self.ended - self.began
+
+
+def gaps_from(read: Read, first: int) -> list[Gap]:
+    """Return the gaps between all ticks since the one numbered `first`. The guest must be ticking."""
+    header = _header(read)
+    offset = min(_sample(read) for _ in range(SAMPLES))
+    if header.head - first >= header.ring_entries:
+        raise BenchFailed(f"{header.head - first} ticks are more than the guest keeps")
+    times = [_time(read, header, number) + offset for number in range(first, header.head)]
+    return [Gap(*pair) for pair in pairwise(times)]
+
+
+def newest(read: Read) -> int:
+    """Return the number of ticks so far; 0 as long as the guest has not started."""
+    header = read_header(read)
+    return header.head if header is not None else 0
+
+
+def _header(read: Read) -> HeartbeatHeader:
+    header = read_header(read)
+    if header is None:
+        raise BenchFailed("the guest heartbeat has not started")
+    return header
+
+
+def _time(read: Read, header: HeartbeatHeader, number: int) -> float:
+    slot = header.ring_address + number % header.ring_entries * _ENTRY.size
+    tsc: int = _ENTRY.unpack(read(slot, _ENTRY.size))[2]
+    return tsc / header.tsc_khz
+
+
+def _sample(read: Read) -> float:
+    """Return how far the host's clock is ahead of the guest's newest tick."""
+    header = _header(read)
+    ahead = time.time() * 1e3 - _time(read, header, header.head - 1)
+    time.sleep(0.0003)
+    return ahead
