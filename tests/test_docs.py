@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 import vmm
+from tests.test_architecture import ORDER
 from vmm.capabilities import KINDS
 from vmm.errors import TokenError
 
@@ -110,6 +111,11 @@ def test_targets_of_make_that_are_named_exist(page: Path) -> None:
         line for _, text in fences(page.read_text()) for line in re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)
     ]
     assert not {target for words in named for target in words.split()} - targets
+
+
+def test_the_parts_stand_in_the_order_of_imports() -> None:
+    rows = re.findall(r"^\| \[?`vmm/(\w+)", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert tuple(rows) == ORDER
 
 
 # --- commands -----------------------------------------------------------------------------------------------------
