@@ -6,6 +6,7 @@ import argparse
 import compileall
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -56,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BenchFailed as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 1
-    text = json.dumps(results, indent=1) + "\n"
+    text = re.sub(r"\s+(?=(-?\d[^\[\]\"]*)?\])", " ", json.dumps(results, indent=1)) + "\n"  # one line a series
     if output is None:
         print(text, end="")
     else:
