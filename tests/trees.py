@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
 
 
-@final
 @attrs.define(eq=False)
 class Facet:
     """Stands for anything that a token leads to; notes its uses."""
