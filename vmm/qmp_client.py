@@ -99,13 +99,8 @@ class QmpClient:
             raise NoMonitor(path=self._path, reason=f"no greeting came within {within:g} s")
         await self.execute("qmp_capabilities")
 
-    async def execute(self, command: str, /, **arguments: Any) -> Any:
-        """Execute `command` and return what it replied; `_` in an argument's name stands for `-`.
-
-        Raises:
-            CommandFailed: it replied with an error.
-            MonitorGone: it did not reply.
-        """
+    async def send(self, command: str, /, **arguments: Any) -> None:
+        """Send `command`, and leave its reply unread: the next `execute` passes over it. Raises `MonitorGone`."""
         self._sent += 1
         request: dict[str, Any] = {"execute": command, "id": self._sent}
         if arguments:
@@ -116,6 +111,15 @@ class QmpClient:
                 data = data[await self._sock.send(data) :]
         except OSError as error:
             raise MonitorGone(path=self._path) from error
+
+    async def execute(self, command: str, /, **arguments: Any) -> Any:
+        """Execute `command` and return what it replied; `_` in an argument's name stands for `-`.
+
+        Raises:
+            CommandFailed: it replied with an error.
+            MonitorGone: it did not reply.
+        """
+        await self.send(command, **arguments)
         # A reply with another number is to a command whose caller was cancelled.
         while (message := await self.read()).get("id") != self._sent:
             if "event" in message:

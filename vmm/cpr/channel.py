@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.errors import CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
+from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,7 +109,20 @@ class CprChannel:
             while sent < len(data):
                 sent += await self._sock.send(data[sent:])
         except OSError as error:
-            raise self._gone("closed the channel") from error
+            raise await self._last_words() from error
+
+    async def _last_words(self) -> CprError:
+        """Return what the peer said before it closed the channel, if it refused; else, that it closed it."""
+        with trio.move_on_after(1):
+            while True:
+                try:
+                    await self.receive()
+                except CprPeerGone as gone:
+                    return gone
+                except CprRefused as refused:
+                    if refused.side == self.peer:
+                        return refused
+        return self._gone("closed the channel")
 
     # Receiving.
 

@@ -240,6 +240,8 @@ class SocketMonitor:
         self._accepting: Final = Gate()
         self._gate: Final = Gate()
         self._listening: Final = trio.CancelScope()
+        self.stopped_listening: Final = trio.Event()
+        """Set once nothing is accepted any more: the listener may be closed, while sessions go on."""
         self._sessions: Final[dict[str, Session]] = {}
         self._connections = 0
 
@@ -261,6 +263,7 @@ class SocketMonitor:
             task_status.started()
             with self._listening:
                 await self._accept(listener, admit, nursery)
+            self.stopped_listening.set()
 
     async def _accept(
         self, listener: socket.socket, admit: Callable[[socket.socket], None], nursery: trio.Nursery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.machine import Machine
+
+
+_LAST_WORDS: Final = 0.5
+"""Seconds for a source whose state stream broke off to say why, if it was on purpose."""
 
 
 @final
@@ -124,7 +128,12 @@ async def _receive_state(
             async with trio.open_nursery() as nursery:
                 # A source that gives up says so there, and may never say so on the main channel.
                 nursery.start_soon(channel.watch)
-                stream = await receive_stream(connected[0])
+                try:
+                    stream = await receive_stream(connected[0])
+                except StreamCorrupt:
+                    # A source that gives up closes the main channel first. Why is what there is to tell.
+                    await trio.sleep(_LAST_WORDS)
+                    raise
                 nursery.cancel_scope.cancel()
         except BaseException:
             message.close()

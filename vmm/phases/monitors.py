@@ -79,11 +79,17 @@ class Monitor:
             async with trio.open_nursery() as nursery:
                 if self._listener is not None:
                     nursery.start_soon(self._monitor.serve_listener, self._listener, self._admit)
+                    nursery.start_soon(self._close_when_given_up, self._listener)
                 if self._connection is not None:
                     nursery.start_soon(self._monitor.serve_connection, self._connection)
         if self._listener is not None:
             self._listener.close()
         ended.set()
+
+    async def _close_when_given_up(self, listener: socket.socket) -> None:
+        # As long as it is open somewhere, clients that nobody will accept are not refused either.
+        await self._monitor.stopped_listening.wait()
+        listener.close()
 
     def _admit(self, client: socket.socket) -> None:
         hostio.admit_peer(client, str(self._chardev.filename if self._chardev is not None else "a monitor"))
