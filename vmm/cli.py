@@ -80,7 +80,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _read_recipe(path: str) -> Recipe:
     from vmm import hostio
-    from vmm.recipe import Recipe
+    from vmm.recipe import MAX_BYTES, Recipe
 
     with open(hostio.open_input_file(path), encoding="utf-8", errors="replace") as file:
-        return Recipe.parse(path, file.read())
+        return Recipe.parse(path, file.read(MAX_BYTES + 1))

@@ -135,6 +135,8 @@ def _machine_arguments(options: argparse.Namespace, serial: list[str]) -> dict[s
     arguments: dict[str, Any] = {"type": _first(options.machine or "microvm", "type")}
     if options.name is not None:
         arguments["name"] = _first(options.name, "guest")
+        if "," in options.name:
+            raise OptionInvalid(option="-name", value=options.name, wanted="[guest=]NAME without further options")
     if options.uuid is not None:
         arguments["uuid"] = options.uuid
     if options.memory is not None:
@@ -156,7 +158,7 @@ def _smp(text: str) -> dict[str, int]:
         name, equals, value = part.partition("=")
         if not equals:
             name, value = ("cpus" if index == 0 else ""), part
-        if name not in ("cpus", "cores", "sockets", "threads", "maxcpus") or not value.isdecimal():
+        if name not in ("cpus", "cores", "sockets", "threads", "maxcpus") or not re.fullmatch(r"\d{1,9}", value):
             raise OptionInvalid(option="-smp", value=text, wanted="[cpus=]N with N a number of vCPUs from 1 to 8")
         members[name] = int(value)
     return members
@@ -229,20 +231,27 @@ def _chardev_step(text: str) -> Step:
     if kind == "file":
         data = {"out": members.pop("path")}
         if "append" in members:
-            data["append"] = members.pop("append") == "on"
+            data["append"] = _switch(text, members, "append")
     elif kind == "socket":
-        path, server = members.pop("path"), members.pop("server", "off") == "on"
-        if members.pop("wait", "off") == "on":
+        path, server = members.pop("path"), _switch(text, members, "server")
+        if _switch(text, members, "wait"):
             raise OptionInvalid(option="-chardev", value=text, wanted="possible: use wait=off")
         backend = _socket_backend(path, server=server)
         data = backend["data"]
     elif kind == "stdio" and "signal" in members:
-        data = {"signal": members.pop("signal") == "on"}
+        data = {"signal": _switch(text, members, "signal")}
     elif kind not in ("null", "pty", "stdio"):
         raise Unsupported(what="Chardev kind", name=kind, instead="there are file, null, pty, socket, stdio")
     if members:
         raise Unsupported(what=f"Option of chardev kind {kind}", name=sorted(members)[0], instead="leave it out")
     return Step("chardev-add", {"id": label, "backend": {"type": kind, "data": data}})
+
+
+def _switch(text: str, members: dict[str, str], name: str) -> bool:
+    value = members.pop(name, "off")
+    if value not in ("on", "off"):
+        raise OptionInvalid(option="-chardev", value=text, wanted=f"possible: {name} is on or off")
+    return value == "on"
 
 
 def _monitor_steps(text: str, name: str) -> list[Step]:
@@ -252,7 +261,7 @@ def _monitor_steps(text: str, name: str) -> list[Step]:
         backend = _socket_backend(path, server=flags["server"])
     elif kind == "chardev":
         return [Step("object-add", {"qom-type": "monitor-qmp", "id": name, "chardev": rest})]
-    elif kind == "fd" and rest.isdecimal():
+    elif kind == "fd" and re.fullmatch(r"\d{1,9}", rest):
         return [Step("object-add", {"qom-type": "monitor-qmp", "id": name, "fd": int(rest)})]
     else:
         raise OptionInvalid(option="-qmp", value=text, wanted="unix:PATH[,server=on][,wait=off], chardev:ID or fd:N")

@@ -82,9 +82,10 @@ class Recipe:
         if len(text) > MAX_BYTES:
             reason = f"{len(text)} characters are more than the {MAX_BYTES} admitted"
             raise RecipeInvalid(source=source, where="as a whole", reason=reason)
-        decoder = json.JSONDecoder()
-        # Comment lines become blank, so that positions stay those of the file.
-        text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.splitlines())
+        decoder = json.JSONDecoder(parse_constant=_no_constant)
+        # Comment lines become blank, so that positions stay those of the file. A line ends at a newline and nowhere
+        # else: a string may hold what Unicode has besides.
+        text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.split("\n"))
         requests: list[tuple[int, object]] = []
         at = 0
         while (at := _skip_blank(text, at)) < len(text):
@@ -94,10 +95,19 @@ class Recipe:
             except json.JSONDecodeError as error:
                 where = f"line {error.lineno}"
                 raise RecipeInvalid(source=source, where=where, reason=f"no JSON object: {error.msg}") from error
+            except (RecursionError, ValueError) as error:
+                what = (
+                    "nested too deeply" if isinstance(error, RecursionError) else "a number that is none, or too long"
+                )
+                raise RecipeInvalid(source=source, where=f"line {line}", reason=f"no command: {what}") from error
             requests.append((line, request))
         if len(requests) > MAX_COMMANDS:
             return cls.from_json(source, [request for _, request in requests])
         return cls(source, tuple(_step(source, f"line {line}", request) for line, request in requests))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
 
 
 def _skip_blank(text: str, at: int) -> int:
