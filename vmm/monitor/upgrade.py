@@ -208,7 +208,7 @@ def _check_upgrade(request: h11.Request, headers: Headers) -> str:
 
 
 def _shown(value: str) -> str:
-    return repr(value[:80]) if value else "missing"
+    return repr(value[:80]) if value else "empty"
 
 
 async def read_upgrade(stream: trio.abc.ReceiveStream, door: Door) -> Upgrade | None:
