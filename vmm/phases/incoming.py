@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from vmm.capabilities import MayLoadState, MaySetMigrationCap, MaySetMigrationParam
+from vmm.cpr.urgency import Urgency
 from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError, leaves
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_io import receive_stream
@@ -48,6 +49,8 @@ class Loaded:
 
     arrival: Arrival
     pause: Pause
+    urgency: Urgency
+    """Ends once the guest runs."""
 
 
 async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> None:
@@ -66,42 +69,45 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                 set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
             )
 
-        async with phase.window(grants) as window:
-            host.status.stands("inmigrate")
-            failure: VmmError | None = None
-            try:
-                arrival.inheritance.require_empty()
-                machine.rehearse_load()
-                run = Run(machine, here=False)
-                await run.gang.warm()
-                steps.reach("built")
-                await channel.send("ready", {})
-                channel.step = "loading"
-                message, stream = await _receive_state(channel, made.incoming.main, progress)
-                moments = {"received-ns": time.monotonic_ns()}
-                with closing(message):
-                    checked = window.grants.load_state.check(stream.sections)
-                    pause = Pause.from_json(message.body)
-                    gone = message.body.get("gone")
-                    if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
-                        raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
-                    host.stores.adopt_changes(message.descriptors, gone)
-                    message.descriptors = {}
-                steps.reach("state-received")
-                checked.apply()
-                host.stores.require_all_adopted()
-                moments["loaded-ns"] = time.monotonic_ns()
-                # At once: the source works on while this side leaves one phase and opens the next.
-                await channel.send("loaded", moments)
-            except* VmmError as group:
-                failure = next(error for error in leaves(group) if isinstance(error, VmmError))
-            if failure is not None:
-                made.migration.failed(progress, str(failure))
-                with suppress(DescriptorsUnclaimed):
+        with closing(Urgency()) as urgency:
+            async with phase.window(grants) as window:
+                host.status.stands("inmigrate")
+                failure: VmmError | None = None
+                try:
+                    arrival.inheritance.require_empty()
+                    machine.rehearse_load()
+                    run = Run(machine, here=False)
+                    await run.gang.warm()
+                    steps.reach("built")
+                    # The guest may be paused from the next message on.
+                    urgency.begin()
+                    await channel.send("ready", {})
+                    channel.step = "loading"
+                    message, stream = await _receive_state(channel, made.incoming.main, progress)
+                    moments = {"received-ns": time.monotonic_ns()}
+                    with closing(message):
+                        checked = window.grants.load_state.check(stream.sections)
+                        pause = Pause.from_json(message.body)
+                        gone = message.body.get("gone")
+                        if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
+                            raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
+                        host.stores.adopt_changes(message.descriptors, gone)
+                        message.descriptors = {}
+                    steps.reach("state-received")
+                    checked.apply()
                     host.stores.require_all_adopted()
-                await channel.refuse(str(failure))
-                raise failure
-        await run_running(phase, run, start=False, loaded=Loaded(arrival, pause))
+                    moments["loaded-ns"] = time.monotonic_ns()
+                    # At once: the source works on while this side leaves one phase and opens the next.
+                    await channel.send("loaded", moments)
+                except* VmmError as group:
+                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                if failure is not None:
+                    made.migration.failed(progress, str(failure))
+                    with suppress(DescriptorsUnclaimed):
+                        host.stores.require_all_adopted()
+                    await channel.refuse(str(failure))
+                    raise failure
+            await run_running(phase, run, start=False, loaded=Loaded(arrival, pause, urgency))
 
 
 async def _receive_state(

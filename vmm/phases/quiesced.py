@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
 
 from vmm.capabilities import MayRunVcpus, MaySaveState
+from vmm.cpr.urgency import Urgency
 from vmm.errors import CprPeerGone, StreamCorrupt
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream import StreamWriter
@@ -123,7 +125,9 @@ async def run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
     """
     # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
     async with run.control:
-        await _run_quiesced(migrating, run, transfer)
+        with closing(Urgency()) as urgency:
+            urgency.begin()
+            await _run_quiesced(migrating, run, transfer)
 
 
 async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:

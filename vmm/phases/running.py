@@ -68,7 +68,9 @@ class Run:
         self.gang = VcpuGang(machine.vcpus, self._failed)
 
     def start_nowait(self) -> None:
-        """Let the vCPUs in, and say so."""
+        """Let the vCPUs in, and say so. The guest's watchdogs are told that it stood."""
+        for vcpu in self.gang.vcpus:
+            vcpu.fd.note_pause()
         self.gang.start_nowait()
         self.status.runs()
 
@@ -126,7 +128,9 @@ class Run:
         name: RunStateName = "guest-panicked" if stop.reason == "shutdown" else "internal-error"
         failure = f"vCPU {vcpu.index}: {stop.detail or stop.reason}"
         data = {"cpu-index": vcpu.index, "reason": stop.reason, "detail": stop.detail, "registers": stop.registers}
-        self.machine.made.host.events.emit("VCPU_FAILED", data)
+        host = self.machine.made.host
+        host.events.emit("VCPU_FAILED", data)
+        host.complain(f"{failure}; the machine stands until system_reset")
         self.status.stands(name, failure=failure)
 
 
@@ -195,6 +199,7 @@ async def take_over(run: Run, loaded: Loaded) -> None:
         # The source may be dead by now. It finds in the cell what this message says.
         resumed = await run.gang.entered() if pause.runs else None
         await arrival.channel.send("running", {"resumed-ns": resumed})
+    loaded.urgency.close()
     arrival.over.set()
 
 
