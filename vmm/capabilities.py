@@ -219,7 +219,7 @@ class BackendSink(Protocol):
         ...
 
     async def dismiss(self, family: str, name: str) -> None:
-        """End the back end's task and forget it; returns when it has left. `DeviceNotFound`, `BackendInUse`."""
+        """End the back end's task and forget it; returns when it has left. `BackendNotFound`, `BackendInUse`."""
         ...
 
 

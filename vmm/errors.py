@@ -6,7 +6,7 @@ An error that is not a `VmmError` is a bug: no handler catches it, and it unwind
     ├─ TokenError       TokenRevoked · TokenNotGranted · TokenWithheld · SessionNotGranted · ...
     ├─ RequestError     MalformedRequest · InvalidArguments · CommandNotFound · ...
     ├─ HostError        HostFileRefused · KvmCallFailed · KvmExtensionMissing (KVMMissingCap)
-    ├─ DeviceError      AddressConflict · NameTaken · DeviceNotFound · DeviceNotActive
+    ├─ DeviceError      AddressConflict · NameTaken · DeviceNotFound · DeviceNotActive · BackendNotFound
     ├─ BootError        an image that cannot be booted
     ├─ MigrationError   a stream, a setting or a peer of a migration
     └─ CprError         the hand-over between two processes
@@ -311,9 +311,18 @@ class NameTaken(DeviceError):
 
 
 class DeviceNotFound(DeviceError):
-    """No device, back end or object has that name."""
+    """No device has that name."""
 
     qmp_class: ClassVar[QmpClass] = "DeviceNotFound"
+    text: ClassVar[str] = "{what} {name!r} does not exist{known}"
+    what: str
+    name: str
+    known: str = ""
+
+
+class BackendNotFound(DeviceError):
+    """No back end has that name. QEMU's class DeviceNotFound is for devices alone."""
+
     text: ClassVar[str] = "{what} {name!r} does not exist{known}"
     what: str
     name: str

@@ -148,22 +148,23 @@ class Machine:
 
 
 @asynccontextmanager
-async def machine(
-    directory: Path, *options: str | Path, preexec_fn: Callable[[], None] | None = None
-) -> AsyncGenerator[Machine, None]:
+async def machine(directory: Path, *options: str | Path, chardev: str = "") -> AsyncGenerator[Machine, None]:
     """Run `trio-vmm run` with `options` and a monitor at a socket in `directory`; at the end, end it if it still runs.
 
+    `chardev` names the monitor's chardev, for a process that shall take over a machine that has the usual names.
     Fails if the process has left the monitor's socket on disk, or said anything unexpected: a traceback.
     """
     path = str(directory / "qmp")
+    monitor = ["-qmp", f"unix:{path}"]
+    if chardev:
+        monitor = ["-chardev", f"socket,id={chardev},path={path},server=on", "-qmp", f"chardev:{chardev}"]
     ours, theirs = socket.socketpair()
     # The connected monitor is made after the listening one: once it greets, both are there.
-    command = [TRIO_VMM, "run", "-qmp", f"unix:{path}", "-qmp", f"fd:{theirs.fileno()}", *map(str, options)]
+    command = [TRIO_VMM, "run", *monitor, "-qmp", f"fd:{theirs.fileno()}", *map(str, options)]
     with (directory / "stdout").open("wb") as out, (directory / "stderr").open("wb") as err, theirs:
         process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=(theirs.fileno(),), env=environment(),
-            preexec_fn=preexec_fn,
-        )  # fmt: skip
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=(theirs.fileno(),), env=environment()
+        )
     try:
         with trio.fail_after(PATIENCE):
             async with qmp_over(ours, "the test's own socket") as client:
@@ -171,6 +172,9 @@ async def machine(
                 if process.returncode is None:
                     process.send_signal(signal.SIGTERM)
                     await process.wait()
+    except BaseException as error:
+        error.add_note(f"trio-vmm said: {(directory / 'stderr').read_text()}")
+        raise
     finally:
         if process.returncode is None:
             process.kill()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 
-from tests.qmp.kit import JUMP_INTO_NOTHING, TRIPLE_FAULT, debug_exit, flat_guest, machine
+from tests.qmp.kit import JUMP_INTO_NOTHING, TRIPLE_FAULT, Done, debug_exit, flat_guest, machine
 from vmm.qmp_client import CommandFailed
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ async def test_a_vcpu_that_fails_stops_the_machine_until_a_reset(tmp_path: Path,
             await m.qmp.execute("system_reset")
             assert await m.event("RESET") == {"guest": False, "reason": "host-qmp-system-reset"}
             assert await m.qmp.execute("query-status") == {"running": False, "status": "paused"}
-        assert (await m.quit()).status == 0
+        said = f"trio-vmm: {why}; the machine stands until system_reset\n"
+        assert await m.quit() == Done(0, "", 2 * said)
 
 
 async def test_a_machine_that_failed_can_be_ended_by_a_signal(tmp_path: Path) -> None:

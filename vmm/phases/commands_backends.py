@@ -79,10 +79,16 @@ async def chardev_remove(may: Annotated[MayCreateBackend, For("chardev")], query
 
 def query_chardev(may: MayQuery) -> list[ChardevInfo]:
     """List the chardevs."""
-    held = may.view(BootStores).chardevs
+    stores = may.view(BootStores)
+    served = {monitor.chardev for monitor, _ in stores.monitors.values() if monitor.clients}
     return [
-        ChardevInfo(label=label, filename=entry.chardev.filename, frontend_open=entry.user is not None)
-        for label, entry in held.items()
+        ChardevInfo(
+            label=label,
+            # The clients of a monitor's socket are the monitor's, and the chardev knows nothing of them.
+            filename=entry.chardev.filename.removeprefix("disconnected:" if label in served else ""),
+            frontend_open=entry.user is not None,
+        )
+        for label, entry in stores.chardevs.items()
     ]
 
 

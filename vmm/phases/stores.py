@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
 
-from vmm.errors import BackendInUse, DescriptorsUnclaimed, DeviceNotFound, NameTaken, StateRejected
+from vmm.errors import BackendInUse, BackendNotFound, DescriptorsUnclaimed, NameTaken, StateRejected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +69,7 @@ class BootStores:
             self.monitors[name] = (backend, resident)
 
     async def dismiss(self, family: str, name: str) -> None:
-        """End a back end's task and forget it. `DeviceNotFound`, or `BackendInUse` for a chardev with a user."""
+        """End a back end's task and forget it. `BackendNotFound`, or `BackendInUse` for a chardev with a user."""
         if family == "chardev":
             held = self._held(name)
             if held.user is not None:
@@ -78,14 +78,14 @@ class BootStores:
             await held.resident.leave()
             return
         if name not in self.monitors:
-            raise DeviceNotFound(what="Monitor", name=name, known=_known(self.monitors))
+            raise BackendNotFound(what="Monitor", name=name, known=_known(self.monitors))
         monitor, resident = self.monitors.pop(name)
         await resident.leave()
         if monitor.chardev is not None:
             self._held(monitor.chardev).user = None
 
     def take_chardev(self, label: str, user: str) -> Chardev:
-        """Reserve a chardev for `user`. Raises `DeviceNotFound`, `BackendInUse`."""
+        """Reserve a chardev for `user`. Raises `BackendNotFound`, `BackendInUse`."""
         held = self._held(label)
         if held.user is not None:
             raise BackendInUse(what="Chardev", name=label, user=held.user)
@@ -98,7 +98,7 @@ class BootStores:
 
     def _held(self, label: str) -> Held:
         if label not in self.chardevs:
-            raise DeviceNotFound(what="Chardev", name=label, known=_known(self.chardevs))
+            raise BackendNotFound(what="Chardev", name=label, known=_known(self.chardevs))
         return self.chardevs[label]
 
     # Live update. A monitor's chardev is always at rest: the monitor has its listener.
