@@ -468,8 +468,7 @@ async def test_a_token_is_looked_up_again_after_the_wait() -> None:
             it.facet.release.set()
             await trio.testing.wait_all_tasks_blocked()
             assert told == [
-                "Command 'change' needs may-set-migration-cap, "
-                "which phase boot/inner/moving withholds until it ends"
+                "Command 'change' needs may-set-migration-cap, which phase boot/inner/moving withholds until it ends"
             ]
         await it.run("change", name="and the turn has been given back")
         assert it.facet.uses[-1] == "and the turn has been given back"
