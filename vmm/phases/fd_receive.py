@@ -23,11 +23,12 @@ from vmm.errors import CprError, RecipeInvalid, VmmError
 from vmm.phases.host import Inheritance
 from vmm.phases.migrating import STDERR
 from vmm.phases.replay import replay_incoming
-from vmm.phases.run_state import RUN_STATES
+from vmm.phases.run_state import run_state_named
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from vmm.capabilities import Mint
+    from vmm.cpr.channel import Message
     from vmm.migration.connect import Listener
     from vmm.nursery_tree import Phase
     from vmm.phases.foundation import Host
@@ -56,6 +57,13 @@ class Arrival:
     over: trio.Event = attrs.Factory(trio.Event)
     """Set once the guest is here: the channel and the cell have done their duty."""
     _stderr: int = -1
+    _refused: bool = False
+
+    async def refuse(self, error: VmmError) -> None:
+        """Tell the source why it keeps its guest. Only the first reason is told, and none once the guest is here."""
+        if not self._refused and not self.over.is_set():
+            self._refused = True
+            await self.channel.refuse(str(error))
 
     def adopt_standard_error(self, start: Start) -> None:
         """Put the source's standard error, if it sent one, in place of this process's, if it is the machine's alone."""
@@ -111,23 +119,27 @@ async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) ->
         await channel.hello(host.start.version.package)
         channel.step = "describing"
         message = await channel.receive("machine")
-        try:
-            recipe = Recipe.from_json("of the source", message.body.get("recipe"))
-            if message.body.get("run-state") not in RUN_STATES:
-                raise await channel.refuse(f"run state {message.body.get('run-state')!r} is none")
-            cell = OwnershipCell.adopt(message.claim("owner"))
-            stderr = message.descriptors.pop(STDERR, -1)
-            inheritance.add(message.descriptors)
-            message.descriptors = {}
-        except CprError as error:
-            raise await channel.refuse(str(error)) from error
-        except RecipeInvalid as error:
-            raise await channel.refuse(str(error)) from error
-        finally:
-            message.close()
+        with closing(message):
+            try:
+                arrival = _arrival_of(message, channel, steps, inheritance)
+            except (CprError, RecipeInvalid) as error:
+                raise await channel.refuse(str(error)) from error
         steps.reach("described")
-        return Arrival(channel, steps, cell, recipe, inheritance, stderr=stderr)
+        return arrival
     raise await channel.refuse(f"the source did not describe its machine within {limits.describing:g} s")
+
+
+def _arrival_of(message: Message, channel: CprChannel, steps: Steps, inheritance: Inheritance) -> Arrival:
+    """Take out of `message` what it brings. Raises `CprError`, `RecipeInvalid`."""
+    recipe = Recipe.from_json("of the source", message.body.get("recipe"))
+    run_state = message.body.get("run-state")
+    if run_state_named(run_state) is None:
+        raise RecipeInvalid(source=recipe.source, where="as a whole", reason=f"run state {run_state!r} is none")
+    cell = OwnershipCell.adopt(message.claim("owner"))
+    stderr = message.descriptors.pop(STDERR, -1)
+    inheritance.add(message.descriptors)
+    message.descriptors = {}
+    return Arrival(channel, steps, cell, recipe, inheritance, stderr=stderr)
 
 
 async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival) -> None:
@@ -136,5 +148,5 @@ async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival)
     try:
         await replay_incoming(host, phase.tree, arrival.recipe)
     except VmmError as error:
-        await arrival.channel.refuse(str(error))
+        await arrival.refuse(error)
         raise

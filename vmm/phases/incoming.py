@@ -105,7 +105,7 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                     made.migration.failed(progress, str(failure))
                     with suppress(DescriptorsUnclaimed):
                         host.stores.require_all_adopted()
-                    await channel.refuse(str(failure))
+                    await arrival.refuse(failure)
                     raise failure
             await run_running(phase, run, start=False, loaded=Loaded(arrival, pause, urgency))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm.errors import InvalidState, MigrationRefused
+from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from vmm.capabilities import HostResources
     from vmm.migration.channel import Channel
@@ -87,6 +88,16 @@ class IncomingPort:
         finally:
             for listener in listeners:
                 listener.close()
+
+    @asynccontextmanager
+    async def telling_the_source(self) -> AsyncGenerator[None, None]:
+        """Tell a source that waits why its machine could not be built, or taken over, here."""
+        try:
+            yield
+        except* VmmError as group:
+            if self.arrival is not None:
+                await self.arrival.refuse(next(error for error in leaves(group) if isinstance(error, VmmError)))
+            raise
 
     def resources(self) -> HostResources:
         """Where the machine's host resources come from."""

@@ -99,4 +99,5 @@ async def run_precreate(boot: Phase, host: Host) -> None:
             from vmm.phases.assembly import Precreated
 
             host.table.import_handlers()
-            await run_accel(phase, Precreated(host, incoming, migration, definition))
+            async with incoming.telling_the_source():
+                await run_accel(phase, Precreated(host, incoming, migration, definition))
