@@ -8,8 +8,10 @@ monitor shows as a shutdown with reason guest-reset, and which ends a VMM that w
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING, Final
 
+from tests.kvmbox.box import IN_THE_BOX
 from tests.kvmbox.cpio import Archive
 from tests.kvmbox.stock_linux import static_busybox
 
@@ -67,9 +69,10 @@ def command_line(*more: str, console: str = "ttyS0", quiet: bool = True) -> str:
     words += ["quiet", "loglevel=3"] if quiet else ["earlyprintk=serial,ttyS0"]
     # A probe of a mouse port that the guest would wait half a second for.
     words += ["i8042.noaux"]
-    # In the box XSETBV does not leave the guest (QEMU 7.2's TCG), so KVM never learns which state there is to keep:
-    # the guest finds sizes that contradict each other, and says so at length.
-    words += ["noxsave"]
+    if os.environ.get(IN_THE_BOX) == "1":
+        # XSETBV does not leave the guest there (QEMU 7.2's TCG), so KVM never learns which state there is to keep: the
+        # guest finds sizes that contradict each other, and says so at length.
+        words += ["noxsave"]
     return " ".join([*words, *more])
 
 

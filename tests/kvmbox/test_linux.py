@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from tests.kvmbox.conftest import MakeInitramfs
     from tests.kvmbox.console import SerialConsole
+    from vmm.qmp_client import QmpClient
 
 pytestmark = pytest.mark.kvmbox
 
@@ -32,6 +33,9 @@ NO_FAULTS_OF_OURS: Final = (
     "PCI: System does not support PCI",
     "amd_pstate: the _CPC object is not present in SBIOS or ACPI disabled",  # said on AMD in any virtual machine
 )
+
+PAUSE: Final = 8.0
+"""Seconds that a guest stands whose watchdogs find two too long."""
 
 LATE: Final = re.compile(
     r"\[[ \d.]+\] (hrtimer: interrupt took \d+ ns|clocksource: Long readout interval, skipping watchdog check: .*)"
@@ -98,6 +102,26 @@ async def boots_to_a_shell(console: SerialConsole, cpus: int) -> None:
     assert await complaints(console) == []
 
 
+async def stands_and_goes_on(console: SerialConsole, monitor: QmpClient) -> None:
+    """A pause longer than the guest's watchdogs allow, which they forgive if the VMM says that it was one."""
+    assert await ask(console, "echo 1 >/proc/sys/kernel/watchdog_thresh", within=ANSWER) == []
+    (messages,) = await ask(console, "dmesg | wc -l", within=ANSWER)
+    (before,) = await ask(console, "cut -d. -f1 /proc/uptime", within=ANSWER)
+    # A processor that is idle is forgiven anyway.
+    await console.send("echo spinning; while :; do :; done\n")
+    await console.expect("^spinning$", within=ANSWER)
+    await monitor.execute("stop")
+    await trio.sleep(PAUSE)
+    await monitor.execute("cont")
+    await console.send(f"{INTERRUPT}echo; echo interrupted\n")
+    await console.expect("^interrupted$", within=ANSWER)
+    # The watchdogs look five times in two seconds.
+    (after,) = await ask(console, "sleep 3; cut -d. -f1 /proc/uptime", within=ANSWER)
+    assert int(after) - int(before) >= PAUSE, "the guest's time stood still"
+    since = await ask(console, f"dmesg | tail -n +{int(messages) + 1}", within=ANSWER)
+    assert [line for line in since if not LATE.fullmatch(line)] == []
+
+
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_linux_counts_through_three_live_updates_and_reboots_in_the_last_process(
@@ -153,6 +177,7 @@ async def test_linux_boots_by_pvh_resets_itself_and_turns_the_machine_off(
             event = await monitor.wait_event(lambda event: event["event"] == "RESET")
         assert event["data"] == {"guest": True, "reason": "guest-reset"}
         await boots_to_a_shell(console, 2)
+        await stands_and_goes_on(console, monitor)
         await console.send("poweroff -f\n")
         with trio.fail_after(ANSWER):
             event = await monitor.wait_event(lambda event: event["event"] == "SHUTDOWN")
