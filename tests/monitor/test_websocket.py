@@ -145,24 +145,13 @@ async def test_a_message_that_is_too_big_ends_its_own_connection_only() -> None:
         assert kit.log == ["ws0/2: the client sent a message of more than 1000 characters, so it was dropped"]
 
 
-async def test_a_client_learns_that_its_message_is_too_big_while_it_still_sends() -> None:
+async def test_a_client_may_send_the_whole_of_what_is_too_big_before_it_reads_so(mock_clock: MockClock) -> None:
     async with serving(options=SMALL) as kit, kit.upgraded() as raw:
-        # The beginning of a frame of 1 GiB; the rest goes on until nobody takes it any more.
-        await raw.stream.send_all(struct.pack("!BBQI", 0x81, 0xFF, 1 << 30, 0))
-
-        async def go_on() -> None:
-            try:
-                while True:
-                    await raw.stream.send_all(b"x" * 65536)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(go_on)
-            event = await raw.event()
-            assert isinstance(event, CloseConnection)
-            assert (event.code, event.reason) == (1009, "Exceeded maximum message size: 1000 bytes")
-            nursery.cancel_scope.cancel()
+        size = 32 << 20  # more than all buffers hold
+        await raw.stream.send_all(struct.pack("!BBQI", 0x81, 0xFF, size, 0) + bytes(size))
+        event = await raw.event()
+        assert isinstance(event, CloseConnection)
+        assert (event.code, event.reason) == (1009, "Exceeded maximum message size: 1000 bytes")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +236,20 @@ async def test_a_client_that_does_not_read_is_dropped_and_nobody_else_is_held_up
         assert line.endswith(" bytes), so it was dropped")
         assert await slow.closed() is None
         assert await ask(reader, {"execute": "echo"}) == {"return": {}}
+
+
+async def test_a_client_that_does_not_read_is_hung_up_on_although_its_command_goes_on(mock_clock: MockClock) -> None:
+    async with serving(options=FEW) as kit, kit.client() as reader, kit.upgraded(small=True) as slow:
+        await slow.send(TextMessage('{"execute":"slow"}'))
+        await kit.executor.begun.wait()
+        await flood(kit, reader, "ws0/2")
+        mock_clock.jump(CLOSING)
+        assert await slow.closed() is None
+        assert kit.executor.log == ["slow"]
+        kit.executor.release.set()
+        while len(kit.monitor.sessions) > 1:
+            await trio.lowlevel.checkpoint()
+        assert kit.executor.log == ["slow", "slow  done"]
 
 
 async def test_a_client_that_reads_again_just_after_it_was_dropped_learns_why(mock_clock: MockClock) -> None:

@@ -68,7 +68,6 @@ class WebSocketTransport:
         self._message: str | None = None
         self._filled = trio.lowlevel.ParkingLot()
         self._taken = trio.lowlevel.ParkingLot()
-        self._receiving = trio.CancelScope()
         self._sending: Final = trio.CancelScope()
         self._closed = False
         self._gone = False
@@ -78,12 +77,10 @@ class WebSocketTransport:
     async def receive(self) -> bytes:
         """See `Transport`. The bytes are those of one frame (or of one message that was sent in several)."""
         self._check_open()
-        message: str | bytes = b""
-        with trio.CancelScope() as self._receiving:
-            try:
-                message = await self._connection.get_message()
-            except ConnectionClosed:
-                return b""
+        try:
+            message = await self._connection.get_message()
+        except ConnectionClosed:
+            return b""
         self._check_open()
         if isinstance(message, bytes):
             self._refusal = NO_BINARY, "QMP is text; send text frames"
@@ -113,11 +110,10 @@ class WebSocketTransport:
             await self._taken.park()
 
     def close(self) -> None:
-        """See `Transport`. `run` ends it in form, for which the client has `CLOSING` seconds."""
+        """See `Transport`. `run` ends it in form, which wakes `receive`; the client has `CLOSING` seconds for it."""
         if not self._closed:
             self._closed = True
             self._sending.deadline = trio.current_time() + CLOSING
-            self._receiving.cancel()
             self._filled.unpark_all()
             self._taken.unpark_all()
 
