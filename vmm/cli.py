@@ -68,10 +68,15 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         return 0
     if not (options.qmp or options.websocket or options.recipe or defines_machine(options)):
         parser.print_usage(sys.stderr)
-        print(f"{parser.prog}: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)", file=sys.stderr)
+        print(
+            f"{parser.prog}: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)",
+            file=sys.stderr,
+        )
         return 1
     if not (options.qmp or options.websocket or options.recipe or options.kernel):
-        print("trio-vmm: nothing to boot: give -kernel FILE, or a monitor (-qmp unix:PATH) to go on with", file=sys.stderr)
+        print(
+            "trio-vmm: nothing to boot: give -kernel FILE, or a monitor (-qmp unix:PATH) to go on with", file=sys.stderr
+        )
         return 1
     from vmm.process import run_process
 

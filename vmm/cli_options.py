@@ -40,19 +40,38 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("-machine", "-M", metavar="TYPE", help="machine type; there is microvm")
     machine.add_argument("-accel", metavar="NAME", help="accelerator; there is kvm")
     machine.add_argument("-cpu", metavar="MODEL", help="CPU model; there is host")
-    machine.add_argument("-m", dest="memory", metavar="[size=]SIZE", help="RAM, in MiB or with a suffix K, M, G, T (default 128)")
+    machine.add_argument(
+        "-m", dest="memory", metavar="[size=]SIZE", help="RAM, in MiB or with a suffix K, M, G, T (default 128)"
+    )
     machine.add_argument("-smp", metavar="[cpus=]N", help="vCPUs, 1 to 8 (default 1)")
     machine.add_argument("-name", metavar="[guest=]NAME", help="the machine's name")
     machine.add_argument("-uuid", metavar="UUID", help="the machine's UUID")
-    machine.add_argument("-no-reboot", action="store_true", default=None, help="end instead of resetting when the guest reboots")
+    machine.add_argument(
+        "-no-reboot", action="store_true", default=None, help="end instead of resetting when the guest reboots"
+    )
     boot = parser.add_argument_group("what it boots")
-    boot.add_argument("-kernel", metavar="FILE", help="a bzImage, an ELF file with a PVH note, flat:FILE, or builtin:heartbeat")
+    boot.add_argument(
+        "-kernel", metavar="FILE", help="a bzImage, an ELF file with a PVH note, flat:FILE, or builtin:heartbeat"
+    )
     boot.add_argument("-initrd", metavar="FILE", help="initial RAM disk")
     boot.add_argument("-append", metavar="TEXT", help="kernel command line")
     devices = parser.add_argument_group("devices and monitors")
-    devices.add_argument("-serial", action="append", metavar="DEV", help="null, none, stdio, pty, file:PATH, unix:PATH[,server=on], chardev:ID")
-    devices.add_argument("-chardev", action="append", default=[], metavar="KIND,id=ID[,...]", help="null, stdio, pty, file,path=, socket,path=[,server=on]")
-    devices.add_argument("-qmp", action="append", default=[], metavar="DEV", help="a monitor: unix:PATH, or fd:N (a connected socket)")
+    devices.add_argument(
+        "-serial",
+        action="append",
+        metavar="DEV",
+        help="null, none, stdio, pty, file:PATH, unix:PATH[,server=on], chardev:ID",
+    )
+    devices.add_argument(
+        "-chardev",
+        action="append",
+        default=[],
+        metavar="KIND,id=ID[,...]",
+        help="null, stdio, pty, file,path=, socket,path=[,server=on]",
+    )
+    devices.add_argument(
+        "-qmp", action="append", default=[], metavar="DEV", help="a monitor: unix:PATH, or fd:N (a connected socket)"
+    )
     devices.add_argument(
         "-websocket", action="append", default=[], metavar="ADDR:PORT[,...]",
         help="a monitor at 127.0.0.1 or [::1]: [,token-file=PATH][,grant=observe|operate|migrate|admin]; port 0: any",
@@ -64,9 +83,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     start.add_argument("-S", dest="stopped", action="store_true", help="complete the machine and leave it standing")
     start.add_argument("-precreate", "--precreate", action="store_true", help="wait in phase precreate for commands")
     start.add_argument("-preconfig", "--preconfig", action="store_true", help="wait in phase preconfig for commands")
-    start.add_argument("-incoming", action="append", default=[], metavar="CHANNEL", help="await a live update; once for the main channel, once for cpr")
+    start.add_argument(
+        "-incoming",
+        action="append",
+        default=[],
+        metavar="CHANNEL",
+        help="await a live update; once for the main channel, once for cpr",
+    )
     start.add_argument("--recipe", metavar="FILE", help="carry out the commands in FILE, after those of the options")
-    start.add_argument("--print-recipe", action="store_true", help="print the commands that the options stand for, and leave")
+    start.add_argument(
+        "--print-recipe", action="store_true", help="print the commands that the options stand for, and leave"
+    )
     add("--x-cpr-stop-at", default="", metavar="SIDE:STEP", help=argparse.SUPPRESS)
     add("--x-cpr-limits", default="", metavar="NAME=SECONDS,...", help=argparse.SUPPRESS)
 
@@ -116,7 +143,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     return Recipe(SOURCE, tuple(steps))
 
 
-_REPLACED_BY: Final[Mapping[str, str]] = {"cpu": "cpu-model-set", "accel": "accel-set", "serial": "chardev-add and machine-set"}
+_REPLACED_BY: Final[Mapping[str, str]] = {
+    "cpu": "cpu-model-set",
+    "accel": "accel-set",
+    "serial": "chardev-add and machine-set",
+}
 
 
 def _refuse_machine_options(options: argparse.Namespace, why: str) -> None:
@@ -125,7 +156,9 @@ def _refuse_machine_options(options: argparse.Namespace, why: str) -> None:
         if value is not None:
             option = {"memory": "-m", "no_reboot": "-no-reboot"}.get(name, f"-{name}")
             if why == "--precreate":
-                wanted = f"possible with {why}, which admits monitors only: send {_REPLACED_BY.get(name, 'machine-set')}"
+                wanted = (
+                    f"possible with {why}, which admits monitors only: send {_REPLACED_BY.get(name, 'machine-set')}"
+                )
             else:
                 wanted = f"possible with {why}: the machine's recipe comes from the source"
             raise OptionInvalid(option=option, value=value, wanted=wanted)
@@ -212,7 +245,9 @@ def _unix(rest: str, option: str) -> tuple[str, dict[str, bool]]:
     if not path:
         raise OptionInvalid(option=option, value=rest, wanted="a socket with a path")
     if flags["wait"]:
-        raise OptionInvalid(option=option, value=rest, wanted="possible: wait=on would hold up the monitor; use wait=off")
+        raise OptionInvalid(
+            option=option, value=rest, wanted="possible: wait=on would hold up the monitor; use wait=off"
+        )
     return path, flags
 
 

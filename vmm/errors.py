@@ -124,7 +124,9 @@ class SessionNotGranted(TokenError):
 class MachineReserved(TokenError):
     """Somebody else is in the middle of building the machine."""
 
-    text: ClassVar[str] = "Command {command!r} needs {kind}, reserved for {holder} until it is done; query and quit are not"
+    text: ClassVar[str] = (
+        "Command {command!r} needs {kind}, reserved for {holder} until it is done; query and quit are not"
+    )
     command: str
     kind: str
     holder: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import attrs
@@ -11,14 +10,16 @@ from tests.hw.fakes import Calls, FakeClock, FakeLine, FakeSink
 from vmm.hw.acpi_pm import AcpiPm
 from vmm.hw.board import COM1_PORTS
 from vmm.hw.debug_exit import DebugExit
-from vmm.hw.device import Device
 from vmm.hw.i8042 import I8042
 from vmm.hw.legacy import PostCode, SystemControlA
 from vmm.hw.rtc import Rtc
 from vmm.hw.uart import Uart
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final
+
+    from vmm.hw.device import Device
 
 
 @attrs.define(eq=False)

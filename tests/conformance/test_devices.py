@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import pytest
@@ -14,8 +14,10 @@ import vmm.hw
 from tests.conformance.devices import CASES, Bench, Case
 from vmm.errors import StateRejected
 from vmm.hw.codec import StateCodec
-from vmm.hw.device import Device
 from vmm.hw.state import Fields, Integer, Octets, declared_fields, describe, rule_of, undeclared_fields
+
+if TYPE_CHECKING:
+    from vmm.hw.device import Device
 
 every_device = pytest.mark.parametrize("case", CASES, ids=str)
 

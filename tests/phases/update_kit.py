@@ -88,6 +88,19 @@ class Console:
         self._take_in()
         await self.beats(self._data.count(b"\r\n") + count)
 
+    async def from_a_start(self, count: int) -> None:
+        """Read on until a guest that was reset, which tears a line, has printed `count` lines in order."""
+        seen: int | None = None
+        async with due(f"{count} lines from a start"):
+            while seen != count:
+                line = await self.line()
+                assert line is not None, "the guest is gone"
+                if line.endswith(f"{self._word}: started"):
+                    seen = 0
+                elif seen is not None:
+                    seen += 1
+                    assert line == f"{self._word} {seen} ok"
+
     async def goes_on(self) -> bool:
         """Read what has arrived; say whether more comes, or the end."""
         self._take_in()
@@ -304,8 +317,7 @@ class Ram:
     """The guest's memory, looked at from outside: the ring of ticks in it. Stays good when the guest moves."""
 
     def __init__(self, pid: int) -> None:
-        folder = Path(f"/proc/{pid}/fd")
-        (path, *_) = (found for found in _descriptors(folder) if os.readlink(found).startswith("/memfd:ram"))
+        path = next(path for path, target in _descriptors(pid) if target.startswith("/memfd:ram"))
         with path.open("rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._reader = HeartbeatReader(lambda address, size: self._memory[address : address + size])
@@ -327,13 +339,16 @@ class Ram:
         self._memory.close()
 
 
-def _descriptors(folder: Path) -> Iterator[Path]:
-    return (folder / name for name in os.listdir(folder))
+def _descriptors(pid: int) -> Iterator[tuple[Path, str]]:
+    folder = Path(f"/proc/{pid}/fd")
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield folder / name, os.readlink(folder / name)
 
 
 def descriptors_of(pid: int) -> list[str]:
     """Return what the descriptors of a process refer to, sorted, without the numbers of sockets and the like."""
-    return sorted(os.readlink(path).partition(":[")[0] for path in _descriptors(Path(f"/proc/{pid}/fd")))
+    return sorted(target.partition(":[")[0] for _, target in _descriptors(pid))
 
 
 async def answering_pid(path: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Union, final, get_args, get_origin, get_type_hints
 
 import attrs
@@ -12,7 +11,7 @@ from vmm.capabilities import Token
 from vmm.monitor.command import Need
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from vmm.capabilities import AnyToken
 
@@ -49,8 +48,7 @@ class PhaseFacts:
     def grants_for(self, need: Need) -> bool:
         """Say whether the phase's window would satisfy `need`."""
         return any(
-            kind in need.kinds
-            and (need.scope is None or need.scope in self.scopes.get(kind.wire_name, (need.scope,)))
+            kind in need.kinds and (need.scope is None or need.scope in self.scopes.get(kind.wire_name, (need.scope,)))
             for kind in self.kinds()
         )
 
@@ -99,8 +97,14 @@ def chain() -> tuple[PhaseFacts, ...]:
             "devices", "machine-initialized", DevicesGrants, scopes={configure: ("board",)},
             left_by="`finish-machine-init`, `cont`", reach="cpu-model-set or x-exit-preconfig",
         ),
-        PhaseFacts("incoming", "machine-ready", IncomingGrants, left_by="itself, once the state is loaded", reach="an incoming migration"),
-        PhaseFacts("running", "machine-ready", RunningGrants, left_by="a migration that completed", reach="finish-machine-init or cont"),
+        PhaseFacts(
+            "incoming", "machine-ready", IncomingGrants,
+            left_by="itself, once the state is loaded", reach="an incoming migration",
+        ),
+        PhaseFacts(
+            "running", "machine-ready", RunningGrants,
+            left_by="a migration that completed", reach="finish-machine-init or cont",
+        ),
         PhaseFacts(
             "migrating", "machine-ready", MigratingGrants, withholds=WITHHELD,
             left_by="the end of the migration", reach="migrate",

@@ -162,7 +162,9 @@ async def object_add(
     machine.recorder.record("object-add", {"qom-type": "monitor-qmp", "id": args.id, "chardev": label})
 
 
-async def object_del(may: Annotated[MayCreateBackend, For("monitor")], caller: Caller, query: MayQuery, args: Id) -> None:
+async def object_del(
+    may: Annotated[MayCreateBackend, For("monitor")], caller: Caller, query: MayQuery, args: Id
+) -> None:
     """End a monitor. A session cannot end its own."""
     if caller.name.startswith(f"{args.id}/"):
         raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")

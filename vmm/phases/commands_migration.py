@@ -86,9 +86,7 @@ def migrate(may: MayStartMigration, query: MayQuery, caller: Caller, args: Migra
 
 def _resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
     """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration."""
-    named = [
-        address.name for address in addresses if isinstance(address, DescriptorAddress) and address.number is None
-    ]
+    named = [address.name for address in addresses if isinstance(address, DescriptorAddress) and address.number is None]
     for name in named:
         if name not in caller.descriptors:
             known = ", ".join(sorted(caller.descriptors)) or "none"
@@ -119,7 +117,8 @@ async def migrate_incoming(may: MayListen, caller: Caller, args: MigrateIncoming
     if args.channels is None:
         given = "only a URI" if args.uri is not None else "nothing"
         raise MigrationRefused(
-            reason=f"migrate-incoming: a live update needs 'channels', one of type main and one of type cpr; {given} was given"
+            reason="migrate-incoming: a live update needs 'channels', one of type main and one of type cpr; "
+            f"{given} was given"
         )
     if not args.exit_on_error:
         instead = "leave it true: a destination whose source was refused has nothing to go on with"
@@ -128,7 +127,9 @@ async def migrate_incoming(may: MayListen, caller: Caller, args: MigrateIncoming
         Channel.from_json(value, f"migrate-incoming: channels[{index}]") for index, value in enumerate(args.channels)
     ]
     addresses = _resolved([channel.address for channel in channels], caller)
-    await may.listen([Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)])
+    await may.listen(
+        [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
+    )
 
 
 async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:

@@ -210,9 +210,7 @@ def _phase_info(phase: Phase) -> PhaseInfo:
         ]
 
     tokens = [
-        TokenInfo(
-            token=token.wire_name, scope=None if token.scope is None else sorted(token.scope), lent=lent(token)
-        )
+        TokenInfo(token=token.wire_name, scope=None if token.scope is None else sorted(token.scope), lent=lent(token))
         for token in (window.tokens if window else ())
     ]
     children = [unstructure(_phase_info(child)) for child in phase.children]

@@ -114,7 +114,9 @@ class CpuOptions:
     def check(self) -> None:
         """Raise `Unsupported` for anything but the host's model."""
         if self.model not in ("host", "max"):
-            raise Unsupported(what="CPU model", name=self.model, instead="use host, which is all that this host's KVM offers")
+            raise Unsupported(
+                what="CPU model", name=self.model, instead="use host, which is all that this host's KVM offers"
+            )
 
 
 @final

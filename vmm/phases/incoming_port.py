@@ -57,7 +57,8 @@ class IncomingPort:
         if set(by_type) != {"main", "cpr"}:
             given = ", ".join(sorted(by_type)) or "none"
             raise MigrationRefused(
-                reason=f"migrate-incoming: a live update needs one channel of type main and one of type cpr; given: {given}"
+                reason="migrate-incoming: a live update needs one channel of type main and one of type cpr; "
+                f"given: {given}"
             )
         # Only now: most machines await nothing, and both bring what a monitor can start without.
         from vmm.migration.connect import listen

@@ -98,4 +98,3 @@ class Machine:
             **self.made.definition.descriptors(),
             **self.made.host.stores.standing_descriptors(),
         }
-

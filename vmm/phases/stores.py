@@ -166,13 +166,15 @@ class BootStores:
 
     def sections(self, recipe: Recipe | None = None) -> Iterator[tuple[str, SectionOwner]]:
         """Yield each chardev's section; with a predecessor's `recipe`, those of its chardevs alone."""
-        moved = None if recipe is None else {step.arguments.get("id") for step in recipe if step.execute == "chardev-add"}
+        moved = (
+            None if recipe is None else {step.arguments.get("id") for step in recipe if step.execute == "chardev-add"}
+        )
         for label, held in self.chardevs.items():
             if moved is None or label in moved:
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
 
     def declare_again(self, state: StateRegistry) -> None:
-        """Give each chardev its section, and those that have gone none: chardevs came and went since the board was made."""
+        """Give each chardev its section, and those that have gone none: they came and went since the board was made."""
         for name in state.order():
             if name.startswith(_SECTION):
                 state.unregister(name)
