@@ -61,7 +61,7 @@ class Chardev(ABC):
 
     def __init__(self, label: str, complain: Complain, *, inherited: bool) -> None:
         """Begin at rest if `inherited`."""
-        self.label: Final = label
+        self.label = label
         self._complain: Final = complain
         self._watch: Final = Watch()
         self._output: Final = OutputBuffer(self._watch.ring)

@@ -37,6 +37,17 @@ class Recorder:
             step for step in self._steps if not (step.execute == name and step.arguments.get(member) == value)
         ]
 
+    def rename(self, renamed: Mapping[str, str]) -> None:
+        """Let the commands that made what was renamed say the new names."""
+        self._steps = [
+            Step(step.execute, {member: _renamed(member, value, renamed) for member, value in step.arguments.items()})
+            for step in self._steps
+        ]
+
     def recipe(self) -> Recipe:
         """Return the recipe so far."""
         return Recipe("of this machine", tuple(self._steps))
+
+
+def _renamed(member: str, value: Any, renamed: Mapping[str, str]) -> Any:
+    return renamed.get(value, value) if member in ("id", "chardev") and isinstance(value, str) else value

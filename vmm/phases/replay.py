@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -47,6 +48,8 @@ async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
     """Replay a predecessor's recipe, with its descriptors in place of this host's files; nobody else may interfere."""
     await tree.wait_begun("migrate-incoming", SUCCESSOR.name)
     tree.reserved_for = SUCCESSOR.name
+    # The names in the recipe are the guest's machine's; what this process was started with has others from here on.
+    host.recorder.rename(host.stores.step_aside(recipe, f"@{os.getpid()}"))
     await _replay(host, recipe, SUCCESSOR)
 
 

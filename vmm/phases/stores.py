@@ -96,6 +96,23 @@ class BootStores:
         """Undo `take_chardev`."""
         self._held(label).user = None
 
+    def step_aside(self, recipe: Recipe, suffix: str) -> dict[str, str]:
+        """Rename the chardevs and monitors that have a name which `recipe` gives to another; return old -> new."""
+        wanted = {str(step.arguments.get("id")) for step in recipe if step.execute in ("chardev-add", "object-add")}
+        renamed: dict[str, str] = {}
+        for label in wanted & self.chardevs.keys():
+            renamed[label] = f"{label}{suffix}"
+            held = self.chardevs[renamed[label]] = self.chardevs.pop(label)
+            held.chardev.label = renamed[label]
+        for name in wanted & self.monitors.keys():
+            renamed[name] = f"{name}{suffix}"
+            self.monitors[renamed[name]] = self.monitors.pop(name)
+        for held in self.chardevs.values():
+            if held.user is not None and held.user.startswith(MONITOR):
+                name = held.user.removeprefix(MONITOR)
+                held.user = f"{MONITOR}{renamed.get(name, name)}"
+        return renamed
+
     def _held(self, label: str) -> Held:
         if label not in self.chardevs:
             raise BackendNotFound(what="Chardev", name=label, known=_known(self.chardevs))
