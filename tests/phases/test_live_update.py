@@ -24,9 +24,12 @@ from tests.phases.update_kit import (
     channels,
     descriptors_of,
     due,
+    holds,
     hung_up,
     open_bench,
     outcome,
+    ready,
+    settled,
 )
 from vmm import hostio
 from vmm.qmp_client import CommandFailed, MonitorGone
@@ -58,23 +61,6 @@ async def move(bench: Bench, source: Process, *, complaints: int = 0) -> Process
     assert await source.ended() == 0
     assert len(source.said()) == complaints
     return destination
-
-
-async def settled(pid: int) -> list[str]:
-    """Return what a process holds once a hundred looks have seen the same."""
-    seen, looks = descriptors_of(pid), 0
-    while looks < 100:
-        await trio.sleep(0.001)
-        now = descriptors_of(pid)
-        seen, looks = now, looks + 1 if now == seen else 0
-    return seen
-
-
-async def holds(pid: int, descriptors: list[str]) -> None:
-    """Wait until a process holds these descriptors: a session that has just ended may still be closing."""
-    async with due(f"the descriptors of {pid} to be {descriptors}"):
-        while descriptors_of(pid) != descriptors:  # noqa: ASYNC110 - a process does not tell
-            await trio.sleep(0.01)
 
 
 async def test_a_guest_is_updated_three_times_in_a_row_and_misses_nothing() -> None:
@@ -159,6 +145,8 @@ async def test_a_machine_that_has_not_been_started_yet_starts_in_its_successor()
     async with open_bench() as bench:
         console = bench.console()
         process = bench.machine(console, "-S")
+        async with bench.session(bench.qmp) as client:
+            await ready(client)
         await move(bench, process)
         async with bench.session(bench.qmp) as client:
             assert (await client.execute("query-status")) == {"running": False, "status": "prelaunch"}
@@ -339,6 +327,7 @@ async def test_a_serial_port_on_a_pty_has_no_line_lost_or_repeated() -> None:
     async with open_bench() as bench:
         process = bench.start(*GUEST, "-serial", "pty", "-S", qmp=bench.qmp)
         async with bench.session(bench.qmp) as client:
+            await ready(client)
             (pty,) = [
                 entry["filename"].removeprefix("pty:")
                 for entry in await client.execute("query-chardev")
@@ -366,6 +355,7 @@ async def test_a_client_of_a_serial_socket_stays_connected_and_the_next_one_reac
         path = f"{bench.folder}/serial"
         process = bench.start(*GUEST, "-serial", f"unix:{path},server=on", "-S", qmp=bench.qmp)
         async with bench.session(bench.qmp) as client:
+            await ready(client)
             with hostio.connect_unix(path) as console:
                 await client.execute("cont")
                 text = ""
@@ -405,7 +395,7 @@ async def machine() -> AsyncGenerator[tuple[Bench, Process], None]:
         process = bench.machine(console)
         await console.beats(1)
         with closing(Ram(process.pid)) as ram:
-            before = descriptors_of(process.pid)
+            before = await settled(process.pid)
             yield bench, process
             await console.new_beats(3)
             ram.require_intact()
@@ -599,8 +589,8 @@ async def test_a_serial_socket_is_no_monitor() -> None:
     async with open_bench() as bench:
         path = f"{bench.folder}/serial"
         bench.start(*GUEST, "-serial", f"unix:{path},server=on", qmp=bench.qmp)
-        async with bench.session(bench.qmp):
-            pass
+        async with bench.session(bench.qmp) as client:
+            await ready(client)
         done = await update(bench, qmp=path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"trio-vmm: What answers at {path} is no QMP monitor: it says ")

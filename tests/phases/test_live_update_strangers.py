@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.cpr.peer import HEADER, frame
-from tests.phases.update_kit import Bench, Process, channels, descriptors_of, due, open_bench, outcome
+from tests.phases.update_kit import Bench, Process, channels, due, holds, open_bench, outcome, settled
 from vmm import hostio
 from vmm.cpr.cell import Owner, OwnershipCell
 from vmm.cpr.channel import MAGIC, CprChannel, Message
@@ -150,7 +150,7 @@ async def machine() -> AsyncGenerator[tuple[Bench, Process, QmpClient], None]:
 
 async def test_a_source_keeps_its_guest_whatever_the_destination_does() -> None:
     async with machine() as (bench, source, client):
-        before = descriptors_of(source.pid)
+        before = await settled(source.pid)
         for stage, misdeed, text in MISDEEDS:
             try:
                 client.events.clear()
@@ -163,7 +163,7 @@ async def test_a_source_keeps_its_guest_whatever_the_destination_does() -> None:
             except BaseException as error:
                 error.add_note(f"{misdeed.__name__} at {stage}")
                 raise
-        assert descriptors_of(source.pid) == before
+        await holds(source.pid, before)
 
 
 async def test_a_guest_is_not_paused_before_its_destination_is_ready() -> None:
@@ -356,7 +356,7 @@ async def test_a_destination_refuses_a_source_that_breaks_the_protocol_and_waits
     async with open_bench() as bench:
         destination = bench.destination()
         await bench.listening(destination)
-        before = descriptors_of(destination.pid)
+        before = await settled(destination.pid)
         expected: list[str] = []
         for misdeed, text in (
             (close, "The source closed the channel at step 'hello'; nothing was taken over"),
@@ -394,10 +394,7 @@ async def test_a_destination_refuses_a_source_that_breaks_the_protocol_and_waits
         assert destination.said() == expected
         async with bench.session(destination.qmp) as client:
             assert (await client.execute("query-migrate"))["status"] == "setup"
-        # The session that looked last may still be on its way out.
-        async with due("the descriptors to be as before"):
-            while descriptors_of(destination.pid) != before:  # noqa: ASYNC110 - a process does not tell
-                await trio.sleep(0.01)
+        await holds(destination.pid, before)
 
 
 def unknown_command(offer: Offer) -> None:

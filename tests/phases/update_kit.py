@@ -351,6 +351,30 @@ def descriptors_of(pid: int) -> list[str]:
     return sorted(target.partition(":[")[0] for _, target in _descriptors(pid))
 
 
+async def settled(pid: int) -> list[str]:
+    """Return what a process holds once a hundred looks have seen the same."""
+    seen, looks = descriptors_of(pid), 0
+    while looks < 100:
+        await trio.sleep(0.001)
+        now = descriptors_of(pid)
+        seen, looks = now, looks + 1 if now == seen else 0
+    return seen
+
+
+async def holds(pid: int, descriptors: list[str]) -> None:
+    """Wait until a process holds these descriptors: a session that has just ended may still be closing."""
+    async with due(f"the descriptors of {pid} to be {descriptors}"):
+        while descriptors_of(pid) != descriptors:  # noqa: ASYNC110 - a process does not tell
+            await trio.sleep(0.01)
+
+
+async def ready(client: QmpClient) -> None:
+    """Wait until the machine has been built, with all its serial ports and monitors."""
+    async with due("the machine to be ready"):
+        while (await client.execute("query-machine-phase"))["phase"] != "machine-ready":
+            await client.wait_event(lambda event: True)
+
+
 async def answering_pid(path: str) -> int:
     """Return the process that answers at the monitor `path`."""
     async with due(f"an answer at {path}"), qmp_session(path, within=HANGS) as client:
