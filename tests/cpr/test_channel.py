@@ -402,3 +402,11 @@ async def test_a_hello_that_is_refused_leaves_no_descriptor(pair: tuple[CprChann
     peer.sock.sendmsg([frame("hello", {"version": 9}, ["pidfd", "ram"])], ancillary)
     await hello(channel, peer)
     close(fds)
+
+
+async def test_refusing_a_peer_that_has_refused_and_left_tells_ones_own_reason(pair: tuple[CprChannel, Peer]) -> None:
+    channel, peer = pair
+    peer.send(frame("refused", {"step": "hello", "reason": "another version"}))
+    peer.sock.close()
+    assert str(await channel.refuse("too late")) == ("Live update refused by the destination at step 'hello': too late")
+    channel.close()

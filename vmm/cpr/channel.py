@@ -249,7 +249,7 @@ class CprChannel:
 
     async def refuse(self, reason: str) -> CprRefused:
         """Tell the peer that this side will not go on, if it still listens; return the error to raise."""
-        with trio.move_on_after(1, shield=True), suppress(CprPeerGone):
+        with trio.move_on_after(1, shield=True), suppress(CprError):
             await self.send("refused", {"step": self.step, "reason": reason})
         return CprRefused(side=self.side, step=self.step, reason=reason)
 
