@@ -327,6 +327,26 @@ class MayOpenKvm(_Decides):
         return self._reach().decide(decision)
 
 
+class RecipeSink(Protocol):
+    """Takes commands that are to be carried out later, when the machine has got as far as they need."""
+
+    def append(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Note `command` with `arguments`, which have been checked for their form; raise what already rules it out."""
+        ...
+
+
+@final
+class MayAppendRecipe(Token[RecipeSink]):
+    """May add commands to what is carried out later: `device_add` in preconfig, and what a destination overrides."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-append-recipe"
+
+    def append(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Note `command` with `arguments`, to be carried out later."""
+        self._reach().append(command, arguments)
+
+
 class Settings(Protocol):
     """A table of settings that is changed as a whole or not at all."""
 
@@ -650,7 +670,7 @@ class MayReleaseGuest(Token[OwnershipOffer]):
 
 KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayQuery, MayQuit, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
-    MayConfigureMachine, MayOpenKvm, MaySetMigrationCap, MaySetMigrationParam, MayListen,
+    MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetMigrationCap, MaySetMigrationParam, MayListen,
     MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayStartMigration, MayCancelMigration, MaySendDescriptors, MaySaveState, MayReleaseGuest,
 )  # fmt: skip

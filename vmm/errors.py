@@ -217,6 +217,19 @@ class RecipeInvalid(RequestError):
     reason: str
 
 
+class DifferencesVisible(RequestError):
+    """The machine here would differ from the source's in what its guest sees."""
+
+    text: ClassVar[str] = (
+        "The guest would see that its machine is another one here: {joined}; allow each by its name "
+        "(x-allow-difference), or configure it as it is at the source"
+    )
+    items: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return self.text.format(joined="; ".join(self.items))
+
+
 # --- the host ---------------------------------------------------------------------------------------------
 
 
