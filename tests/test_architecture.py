@@ -29,7 +29,7 @@ ORDER: Final = (
         "backends",
         "hw",
     ),
-    *("migration", "cpr", "phases", "qmp_client", "process", "embedding", "cli"),
+    *("qtest", "migration", "cpr", "phases", "qmp_client", "process", "embedding", "cli"),
 )
 """A package may import those before it. `cli` is `cli.py` and each `cli_*.py`."""
 

@@ -69,7 +69,7 @@ REFUSED = {
     "the one there is is microvm",
     "-M pc -kernel k": f"{CLI} 2 (machine-set): Machine type 'pc' is not supported here; the one there is is microvm",
     "-accel tcg -kernel builtin:heartbeat": f"{CLI} 3 (accel-set): Accelerator 'tcg' is not supported here; "
-    "the one there is is kvm",
+    "there are kvm, and qtest for tests",
     "-display gtk -kernel k": "trio-vmm: Display 'gtk' is not supported here; "
     "there is none; use -display none or no option",
     "-chardev vc,id=a -qmp unix:q": "trio-vmm: Chardev kind 'vc' is not supported here; "

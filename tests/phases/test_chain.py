@@ -264,7 +264,7 @@ async def test_other_decisions_that_fail_may_be_given_again(tmp_path: Path) -> N
     async with bare(tmp_path) as (_, client):
         await advance(client, "accel")
         assert await failure(client, "accel-set", accel="tcg") == (
-            "Accelerator 'tcg' is not supported here; the one there is is kvm"
+            "Accelerator 'tcg' is not supported here; there are kvm, and qtest for tests"
         )
         assert await where(client) == PATHS["accel"]
         await client.execute("accel-set", accel="kvm")

@@ -16,8 +16,34 @@ class IrqLine(Protocol):
 
 
 @final
+class IrqLines:
+    """The lines into the interrupt controllers: `drive`, which is KVM's `Vm.set_irq`, where somebody can look on.
+
+    Lines that the kernel drives by itself (irqfds, the PIT) do not come by here.
+    """
+
+    def __init__(self, drive: Callable[[int, bool], object] = lambda gsi, level: None) -> None:
+        self._drive: Final = drive
+        self._levels: Final[dict[int, bool]] = {}
+        self.observer: Callable[[int, bool], object] | None = None
+        """Called with each change of a level, on the thread that drives the line, and must not block."""
+
+    def level(self, gsi: int) -> bool:
+        """Return the level that line `gsi` was driven to last; low at first."""
+        return self._levels.get(gsi, False)
+
+    def set(self, gsi: int, level: bool) -> None:
+        """Drive line `gsi`. Any thread."""
+        self._drive(gsi, level)
+        if level != self._levels.get(gsi, False):
+            self._levels[gsi] = level
+            if self.observer is not None:
+                self.observer(gsi, level)
+
+
+@final
 class GsiLine:
-    """Line `gsi` of the interrupt controllers. `drive` is KVM's `Vm.set_irq`."""
+    """Line `gsi` of the interrupt controllers. `drive` is `IrqLines.set`."""
 
     __slots__ = ("_drive", "gsi")
 
@@ -26,7 +52,7 @@ class GsiLine:
         self._drive: Final = drive
 
     def set(self, level: bool) -> None:
-        """Drive the line: one ioctl."""
+        """Drive the line: with KVM one ioctl."""
         self._drive(self.gsi, level)
 
 

@@ -104,6 +104,10 @@ class Vcpu:
                 self._thread = None
                 self._requested = False
 
+    async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
+        """Run the guest on a thread of `threads` until it stops; see `run_vcpu`."""
+        return await run_vcpu(self, threads, entered=entered)
+
     @property
     def thread_id(self) -> int:
         """The host thread that is inside `enter`; 0 while none is."""

@@ -1,25 +1,31 @@
-"""Phase ``accel``: the machine is defined; `accel-set` opens KVM and creates the virtual machine in it."""
+"""Phase ``accel``: the machine is defined; `accel-set` opens the accelerator: KVM, with a virtual machine in it."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 import attrs
 
 from vmm.capabilities import MayOpenKvm
+from vmm.errors import MigrationRefused
+from vmm.hw.irq import IrqLines
 from vmm.kvm.system import Kvm
 from vmm.nursery_tree import Inbox
 from vmm.phases.backends import run_backends
 from vmm.phases.config import AcceleratorOptions
+from vmm.phases.processors import KvmProcessors
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
 
     from vmm.capabilities import Mint
+    from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
     from vmm.nursery_tree import Phase
     from vmm.phases.assembly import Precreated
+    from vmm.phases.processors import Processors
 
 
 @final
@@ -30,30 +36,102 @@ class AccelGrants:
     open_kvm: MayOpenKvm
 
 
+class VirtualMachine(Protocol):
+    """What devices and memory ask of a virtual machine; `vmm.kvm.vm.Vm` says what each does."""
+
+    def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
+        """Put RAM at `address`."""
+
+    def assign_irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None) -> None:
+        """From now on a written eventfd `fd` raises `gsi`."""
+
+    def deassign_irqfd(self, fd: int, gsi: int) -> None:
+        """Undo `assign_irqfd`."""
+
+    def assign_ioeventfd(
+        self, fd: int, address: int, size: int, *, port: bool = False, value: int | None = None
+    ) -> None:
+        """From now on a store at `address` writes eventfd `fd`."""
+
+    def deassign_ioeventfd(
+        self, fd: int, address: int, size: int, *, port: bool = False, value: int | None = None
+    ) -> None:
+        """Undo `assign_ioeventfd`."""
+
+
+class Accelerator(Protocol):
+    """What the machine is built on: KVM, or a stand-in that executes nothing."""
+
+    @property
+    def why_it_stays(self) -> str:
+        """Why a machine on it cannot move to another process, as a sentence; empty if it can."""
+
+    @property
+    def vm(self) -> VirtualMachine:
+        """The virtual machine."""
+
+    @property
+    def lines(self) -> IrqLines:
+        """Its interrupt lines."""
+
+    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> Processors:
+        """Make `count` vCPUs, whose accesses go to `ports` and `mmio`; `stack` closes them."""
+
+    def time_ns(self) -> int:
+        """Return Unix time in ns, as the machine's devices know it."""
+
+    def close(self) -> None:
+        """End it."""
+
+
 @final
-@attrs.frozen
-class Accelerator:
+@attrs.frozen(eq=False)
+class KvmAccelerator:
     """An open KVM, and the virtual machine in it with its interrupt chips and timer."""
+
+    why_it_stays: ClassVar[str] = ""
 
     kvm: Kvm
     vm: Vm
+    lines: IrqLines
 
     @classmethod
-    def open(cls, options: AcceleratorOptions) -> Accelerator:
+    def open(cls) -> KvmAccelerator:
         """Open it. On a failure nothing stays open."""
-        options.check()
         with ExitStack() as stack:
             kvm = stack.enter_context(closing(Kvm.open()))
             vm = stack.enter_context(closing(kvm.create_vm()))
             vm.create_irqchip()
             vm.create_pit()
             stack.pop_all()
-        return cls(kvm, vm)
+        return cls(kvm, vm, IrqLines(vm.set_irq))
+
+    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> Processors:
+        """Make them of KVM's vCPUs."""
+        return KvmProcessors.make(self.kvm, self.vm, count, ports, mmio, stack)
+
+    def time_ns(self) -> int:
+        """Return the host's time."""
+        return time.time_ns()
 
     def close(self) -> None:
         """Close both."""
         self.vm.close()
         self.kvm.close()
+
+
+def _open(phase: Phase, made: Precreated, options: AcceleratorOptions) -> Accelerator:
+    """Open what `options` say. On a failure nothing stays open."""
+    options.check()
+    if options.accel == "kvm":
+        return KvmAccelerator.open()
+    from vmm.qtest.accelerator import QtestAccelerator  # For tests of devices; no guest needs it.
+
+    if made.incoming.arrival is not None:
+        raise MigrationRefused(reason=f"accel-set: {QtestAccelerator.why_it_stays}, and none can come in")
+    accelerator = QtestAccelerator()
+    phase.residents.start_soon("irqfds", accelerator.vm.serve)
+    return accelerator
 
 
 @final
@@ -78,7 +156,7 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
             return AccelGrants(open_kvm=mint(MayOpenKvm, _Decision(inbox)))
 
         def carry_out(options: AcceleratorOptions) -> Accelerator:
-            accelerator = Accelerator.open(options)
+            accelerator = _open(phase, made, options)
             stack.callback(accelerator.close)
             made.host.recorder.record_options("accel-set", options)
             return accelerator

@@ -99,9 +99,9 @@ class AcceleratorOptions:
     accel: str = "kvm"
 
     def check(self) -> None:
-        """Raise `Unsupported` for anything but KVM."""
-        if self.accel != "kvm":
-            raise Unsupported(what="Accelerator", name=self.accel, instead="the one there is is kvm")
+        """Raise `Unsupported` for anything but KVM, and the one that executes nothing."""
+        if self.accel not in ("kvm", "qtest"):
+            raise Unsupported(what="Accelerator", name=self.accel, instead="there are kvm, and qtest for tests")
 
 
 @final

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, final
 import attrs
 
 from vmm.hw.boot.plan import Data, FileRange, Zeros
-from vmm.hw.boot.start import set_start
-from vmm.kvm.machine_state import load_machine
 from vmm.migration.stream import StreamReader, StreamWriter
 from vmm.migration.stream_io import StateStream
 
@@ -19,12 +17,12 @@ if TYPE_CHECKING:
     from vmm.hw.codec import DeviceSection
     from vmm.hw.device import Device
     from vmm.kvm.memory import GuestMemory
-    from vmm.kvm.state import ChipState, VcpuState
-    from vmm.kvm.vcpu import Vcpu
     from vmm.migration.registry import StateRegistry
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
     from vmm.phases.guest_requests import GuestBells
+    from vmm.phases.processors import Processors
+    from vmm.phases.vcpus import GuestCpu
 
 
 @final
@@ -38,13 +36,21 @@ class Machine:
     made: Precreated
     accelerator: Accelerator
     memory: GuestMemory
-    vcpus: tuple[Vcpu, ...]
+    processors: Processors
     devices: tuple[Device, ...]
     bells: GuestBells
     state: StateRegistry
     sections: tuple[DeviceSection, ...]
-    reset_state: tuple[list[VcpuState], ChipState]
-    """What KVM had made of the vCPUs and chips before anything ran."""
+
+    @property
+    def vcpus(self) -> tuple[GuestCpu, ...]:
+        """The vCPUs, by number."""
+        return self.processors.vcpus
+
+    @property
+    def why_it_stays(self) -> str:
+        """Why the machine cannot move to another process, as a sentence; empty if it can."""
+        return self.accelerator.why_it_stays
 
     def prepare_to_move(self) -> None:
         """Do now what would else be done at the first save or load, inside the guest's pause: make the codecs."""
@@ -81,12 +87,11 @@ class Machine:
                     ram.fill(write.address, write.fd, write.offset, write.size)
                 case Zeros():
                     ram.write(write.address, bytes(write.size))
-        set_start(self.vcpus[0].fd, plan.start)
+        self.processors.begin_at(plan.start)
 
     def power_on_again(self) -> None:
         """Put everything into its power-on state. No vCPU may be in the guest."""
-        vcpus, chips = self.reset_state
-        load_machine(self.accelerator.vm, [vcpu.fd for vcpu in self.vcpus], vcpus, chips)
+        self.processors.power_on_again()
         for device in self.devices:
             device.reset()
         self.power_on(self.memory)

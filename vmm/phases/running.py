@@ -19,7 +19,7 @@ from vmm.capabilities import (
     MayStartMigration,
 )
 from vmm.cpr.handover import take
-from vmm.errors import CprError, InvalidState, VmmError
+from vmm.errors import CprError, InvalidState, MigrationRefused, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.guest_requests import GuestRequests
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
-    from vmm.kvm.vcpu import Vcpu
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine
+    from vmm.phases.vcpus import GuestCpu
 
 
 @final
@@ -69,8 +69,7 @@ class Run:
 
     def start_nowait(self) -> None:
         """Let the vCPUs in, and say so. The guest's watchdogs are told that it stood."""
-        for vcpu in self.gang.vcpus:
-            vcpu.fd.note_pause()
+        self.machine.processors.note_pause()
         self.gang.start_nowait()
         self.status.runs()
 
@@ -120,7 +119,7 @@ class Run:
         elif self.status.name in NEEDS_RESET:
             self.status.stands("paused")
 
-    def _failed(self, vcpu: Vcpu, stop: Stop) -> None:
+    def _failed(self, vcpu: GuestCpu, stop: Stop) -> None:
         """A vCPU cannot go on: everything stands, the monitor says why, and the process lives."""
         for other in self.gang.vcpus:
             if other is not vcpu:
@@ -143,7 +142,15 @@ class _Departure:
         self._run = run
 
     def start(self, plan: TransferPlan) -> Awaitable[None]:
-        """Post `plan`, whose descriptors are closed if it is not carried out."""
+        """Post `plan`, whose descriptors are closed if it is not carried out.
+
+        Raises:
+            MigrationRefused: the machine cannot leave this process.
+        """
+        reason = self._run.machine.why_it_stays
+        if reason:
+            plan.close()
+            raise MigrationRefused(reason=f"migrate: {reason}")
         turn = self._inbox.post(plan, until="migrating")
         turn.on_settled(lambda: plan.close() if turn.failed else None)
         return turn

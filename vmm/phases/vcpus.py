@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import trio
 
 from vmm.errors import VmmError, leaves
 from vmm.kvm.exits import Stop
-from vmm.kvm.vcpu import run_vcpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vmm.kvm.vcpu import Vcpu
+
+class GuestCpu(Protocol):
+    """A vCPU: KVM's, or one that executes nothing."""
+
+    @property
+    def index(self) -> int:
+        """Its number, from 0, the boot processor."""
+
+    @property
+    def thread_id(self) -> int:
+        """The host thread that is in the guest for it; 0 while none is."""
+
+    async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
+        """Run it until it is kicked or cannot go on. `entered` is called just before it begins, on any thread."""
+
+    def kick(self) -> None:
+        """Make `run` return soon. Any thread, where the vCPU has one."""
 
 
 @final
 class VcpuGang:
     """All vCPUs of one machine. A resident of phase running; each vCPU has a thread of its own while it runs."""
 
-    def __init__(self, vcpus: Sequence[Vcpu], failed: Callable[[Vcpu, Stop], None]) -> None:
+    def __init__(self, vcpus: Sequence[GuestCpu], failed: Callable[[GuestCpu, Stop], None]) -> None:
         self.vcpus: Final = tuple(vcpus)
         self._failed = failed
         self._threads = trio.CapacityLimiter(len(self.vcpus))
@@ -93,12 +108,12 @@ class VcpuGang:
             vcpu.kick()
         await self._all_out.wait()
 
-    async def _run(self, vcpu: Vcpu) -> None:
+    async def _run(self, vcpu: GuestCpu) -> None:
         stop = Stop("kicked", "", {})
         try:
             if not self._stopping:
                 entered = self._note_entry(trio.lowlevel.current_trio_token())
-                stop = await run_vcpu(vcpu, self._threads, entered=entered)
+                stop = await vcpu.run(self._threads, entered=entered)
         except* VmmError as group:
             stop = Stop("internal-error", "; ".join(str(error) for error in leaves(group)), {})
         finally:

@@ -1,0 +1,69 @@
+"""Accelerator ``qtest``: a machine whose devices are all there and whose vCPUs execute nothing. Needs no KVM.
+
+Time stands still but for `VirtualClock`; interrupt lines keep the level that devices drive them to.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar, Final, final
+
+from vmm.hw.irq import IrqLines
+from vmm.qtest.clock import VirtualClock
+from vmm.qtest.cpu import IdleCpu
+from vmm.qtest.vm import QtestVm
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from vmm.capabilities import MayDeclareState
+    from vmm.hw.boot.plan import CpuStart
+    from vmm.kvm.vcpu import IoSpace
+
+_SECOND: Final = 1_000_000_000  # ns
+
+
+@final
+class QtestAccelerator:
+    """The stand-in for KVM. `vm.serve` is its one task, which also ends it."""
+
+    why_it_stays: ClassVar[str] = "a machine with accelerator qtest executes nothing that could go on elsewhere"
+
+    def __init__(self) -> None:
+        """Begin at virtual time 0, which is the present second of the host's clock."""
+        self.lines: Final = IrqLines()
+        self.vm: Final = QtestVm(self.lines)
+        self.clock: Final = VirtualClock(int(time.time()) * _SECOND)
+
+    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> IdleProcessors:
+        """Make `count` vCPUs that access nothing."""
+        return IdleProcessors(count)
+
+    def time_ns(self) -> int:
+        """Return Unix time in ns, which moves with the virtual clock alone."""
+        return self.clock.time_ns()
+
+    def close(self) -> None:
+        """Do nothing: the task of `vm` ends it."""
+
+
+@final
+class IdleProcessors:
+    """vCPUs without registers or chips: nothing to reset, and no state."""
+
+    sections: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, count: int) -> None:
+        self.vcpus: Final = tuple(IdleCpu(index) for index in range(count))
+
+    def declare(self, may: MayDeclareState) -> None:
+        """Declare nothing."""
+
+    def begin_at(self, start: CpuStart) -> None:
+        """Do nothing."""
+
+    def power_on_again(self) -> None:
+        """Do nothing."""
+
+    def note_pause(self) -> None:
+        """Do nothing."""
