@@ -95,7 +95,10 @@ def commands() -> str:
 def _needs(command: Command) -> str:
     described = []
     for need in command.signature.needs:
-        scope = f" for {need.scope}" if need.scope else ""
+        scopes = [str(alternative.scope) for alternative in need.alternatives() if alternative.scope]
+        scope = f" for {' or '.join(scopes)}" if scopes else ""
+        if need.choice is not None:
+            scope += f" (by `{need.choice.member}`)"
         described.append(" or ".join(f"`{kind.wire_name}`" for kind in need.kinds) + scope)
     return ", ".join(described)
 

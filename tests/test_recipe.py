@@ -198,10 +198,21 @@ def test_a_recipe_is_sorted_by_phase_and_stable_within() -> None:
     ]
 
 
+def test_back_ends_of_devices_come_after_the_accelerator_and_other_objects_before_the_machine() -> None:
+    types = ("rng-random", "monitor-qmp", "rng-builtin", "monitor-websocket", 7)
+    steps = [Step("cpu-model-set"), Step("accel-set"), Step("machine-set")]
+    steps += [Step("object-add", {"qom-type": name}) for name in types]
+    ordered = Recipe("r", tuple(steps)).ordered(rank)
+    assert [step.arguments.get("qom-type", step.execute) for step in ordered] == [
+        *("monitor-qmp", "monitor-websocket", 7),
+        *("machine-set", "accel-set", "rng-random", "rng-builtin", "cpu-model-set"),
+    ]
+
+
 def test_every_command_that_has_a_place_exists() -> None:
     names = {command.name for command in COMMANDS}
-    last = rank("no such command")
-    placed = {name for name in names if rank(name) < last}
+    last = rank(Step("no such command"))
+    placed = {name for name in names if rank(Step(name)) < last}
     assert placed == {
         *("chardev-add", "object-add", "add-fd", "getfd", "migrate-set-capabilities", "migrate-set-parameters"),
         *("migrate-incoming", "machine-set", "x-exit-precreate", "accel-set", "cpu-model-set", "x-exit-preconfig"),

@@ -404,6 +404,31 @@ def open_secret_file(path: str) -> int:
     return fd
 
 
+def open_random_source(path: str) -> int:
+    """Open character device `path` for reading, without ever waiting for it.
+
+    Raises:
+        HostFileRefused: there is none, it may not be read, or it is of another kind.
+    """
+    fd = _open("read", path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISCHR(mode):
+        os.close(fd)
+        reason = f"it is {_kind(mode)}, not a character device such as /dev/urandom"
+        raise HostFileRefused(action="read", path=path, reason=reason)
+    return fd
+
+
+def adopt_random_source(fd: int, name: str) -> int:
+    """Take over `fd`, that of `open_random_source`, from whoever opened it. `DescriptorWrongKind` closes it."""
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISCHR(mode):
+        os.close(fd)
+        raise DescriptorWrongKind(name=name, found=_kind(mode), wanted="a character device")
+    set_blocking(fd, False)
+    return fd
+
+
 def open_output_file(path: str, append: bool) -> int:
     """Open or create `path` for writing, at its end if `append`, else emptied. The descriptor does not block.
 

@@ -58,9 +58,9 @@ class Recipe:
     def __str__(self) -> str:
         return "".join(f"{step}\n" for step in self.steps)
 
-    def ordered(self, rank: Callable[[str], int]) -> Recipe:
-        """Return the recipe sorted by `rank(command name)`, stable within equal ranks."""
-        return Recipe(self.source, tuple(sorted(self.steps, key=lambda step: rank(step.execute))))
+    def ordered(self, rank: Callable[[Step], int]) -> Recipe:
+        """Return the recipe sorted by `rank(step)`, stable within equal ranks."""
+        return Recipe(self.source, tuple(sorted(self.steps, key=rank)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the recipe as it travels."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable  # noqa: TC003 - handlers' annotations are read at run time
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import attrs
 import pytest
@@ -35,8 +35,9 @@ from vmm.errors import (
     SessionNotGranted,
     TokenNotGranted,
     TokenWithheld,
+    VmmError,
 )
-from vmm.monitor.command import Command, CommandTable, For, Need
+from vmm.monitor.command import Command, CommandTable, For, ForEach, Need
 from vmm.monitor.ports import Caller  # noqa: TC001 - as above
 from vmm.nursery_tree import Inbox, Turn
 from vmm.phases.catalog import COMMANDS
@@ -65,6 +66,13 @@ class Named:
     """Arguments with a name."""
 
     name: str = "nobody"
+
+
+@attrs.frozen(kw_only=True)
+class ByKind:
+    """Arguments with a kind."""
+
+    kind: Literal["a", "b", "c"]
 
 
 @attrs.frozen(kw_only=True)
@@ -215,6 +223,57 @@ def test_a_scope_is_part_of_the_need() -> None:
     (need,) = Command("scoped", scoped).signature.needs
     assert need == Need("may", (MayCreateBackend,), "chardev")
     assert need.describe() == "may-create-backend:chardev"
+
+
+def by_kind(
+    may: Annotated[MayCreateBackend, ForEach("kind", {"a": "chardev", "b": "rng", "c": "rng"})], args: ByKind
+) -> None:
+    """Make something of some kind."""
+
+
+def test_a_scope_may_go_by_an_argument() -> None:
+    command = Command("by-kind", by_kind)
+    (need,) = command.signature.needs
+    assert command.arguments == ByKind
+    assert need.describe() == "may-create-backend:chardev|may-create-backend:rng"
+    assert [alternative.scope for alternative in need.alternatives()] == ["chardev", "rng"]
+    assert [need.chosen({"kind": kind}).scope for kind in ("a", "b", "c", "d", 7, ["a"])] == [
+        *("chardev", "rng", "rng"),
+        *(None, None, None),
+    ]
+    assert need.chosen({}).scope is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("a", None),
+        (
+            "b",
+            "Command 'by-kind' needs may-create-backend:rng, which phase boot does not grant; "
+            "phases that grant it: backends (reached by accel-set), preconfig (reached by accel-set), "
+            "devices (reached by cpu-model-set or x-exit-preconfig), running (reached by finish-machine-init or cont)",
+        ),
+        ("d", "Command 'by-kind': 'kind' does not accept \"d\"; it accepts 'a', 'b', 'c'"),
+        (None, "Command 'by-kind': 'kind' is missing"),
+    ],
+)
+async def test_the_token_goes_by_the_argument(kind: str | None, error: str | None) -> None:
+    made: Any = attrs.make_class("Grants", ["create_backend"], frozen=True)
+    facet: Any = object()
+    async with tree() as boot:
+        table = CommandTable(
+            [Command("by-kind", by_kind)], boot.tree, grant_of=lambda _: ADMIN, hint=hint, record=lambda *_: None
+        )
+        async with boot.window(lambda mint: made(mint(MayCreateBackend, facet, only=frozenset({"chardev"})))):
+            assert table.admitted(table["by-kind"], Session())
+            arguments = {} if kind is None else {"kind": kind}
+            if error is None:
+                assert await table.execute(Session(), "by-kind", arguments) == {}
+                return
+            with pytest.raises(VmmError) as caught:
+                await table.execute(Session(), "by-kind", arguments)
+            assert str(caught.value) == error
 
 
 def test_several_tokens_keep_their_order() -> None:

@@ -189,11 +189,11 @@ async def test_who_may_all_can_end_the_machine_and_is_told_of_its_end(token: str
         ),
         (
             {"addr": None},
-            "object-add: 'ws' is not complete: a monitor-websocket needs addr, and takes neither chardev nor fd",
+            "Command 'object-add': 'addr' is missing",
         ),
         (
             {"chardev": "serial0"},
-            "object-add: 'ws' is not complete: a monitor-websocket needs addr, and takes neither chardev nor fd",
+            "Command 'object-add': 'chardev' is unexpected; there are 'qom-type', 'id', 'addr', 'token-file', 'grant'",
         ),
         *(
             (
@@ -211,11 +211,12 @@ async def test_who_may_all_can_end_the_machine_and_is_told_of_its_end(token: str
         ({"token_file": "/nowhere/token"}, "Cannot read /nowhere/token: No such file or directory"),
         (
             {"qom_type": "monitor-qmp", "addr": None, "grant": "observe", "chardev": "x"},
-            "object-add: 'ws' is not a monitor-websocket: addr, token-file and grant are for that type",
+            "Command 'object-add': 'grant' is unexpected; there are 'qom-type', 'id', 'chardev', 'fd'",
         ),
         (
             {"qom_type": "monitor-hmp"},
-            "Object type 'monitor-hmp' is not supported here; there are monitor-qmp and monitor-websocket",
+            "Command 'object-add': 'qom-type' does not accept \"monitor-hmp\"; "
+            "it accepts 'monitor-qmp', 'monitor-websocket', 'rng-builtin', 'rng-random'",
         ),
     ],
 )

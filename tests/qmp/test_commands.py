@@ -157,8 +157,9 @@ def precreate(directory: Path) -> list[Step]:
             "object-add", "Monitor over a chardev of kind 'null' is not supported here; "
             "a monitor needs a chardev of kind socket", qom_type="monitor-qmp", id="r", chardev="a",
         ),
-        bad(
-            "object-add", "Object type 'rng' is not supported here; there are monitor-qmp and monitor-websocket",
+        wrong(
+            "object-add", "'qom-type' does not accept \"rng\"; "
+            "it accepts 'monitor-qmp', 'monitor-websocket', 'rng-builtin', 'rng-random'",
             qom_type="rng", id="r",
         ),
         bad(
@@ -169,7 +170,7 @@ def precreate(directory: Path) -> list[Step]:
         good("object-del", EMPTY, id="q"),
         good("chardev-remove", EMPTY, id="m"),
         bad(
-            "object-del", "Monitor 'q' does not exist; there are: compat_monitor1, qmp_compat_monitor0",
+            "object-del", "Object 'q' does not exist; there are: compat_monitor1, qmp_compat_monitor0",
             id="q",
         ),
         bad("object-del", "Monitor 'compat_monitor1' is in use by this session; use another one", id="compat_monitor1"),

@@ -111,6 +111,9 @@ async def test_arguments_are_taken_and_refused_as_the_schema_says(tmp_path: Path
 
             said = await faults({"no-such-member": 1})
             assert [f"'{member}' is missing" for member in required] == said[: len(required)]
+            if "tag" in schema[schema[name]["arg-type"]]:
+                checked.add(name)
+                continue  # Which other members there are goes by the tag.
             assert said[len(required)] == "'no-such-member' is unexpected"
             assert said[len(required) + 1].startswith("there are"), said
             for member in members:

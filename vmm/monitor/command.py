@@ -2,9 +2,10 @@
 
 A handler is a module-level function. Each of its parameters is annotated with
 
-- a token kind, a union of kinds (any one of them will do), or `Annotated[kind, For("scope")]` for a narrowed one;
+- a token kind, a union of kinds (any one of them will do), or `Annotated[kind, For("scope")]` for a narrowed one, or
+  `Annotated[kind, ForEach("member", {...})]` where the scope goes by a member of the arguments;
 - `Caller`, for the commands that belong to a session (descriptors);
-- one attrs class, the arguments.
+- one attrs class, or an annotated union of such, the arguments.
 
 From this the table looks up tokens, the schema and the documentation are generated, and nothing is written twice.
 A handler that only queries or quits and is not `async` runs at once; every other runs as a user of the innermost
@@ -21,6 +22,7 @@ import inspect
 import types
 from collections.abc import Awaitable
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Union, final, get_args, get_origin, get_type_hints
 
 import attrs
@@ -28,6 +30,7 @@ import trio
 
 from vmm.capabilities import Grant, MayQuery, MayQuit, Token
 from vmm.errors import CommandNotFound
+from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
 from vmm.monitor.ports import Caller
 from vmm.nursery_tree import Lending, Turn
@@ -48,16 +51,45 @@ class For:
 
 
 @final
+@attrs.frozen(eq=False)
+class ForEach:
+    """Annotates a token parameter: which name the token must cover goes by the value of a member of the arguments."""
+
+    member: str
+    """Its name on the wire."""
+    scopes: Mapping[str, str]
+    """What the token must cover, by each value that the member may have."""
+
+
+@final
 @attrs.frozen
 class Need:
-    """One token that a command asks for: any of `kinds`, covering `scope`."""
+    """One token that a command asks for: any of `kinds`, covering `scope`, or what `choice` says instead."""
 
     parameter: str
     kinds: tuple[type[AnyToken], ...]
     scope: str | None
+    choice: ForEach | None = None
+
+    def alternatives(self) -> tuple[Need, ...]:
+        """Return what may be needed, each with one scope; which it is goes by the arguments."""
+        if self.choice is None:
+            return (self,)
+        scopes = dict.fromkeys(self.choice.scopes.values())
+        return tuple(Need(self.parameter, self.kinds, scope) for scope in scopes)
+
+    def chosen(self, arguments: Mapping[str, object]) -> Need:
+        """Return the need with these unchecked `arguments`. What they leave open is not asked for."""
+        if self.choice is None:
+            return self
+        value = arguments.get(self.choice.member)
+        scope = self.choice.scopes.get(value) if isinstance(value, str) else None
+        return Need(self.parameter, self.kinds, scope)
 
     def describe(self) -> str:
         """Return the wire names, alternatives joined by `|`, with the scope after a colon."""
+        if self.choice is not None:
+            return "|".join(alternative.describe() for alternative in self.alternatives())
         names = "|".join(kind.wire_name for kind in self.kinds)
         return names if self.scope is None else f"{names}:{self.scope}"
 
@@ -69,7 +101,7 @@ class Signature:
 
     needs: tuple[Need, ...]
     caller: str | None
-    arguments: tuple[str, type] | None
+    arguments: tuple[str, object] | None
     returns: Any
 
 
@@ -103,7 +135,7 @@ class Command:
         hints = get_type_hints(self.handler, include_extras=True)
         needs: list[Need] = []
         caller: str | None = None
-        arguments: tuple[str, type] | None = None
+        arguments: tuple[str, object] | None = None
         for parameter in inspect.signature(self.handler).parameters:
             hint = hints[parameter]
             need = _need(parameter, hint)
@@ -111,7 +143,7 @@ class Command:
                 needs.append(need)
             elif hint is Caller:
                 caller = parameter
-            elif arguments is None and isinstance(hint, type) and attrs.has(hint):
+            elif arguments is None and _is_object(hint):
                 arguments = (parameter, hint)
             else:
                 raise TypeError(
@@ -122,8 +154,8 @@ class Command:
         return Signature(tuple(needs), caller, arguments, hints.get("return"))
 
     @property
-    def arguments(self) -> type | None:
-        """The attrs class of the arguments."""
+    def arguments(self) -> object:
+        """The attrs class of the arguments, or the annotated union of such; None if there are none."""
         return self.signature.arguments[1] if self.signature.arguments else None
 
     @property
@@ -150,14 +182,22 @@ _HARMLESS: Final = frozenset({MayQuery, MayQuit})
 
 
 def _need(parameter: str, hint: Any) -> Need | None:
-    scope = None
+    scope = choice = None
     if get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         scope = next((extra.scope for extra in extras if isinstance(extra, For)), None)
+        choice = next((extra for extra in extras if isinstance(extra, ForEach)), None)
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if all(isinstance(kind, type) and issubclass(kind, Token) for kind in kinds):
-        return Need(parameter, kinds, scope)
+        return Need(parameter, kinds, scope, choice)
     return None
+
+
+def _is_object(hint: Any) -> bool:
+    """Say whether arguments may be of this type: an attrs class, or an annotated union of such."""
+    if get_origin(hint) is Annotated:
+        return any(isinstance(extra, qapi.Union) for extra in get_args(hint)[1:])
+    return isinstance(hint, type) and attrs.has(hint)
 
 
 @final
@@ -201,12 +241,18 @@ class CommandTable:
         """Say whether command `name` may be executed out of band."""
         return self[name].oob
 
-    def admitted(self, command: Command, caller: Caller) -> dict[str, tuple[AnyToken, Any]]:
-        """Find the tokens for `command`, by parameter, each with its window. Raises a `TokenError`."""
+    def admitted(
+        self, command: Command, caller: Caller, arguments: Mapping[str, object] = MappingProxyType({})
+    ) -> dict[str, tuple[AnyToken, Any]]:
+        """Find the tokens for `command`, by parameter, each with its window. Raises a `TokenError`.
+
+        Without `arguments`: those without which it could not be run with any.
+        """
         grant = self._grant_of(caller)
+        needs = [need.chosen(arguments) for need in command.signature.needs]
         return {
             need.parameter: self._tree.find(command.name, need.kinds, need.scope, grant, caller.name, self._hint)
-            for need in command.signature.needs
+            for need in needs
         }
 
     def can_run_at_once(self, command: Command) -> bool:
@@ -224,7 +270,7 @@ class CommandTable:
         command = self[name]
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)
-        found = self.admitted(command, caller)
+        found = self.admitted(command, caller, arguments)
         signature = command.signature
         bound: dict[str, Any] = {parameter: token for parameter, (token, _) in found.items()}
         if signature.arguments is not None:
@@ -237,14 +283,14 @@ class CommandTable:
         if self.can_run_at_once(command):
             result = command.handler(**bound)
         else:
-            result = await self._call(command, caller, bound, lambda: self._record(name, arguments))
+            result = await self._call(command, caller, bound, arguments)
         if isinstance(result, Turn):
             await self._tree.outcome(name, result)
             result = None
         return {} if result is None else unstructure(result)
 
     async def _call(
-        self, command: Command, caller: Caller, bound: dict[str, Any], record: Callable[[], None]
+        self, command: Command, caller: Caller, bound: dict[str, Any], given: Mapping[str, object]
     ) -> object:
         kinds = tuple(type(bound[need.parameter]) for need in command.signature.needs)
         lending = Lending(command.name, caller.name, kinds, trio.current_time())
@@ -253,7 +299,7 @@ class CommandTable:
             try:
                 result = await _finish(command.handler(**arguments))
                 if command.recorded:
-                    record()
+                    self._record(command.name, given)
                 return result
             finally:
                 if command.queues:
@@ -262,7 +308,7 @@ class CommandTable:
         if command.queues:
             await self._tree.pass_turnstile(lending)
         try:
-            found = self.admitted(command, caller)
+            found = self.admitted(command, caller, given)
         except BaseException:
             if command.queues:
                 self._tree.leave_turnstile(lending)

@@ -305,6 +305,7 @@ def applicable(shape: Object | UnionShape, given: Mapping[str, object]) -> Itera
         tag = given.get(shape.tag)
         branch = shape.branches.get(tag) if isinstance(tag, str) else None
         if branch is None:
+            yield from shape.shared
             yield None
             return
         for found in applicable(branch, given):

@@ -6,18 +6,28 @@ monitor thus greets before anything is imported that only some command needs.
 
 from __future__ import annotations
 
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 
 from vmm.monitor.command import Command
 from vmm.monitor.events import Event
 
+if TYPE_CHECKING:
+    from vmm.recipe import Step
+
 _MONITOR: Final = "vmm.phases.commands_monitor"
 _BACKENDS: Final = "vmm.phases.commands_backends"
 _MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
 _MIGRATION: Final = "vmm.phases.commands_migration"
+
+_OBJECTS: Final = "vmm.phases.commands_objects"
+
+LATE_OBJECTS: Final = frozenset({"rng-builtin", "rng-random"})
+"""Types of objects that are back ends of devices: they come after the accelerator."""
+
+LATE_OBJECT: Final = "object-add of a back end of devices"
 
 COMMANDS: Final = (
     Command("query-version", f"{_MONITOR}:query_version"),
@@ -36,8 +46,8 @@ COMMANDS: Final = (
     Command("chardev-add", f"{_BACKENDS}:chardev_add", recorded=True),
     Command("chardev-remove", f"{_BACKENDS}:chardev_remove"),
     Command("query-chardev", f"{_BACKENDS}:query_chardev"),
-    Command("object-add", f"{_BACKENDS}:object_add"),
-    Command("object-del", f"{_BACKENDS}:object_del"),
+    Command("object-add", f"{_OBJECTS}:object_add"),
+    Command("object-del", f"{_OBJECTS}:object_del"),
     Command("query-monitors", f"{_MONITORS}:query_monitors"),
     Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel"),
     Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate", moves_to="accel"),
@@ -129,11 +139,15 @@ _ORDER: Final = (
     ("migrate-incoming",),
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),
+    (LATE_OBJECT,),
     ("cpu-model-set", "x-exit-preconfig"),
+    ("device_add",),
     ("finish-machine-init",),
 )
 
 
-def rank(command: str) -> int:
-    """Return the place of a command in a recipe: by the phase that it belongs to. Others come last, as they stand."""
-    return next((number for number, commands in enumerate(_ORDER) if command in commands), len(_ORDER))
+def rank(step: Step) -> int:
+    """Return the place of a step in a recipe: by the phase that it belongs to. Others come last, as they stand."""
+    late = step.execute == "object-add" and step.arguments.get("qom-type") in LATE_OBJECTS
+    place = LATE_OBJECT if late else step.execute
+    return next((number for number, places in enumerate(_ORDER) if place in places), len(_ORDER))

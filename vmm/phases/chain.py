@@ -121,7 +121,8 @@ def chain() -> tuple[PhaseFacts, ...]:
 def phases_granting(needs: Iterable[Need]) -> list[str]:
     """Return the names of the phases in which all of `needs` can be met: one grants it, and no inner one withholds it.
 
-    Boot's tokens, and those of the phases that a window stays open in, count for the phases inside.
+    Boot's tokens, and those of the phases that a window stays open in, count for the phases inside. Of a need whose
+    scope goes by an argument, one alternative is enough.
     """
     facts = chain()
     names: list[str] = []
@@ -129,7 +130,7 @@ def phases_granting(needs: Iterable[Need]) -> list[str]:
         if not phase.lent:
             continue
         open_windows = [phase, *_open_around(facts, at)]
-        if all(_met(need, open_windows) for need in needs):
+        if all(any(_met(one, open_windows) for one in need.alternatives()) for need in needs):
             names.append(phase.name)
     return names
 

@@ -54,11 +54,11 @@ class CommandInfo:
 
     name: str
     tokens: list[str] | None = None
-    """Wire names; alternatives are joined by `|`, and a scope follows a colon."""
+    """Wire names; alternatives are joined by `|`, and a scope follows a colon. Which it is may go by an argument."""
     phases: list[str] | None = None
-    """The phases whose windows grant them."""
+    """The phases whose windows grant them, with some arguments at least."""
     admitted: bool | None = None
-    """Whether this session could run it now."""
+    """Whether this session could run it now, with some arguments at least."""
 
 
 @final

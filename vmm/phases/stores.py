@@ -1,4 +1,4 @@
-"""The back ends that phase boot runs: chardevs and monitors."""
+"""The back ends that phase boot runs: chardevs, monitors, and sources of random bytes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
 
-from vmm.errors import BackendInUse, BackendNotFound, DescriptorsUnclaimed, NameTaken, StateRejected
+from vmm.errors import (
+    BackendInUse,
+    BackendNotFound,
+    DescriptorsUnclaimed,
+    DeviceNotFound,
+    NameTaken,
+    StateRejected,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from vmm.backends.chardev import Chardev
+    from vmm.backends.rng import Rng
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.monitors import Monitor
@@ -31,6 +39,16 @@ class Held:
 
 
 @final
+@attrs.define(eq=False)
+class HeldRng:
+    """A source of random bytes with its task, and which devices use it."""
+
+    rng: Rng
+    resident: Resident
+    users: list[str] = attrs.Factory(list)
+
+
+@final
 @attrs.frozen
 class SectionOwner:
     """How a back end's state is saved and loaded; see `vmm.migration.registry`."""
@@ -42,7 +60,7 @@ class SectionOwner:
 
 @final
 class BootStores:
-    """Chardevs and monitors by name. The facet of `may-create-backend`; others may look and attach."""
+    """Chardevs, monitors and other objects by name. The facet of `may-create-backend`; others may look and attach."""
 
     what: ClassVar[str] = "Chardevs"
     phase: ClassVar[str] = "boot"
@@ -51,6 +69,7 @@ class BootStores:
         self._residents = residents
         self.chardevs: Final[dict[str, Held]] = {}
         self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend, Resident]]] = {}
+        self.rngs: Final[dict[str, HeldRng]] = {}
         self._sent: frozenset[str] = frozenset()
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
@@ -59,30 +78,54 @@ class BootStores:
 
     async def adopt(self, family: str, name: str, backend: Any) -> None:
         """Start `backend` and register it. Raises `NameTaken` before anything was started."""
-        store: Mapping[str, object] = self.chardevs if family == "chardev" else self.monitors
-        if name in store:
+        stores: Mapping[str, Mapping[str, object]] = {
+            "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs,
+        }  # fmt: skip
+        if name in stores[family]:
             raise NameTaken(what=family.capitalize(), name=name)
         resident = await self._residents.start(f"{family} {name}", backend.serve)
         if family == "chardev":
             self.chardevs[name] = Held(backend, resident)
+        elif family == "rng":
+            self.rngs[name] = HeldRng(backend, resident)
         else:
             self.monitors[name] = (backend, resident)
 
     async def dismiss(self, family: str, name: str) -> None:
-        """End a back end's task and forget it. `BackendNotFound`, or `BackendInUse` for a chardev with a user."""
+        """End a back end's task and forget it. `BackendNotFound`, or `BackendInUse` for one with a user."""
         if family == "chardev":
             held = self._held(name)
             if held.user is not None:
                 raise BackendInUse(what="Chardev", name=name, user=held.user)
             del self.chardevs[name]
             await held.resident.leave()
-            return
+        elif family == "rng":
+            source = self.rngs[name]
+            if source.users:
+                raise BackendInUse(what="Object", name=name, user=f"device {', '.join(source.users)}")
+            del self.rngs[name]
+            await source.resident.leave()
+        else:
+            await self._dismiss_monitor(name)
+
+    async def _dismiss_monitor(self, name: str) -> None:
         if name not in self.monitors:
-            raise BackendNotFound(what="Monitor", name=name, known=_known(self.monitors))
+            raise BackendNotFound(what="Object", name=name, known=_known({**self.monitors, **self.rngs}))
         monitor, resident = self.monitors.pop(name)
         await resident.leave()
         if monitor.chardev is not None:
             self._held(monitor.chardev).user = None
+
+    def take_rng(self, name: str, user: str) -> Rng:
+        """Let device `user` use a source of random bytes. Raises `DeviceNotFound`, as QEMU does."""
+        if name not in self.rngs:
+            raise DeviceNotFound(what="Random source", name=name, known=_known(self.rngs))
+        self.rngs[name].users.append(user)
+        return self.rngs[name].rng
+
+    def free_rng(self, name: str, user: str) -> None:
+        """Undo `take_rng`."""
+        self.rngs[name].users.remove(user)
 
     def take_chardev(self, label: str, user: str) -> Chardev:
         """Reserve a chardev for `user`. Raises `BackendNotFound`, `BackendInUse`."""
@@ -165,7 +208,12 @@ class BootStores:
             for name, (monitor, _) in self.monitors.items()
             for suffix, fd in monitor.descriptors().items()
         }
-        return chardevs | monitors
+        objects = {
+            f"object/{name}/{suffix}": fd
+            for name, held in self.rngs.items()
+            for suffix, fd in held.rng.descriptors().items()
+        }
+        return chardevs | monitors | objects
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
         """Keep what the source's last message brought until the chardevs' sections are loaded."""

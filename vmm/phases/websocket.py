@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vmm.capabilities import Grant, MayAdoptDescriptor, MayOpenHostFile
-    from vmm.phases.commands_backends import ObjectAdd
+    from vmm.phases.commands_objects import MonitorWebsocket
     from vmm.phases.monitors import MonitorMaker
 
 GRANTS: Final[Mapping[str, Grant]] = {grant.name: grant for grant in (OBSERVE, OPERATE, MIGRATE, ADMIN)}
@@ -122,7 +122,7 @@ class WebSocketBackend:
 
 
 def make_websocket(
-    maker: MonitorMaker, host: MayOpenHostFile | MayAdoptDescriptor, args: ObjectAdd
+    maker: MonitorMaker, host: MayOpenHostFile | MayAdoptDescriptor, args: MonitorWebsocket
 ) -> tuple[WebSocketBackend, dict[str, Any]]:
     """Make the monitor that `args` ask for; return it, and the arguments that make it again, with the real port.
 
@@ -169,10 +169,7 @@ def make_websocket(
     return backend, {**arguments, "grant": grant.name}
 
 
-def _address(args: ObjectAdd) -> tuple[str, int]:
-    if args.addr is None or args.chardev is not None or args.fd is not None:
-        wanted = "complete: a monitor-websocket needs addr, and takes neither chardev nor fd"
-        raise OptionInvalid(option="object-add", value=args.id, wanted=wanted)
+def _address(args: MonitorWebsocket) -> tuple[str, int]:
     if args.addr.host not in hostio.LOOPBACK:
         wanted = f"a loopback address; a websocket monitor listens on {' or '.join(hostio.LOOPBACK)} only"
         raise OptionInvalid(option="object-add, addr.host", value=args.addr.host, wanted=wanted)

@@ -1,0 +1,105 @@
+"""Back ends that give random bytes: the kernel's generator (`rng-builtin`), or a character device (`rng-random`)."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, final
+
+import trio
+
+from vmm.errors import HostFileRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Rng(Protocol):
+    """A source of random bytes. Many may read at a time; each gets bytes of its own."""
+
+    kind: ClassVar[str]
+
+    async def read(self, size: int) -> bytes:
+        """Return 1 to `size` random bytes, as many as there are now. A checkpoint in every case.
+
+        A cancellation loses nothing that anybody would miss.
+
+        Raises:
+            HostFileRefused: the source has none, and will not have any.
+        """
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the source until cancelled, then close it."""
+
+    def descriptors(self) -> Mapping[str, int]:
+        """Return what a successor needs, by the last part of its name."""
+
+    def close(self) -> None:
+        """Close the source. For whoever does not serve it."""
+
+
+@final
+class BuiltinRng:
+    """The kernel's generator, which never waits once the host has started up."""
+
+    kind: ClassVar[str] = "rng-builtin"
+
+    async def read(self, size: int) -> bytes:
+        """Return `size` random bytes."""
+        await trio.lowlevel.checkpoint()
+        return os.getrandom(size)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do nothing until cancelled."""
+        task_status.started()
+        await trio.sleep_forever()
+
+    def descriptors(self) -> Mapping[str, int]:
+        """Return nothing: every process has the kernel's generator."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@final
+class DeviceRng:
+    """A character device of the host. It is read on the loop, without blocking, as far as its driver keeps to that."""
+
+    kind: ClassVar[str] = "rng-random"
+
+    def __init__(self, fd: int, path: str) -> None:
+        """Own `fd`, which does not block. `path` is for texts."""
+        self._fd: Final = fd
+        self.path: Final = path
+
+    async def read(self, size: int) -> bytes:
+        """Return 1 to `size` random bytes; wait for the device if it has none."""
+        await trio.lowlevel.checkpoint()
+        try:
+            while True:
+                try:
+                    data = os.read(self._fd, size)
+                    break
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(self._fd)
+        except OSError as error:
+            raise HostFileRefused(action="read", path=self.path, reason=os.strerror(error.errno or 0)) from error
+        if not data:
+            raise HostFileRefused(action="read", path=self.path, reason="it has an end; a random source has none")
+        return data
+
+    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the device open until cancelled."""
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.close()
+
+    def descriptors(self) -> Mapping[str, int]:
+        """Return the open device."""
+        return {"file": self._fd}
+
+    def close(self) -> None:
+        """Close the device. Nobody may be reading."""
+        os.close(self._fd)

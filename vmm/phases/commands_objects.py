@@ -1,0 +1,174 @@
+"""Commands that make and end objects: monitors, and back ends of devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, final
+
+import attrs
+
+from vmm import hostio
+from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
+from vmm.errors import BackendInUse, NameTaken, OptionInvalid
+from vmm.monitor.command import ForEach
+from vmm.monitor.ports import Caller
+from vmm.monitor.qapi import Union
+from vmm.phases.commands_backends import Id
+from vmm.phases.foundation import Host
+from vmm.phases.stores import MONITOR
+
+if TYPE_CHECKING:
+    from vmm.backends.rng import Rng
+    from vmm.phases.stores import BootStores
+
+HostSource = MayOpenHostFile | MayAdoptDescriptor
+
+DEFAULT_SOURCE: Final = "/dev/urandom"
+
+
+@attrs.frozen(kw_only=True)
+class _Object:
+    """What all objects have."""
+
+    id: str
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MonitorQmp(_Object):
+    """A monitor over the socket of a chardev."""
+
+    qom_type: Literal["monitor-qmp"]
+    chardev: str | None = None
+    fd: int | None = None
+    """A connected socket that this process was started with; an extension, and not part of the recipe."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MonitorAddress:
+    """Where a websocket monitor listens."""
+
+    host: str
+    """127.0.0.1 or ::1."""
+    port: str
+    """Number of the port; 0 for any that is free."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MonitorWebsocket(_Object):
+    """A monitor over websockets; an extension."""
+
+    qom_type: Literal["monitor-websocket"]
+    addr: MonitorAddress
+    token_file: str | None = None
+    """A file with the token that clients must know."""
+    grant: Literal["observe", "operate", "migrate", "admin"] | None = None
+    """What clients may do; by default observe, and no more without a token."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class RngBuiltin(_Object):
+    """Random bytes of the host kernel's generator."""
+
+    qom_type: Literal["rng-builtin"]
+
+
+@final
+@attrs.frozen(kw_only=True)
+class RngRandom(_Object):
+    """Random bytes of a character device of the host's."""
+
+    qom_type: Literal["rng-random"]
+    filename: str = DEFAULT_SOURCE
+
+
+ObjectAdd: TypeAlias = Annotated[MonitorQmp | MonitorWebsocket | RngBuiltin | RngRandom, Union("qom-type")]
+"""Arguments of `object-add`, for the types there are."""
+
+BY_TYPE: Final = ForEach(
+    "qom-type",
+    {"monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng"},
+)
+"""Monitors are there from the beginning; back ends of devices come after the accelerator."""
+
+
+async def object_add(
+    may: Annotated[MayCreateBackend, BY_TYPE], host: HostSource, query: MayQuery, args: ObjectAdd
+) -> None:
+    """Make an object: a monitor, or a back end for devices."""
+    machine = query.view(Host)
+    _require_free(machine.stores, args.id)
+    match args:
+        case MonitorQmp():
+            await _add_monitor(may, host, machine, args)
+        case MonitorWebsocket():
+            await _add_websocket(may, host, machine, args)
+        case RngBuiltin() | RngRandom():
+            await _add_rng(may, host, machine, args)
+
+
+def _require_free(stores: BootStores, name: str) -> None:
+    if name in stores.monitors:
+        raise NameTaken(what="Monitor", name=name)
+    if name in stores.rngs:
+        raise NameTaken(what="Object", name=name)
+
+
+async def _add_monitor(may: MayCreateBackend, host: HostSource, machine: Host, args: MonitorQmp) -> None:
+    if (args.chardev is None) == (args.fd is None):
+        raise OptionInvalid(option="object-add", value=args.id, wanted="complete: a monitor-qmp needs chardev or fd")
+    if args.fd is not None:
+        fd = hostio.adopt_connection(args.fd)
+        await may.adopt("monitor", args.id, machine.monitors.over_connection(args.id, fd))
+        return
+    label = str(args.chardev)
+    chardev = machine.stores.take_chardev(label, f"{MONITOR}{args.id}")
+    try:
+        await chardev.quiesce()
+        monitor = machine.monitors.over_chardev(args.id, chardev, held=host.inherits)
+        await may.adopt("monitor", args.id, monitor)
+    except BaseException:
+        machine.stores.free_chardev(label)
+        raise
+    machine.recorder.record("object-add", {"qom-type": "monitor-qmp", "id": args.id, "chardev": label})
+
+
+async def _add_websocket(may: MayCreateBackend, host: HostSource, machine: Host, args: MonitorWebsocket) -> None:
+    from vmm.phases.websocket import make_websocket  # The websocket library, which few machines need.
+
+    backend, arguments = make_websocket(machine.monitors, host, args)
+    try:
+        await may.adopt("monitor", args.id, backend)
+    except BaseException:
+        backend.close()
+        raise
+    machine.recorder.record("object-add", arguments)
+
+
+async def _add_rng(may: MayCreateBackend, host: HostSource, machine: Host, args: RngBuiltin | RngRandom) -> None:
+    from vmm.backends.rng import BuiltinRng, DeviceRng  # Which most machines need not.
+
+    rng: Rng
+    if isinstance(args, RngRandom):
+        path, name = args.filename, f"object/{args.id}/file"
+        fd = host.obtain(name, lambda: hostio.open_random_source(path))
+        rng = DeviceRng(hostio.adopt_random_source(fd, name), path)
+    else:
+        rng = BuiltinRng()
+    try:
+        await may.adopt("rng", args.id, rng)
+    except BaseException:
+        rng.close()
+        raise
+    machine.recorder.record_options("object-add", args)
+
+
+async def object_del(may: MayCreateBackend, caller: Caller, query: MayQuery, args: Id) -> None:
+    """End an object that nothing uses. A session cannot end its own monitor."""
+    machine = query.view(Host)
+    if caller.name.startswith(f"{args.id}/"):
+        raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")
+    await may.dismiss("rng" if args.id in machine.stores.rngs else "monitor", args.id)
+    machine.recorder.forget("object-add", "id", args.id)
