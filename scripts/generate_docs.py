@@ -43,9 +43,11 @@ DOCS: Final = ROOT / "docs"
 _COMMANDS: Final = """
 add-fd chardev-add chardev-remove closefd cont device_add device_del getfd migrate migrate-incoming migrate-pause
 migrate-recover migrate-set-capabilities migrate-set-parameters migrate_cancel object-add object-del qmp_capabilities
-qom-get qom-list qom-set query-chardev query-commands query-cpus-fast query-fdsets query-kvm query-machines
-query-migrate query-migrate-capabilities query-migrate-parameters query-name query-qmp-schema query-status query-uuid
-query-version quit remove-fd stop system_powerdown system_reset system_wakeup x-exit-preconfig
+qom-get qom-list qom-set query-accelerators query-chardev query-commands query-cpu-definitions
+query-cpu-model-expansion query-cpus-fast query-current-machine query-fdsets query-hotpluggable-cpus query-kvm
+query-machines query-memory-size-summary query-migrate query-migrate-capabilities query-migrate-parameters query-name
+query-qmp-schema query-status query-target query-uuid query-version quit remove-fd set-numa-node stop
+system_powerdown system_reset system_wakeup x-exit-preconfig
 """
 _EVENTS: Final = "GUEST_PANICKED MIGRATION POWERDOWN RESET RESUME SHUTDOWN STOP SUSPEND WAKEUP"
 QEMU_COMMANDS: Final = frozenset(_COMMANDS.split())

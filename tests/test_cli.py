@@ -150,7 +150,7 @@ async def test_an_unknown_cpu_model_is_refused(tmp_path: Path) -> None:
     said = await refused(tmp_path, "-cpu", "qemu64", "-kernel", "builtin:heartbeat", "-serial", "null")
     assert said == (
         f"{CLI} 4 (cpu-model-set): CPU model 'qemu64' is not supported here; "
-        "use host, which is all that this host's KVM offers"
+        "use host, which is all that this host's KVM offers, or base with the features that props names"
     )
 
 

@@ -5,7 +5,7 @@ An error that is not a `VmmError` is a bug: no handler catches it, and it unwind
     VmmError                                     GenericError
     ├─ TokenError       TokenRevoked · TokenNotGranted · TokenWithheld · SessionNotGranted · ...
     ├─ RequestError     MalformedRequest · InvalidArguments · CommandNotFound · ...
-    ├─ HostError        HostFileRefused · KvmCallFailed · KvmExtensionMissing (KVMMissingCap)
+    ├─ HostError        HostFileRefused · KvmCallFailed · KvmExtensionMissing, CpuFeatureMissing (KVMMissingCap)
     ├─ DeviceError      AddressConflict · NameTaken · DeviceNotFound · DeviceNotActive · BackendNotFound
     ├─ BootError        an image that cannot be booted
     ├─ MigrationError   a stream, a setting or a peer of a migration
@@ -292,12 +292,21 @@ class KvmUnavailable(HostError):
 
 
 class KvmExtensionMissing(HostError):
-    """The host's KVM lacks an extension or a CPU feature that was asked for."""
+    """The host's KVM lacks an extension that was asked for."""
 
     qmp_class: ClassVar[QmpClass] = "KVMMissingCap"
     text: ClassVar[str] = "This host's KVM does not offer {name}, which {user} needs"
     name: str
     user: str
+
+
+class CpuFeatureMissing(HostError):
+    """A CPU feature was asked for that guests cannot have here. `reason` says who lacks it."""
+
+    qmp_class: ClassVar[QmpClass] = "KVMMissingCap"
+    text: ClassVar[str] = "CPU feature {name!r} cannot be switched on: {reason}"
+    name: str
+    reason: str
 
 
 # --- devices and back ends --------------------------------------------------------------------------------

@@ -269,7 +269,8 @@ async def test_other_decisions_that_fail_may_be_given_again(tmp_path: Path) -> N
         assert await where(client) == PATHS["accel"]
         await client.execute("accel-set", accel="kvm")
         assert await failure(client, "cpu-model-set", model="pentium") == (
-            "CPU model 'pentium' is not supported here; use host, which is all that this host's KVM offers"
+            "CPU model 'pentium' is not supported here; use host, which is all that this host's KVM offers, "
+            "or base with the features that props names"
         )
         assert await where(client) == PATHS["preconfig"]
         await client.execute("cpu-model-set", model="max")

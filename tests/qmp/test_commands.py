@@ -100,6 +100,9 @@ QUERIES = [
     wrong("query-monitors", NONE_TAKEN, x=1),
     good("query-monitors", lambda v: len(v) >= 2),
     wrong("query-cpus-fast", NONE_TAKEN, x=1),
+    good("query-cpu-definitions", lambda v: {model["name"] for model in v} == {"host", "max", "base"}),
+    wrong("query-cpu-definitions", NONE_TAKEN, x=1),
+    wrong("query-cpu-model-expansion", "'type' is missing; 'model' is missing"),
     wrong("query-migrate", NONE_TAKEN, x=1),
     wrong("query-migrate-capabilities", NONE_TAKEN, x=1),
     wrong("query-migrate-parameters", NONE_TAKEN, x=1),
@@ -245,9 +248,10 @@ def built(kernel: str) -> list[Step]:
         wrong("x-exit-preconfig", NONE_TAKEN, x=1),
         wrong("cpu-model-set", "'model' must be a string, not 1", model=1),
         bad(
-            "cpu-model-set", "CPU model 'qemu64' is not supported here; "
-            "use host, which is all that this host's KVM offers", model="qemu64",
+            "cpu-model-set", "CPU model 'qemu64' is not supported here; use host, which is all that this host's KVM "
+            "offers, or base with the features that props names", model="qemu64",
         ),
+        good("query-cpu-model-expansion", lambda v: v["model"]["props"]["x2apic"], type="full", model={"name": "max"}),
         good("cpu-model-set", EMPTY, model="host"),
         good("query-machine-phase", lambda v: v["phase"] == "machine-initialized" and v["path"].endswith("/devices")),
         good("query-cpus-fast", lambda v: [cpu["thread-id"] for cpu in v] == [0, 0]),

@@ -18,9 +18,10 @@ from vmm.phases.config import AcceleratorOptions
 from vmm.phases.processors import KvmProcessors
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Sequence
 
     from vmm.capabilities import Mint
+    from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
     from vmm.nursery_tree import Phase
@@ -74,8 +75,17 @@ class Accelerator(Protocol):
     def lines(self) -> IrqLines:
         """Its interrupt lines."""
 
-    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> Processors:
-        """Make `count` vCPUs, whose accesses go to `ports` and `mmio`; `stack` closes them."""
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """Return what vCPUs on it can answer to CPUID."""
+
+    @property
+    def has_tsc_deadline(self) -> bool:
+        """Whether their timers can be set to a value of the TSC, which the leaves of KVM do not say."""
+
+    def make_processors(
+        self, leaves: Sequence[tuple[CpuidEntry, ...]], ports: IoSpace, mmio: IoSpace, stack: ExitStack
+    ) -> Processors:
+        """Make a vCPU for each of `leaves`, its answers to CPUID; its accesses go to `ports` and `mmio`."""
 
     def time_ns(self) -> int:
         """Return Unix time in ns, as the machine's devices know it."""
@@ -106,9 +116,20 @@ class KvmAccelerator:
             stack.pop_all()
         return cls(kvm, vm, IrqLines(vm.set_irq))
 
-    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> Processors:
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """Ask KVM."""
+        return self.kvm.supported_cpuid()
+
+    @property
+    def has_tsc_deadline(self) -> bool:
+        """Whether KVM has the extension."""
+        return bool(self.kvm.extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+
+    def make_processors(
+        self, leaves: Sequence[tuple[CpuidEntry, ...]], ports: IoSpace, mmio: IoSpace, stack: ExitStack
+    ) -> Processors:
         """Make them of KVM's vCPUs."""
-        return KvmProcessors.make(self.kvm, self.vm, count, ports, mmio, stack)
+        return KvmProcessors.make(self.vm, leaves, ports, mmio, stack)
 
     def time_ns(self) -> int:
         """Return the host's time."""

@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     from vmm.kvm.memory import GuestMemory
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
+    from vmm.phases.cpus import CpuModel
 
 
 @final
 class BoardBuilder:
     """Builds the board. The facet of `may-plug-device` and `may-map-guest-memory` while it does."""
 
-    def __init__(self, made: Precreated, accelerator: Accelerator, memory: GuestMemory, stack: ExitStack) -> None:
+    def __init__(
+        self, made: Precreated, accelerator: Accelerator, memory: GuestMemory, cpu: CpuModel, stack: ExitStack
+    ) -> None:
         self._made = made
         self._accelerator = accelerator
         self._memory = memory
+        self._cpu = cpu
         self._stack = stack
         self._ports = Bus()
         self._mmio = Bus()
@@ -57,8 +61,8 @@ class BoardBuilder:
         """Build it all. What is built is closed by the stack that the builder was given."""
         made = self._made
         may_map.map()
-        count = made.definition.options.smp.cpus
-        processors = self._accelerator.make_processors(count, self._ports, self._mmio, self._stack)
+        leaves = [self._cpu.leaves(index) for index in range(made.definition.options.smp.cpus)]
+        processors = self._accelerator.make_processors(leaves, self._ports, self._mmio, self._stack)
         bells = self._stack.enter_context(closing(GuestBells()))
         codecs = Codecs()
         sections: list[DeviceSection] = []

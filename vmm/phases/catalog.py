@@ -20,6 +20,7 @@ _MONITOR: Final = "vmm.phases.commands_monitor"
 _BACKENDS: Final = "vmm.phases.commands_backends"
 _MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
+_CPUS: Final = "vmm.phases.commands_cpus"
 _MIGRATION: Final = "vmm.phases.commands_migration"
 
 _OBJECTS: Final = "vmm.phases.commands_objects"
@@ -60,6 +61,8 @@ COMMANDS: Final = (
     Command("system_reset", f"{_MACHINE}:system_reset"),
     Command("query-status", f"{_MACHINE}:query_status"),
     Command("query-cpus-fast", f"{_MACHINE}:query_cpus_fast"),
+    Command("query-cpu-model-expansion", f"{_CPUS}:query_cpu_model_expansion"),
+    Command("query-cpu-definitions", f"{_CPUS}:query_cpu_definitions"),
     Command("migrate-set-capabilities", f"{_MIGRATION}:migrate_set_capabilities"),
     Command("query-migrate-capabilities", f"{_MIGRATION}:query_migrate_capabilities"),
     Command("migrate-set-parameters", f"{_MIGRATION}:migrate_set_parameters"),

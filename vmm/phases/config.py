@@ -110,13 +110,14 @@ class CpuOptions:
     """The arguments of `cpu-model-set`."""
 
     model: str = "host"
+    props: dict[str, object] = attrs.Factory(dict)
+    """CPU features by QEMU's property names, on (true) or off (false)."""
 
     def check(self) -> None:
-        """Raise `Unsupported` for anything but the host's model."""
-        if self.model not in ("host", "max"):
-            raise Unsupported(
-                what="CPU model", name=self.model, instead="use host, which is all that this host's KVM offers"
-            )
+        """Raise `Unsupported` for a model that does not come from this host."""
+        if self.model not in ("host", "max", "base"):
+            instead = "use host, which is all that this host's KVM offers, or base with the features that props names"
+            raise Unsupported(what="CPU model", name=self.model, instead=instead)
 
 
 @final
@@ -125,12 +126,3 @@ class GoOn:
     """The decision to go on through the phases that remain: to a running guest, or to one that stands (`-S`)."""
 
     start: bool
-
-
-@final
-@attrs.frozen
-class Settled:
-    """What precreate, accel and preconfig decided: all that the board needs to know."""
-
-    machine: MachineOptions
-    cpu: CpuOptions

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
+    from vmm.phases.cpus import CpuModel
 
 
 @final
@@ -63,14 +64,19 @@ class _Decision:
 
 
 async def run_devices(
-    preconfig: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory, onward: GoOn | None
+    preconfig: Phase,
+    made: Precreated,
+    accelerator: Accelerator,
+    memory: GuestMemory,
+    cpu: CpuModel,
+    onward: GoOn | None,
 ) -> None:
     """Build the board; unless `onward` says so, wait for the wish to go on; then go on to incoming or running."""
     host = made.host
     async with preconfig.child("devices", machine_phase="machine-initialized") as phase:
         with ExitStack() as stack:
             inbox: Inbox[GoOn] = Inbox("devices")
-            builder = BoardBuilder(made, accelerator, memory, stack)
+            builder = BoardBuilder(made, accelerator, memory, cpu, stack)
             owned = made.incoming.arrival is None
 
             def grants(mint: Mint) -> DevicesGrants:

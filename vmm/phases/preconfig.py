@@ -19,6 +19,7 @@ from vmm.capabilities import (
 from vmm.nursery_tree import Inbox
 from vmm.phases.building import WishToRun
 from vmm.phases.config import CpuOptions, GoOn
+from vmm.phases.cpus import CpuOffer
 from vmm.phases.devices import run_devices
 from vmm.phases.migration_state import NothingUnderWay
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
+    from vmm.phases.cpus import CpuModel
 
 
 @final
@@ -69,6 +71,8 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
         # A predecessor's recipe says itself how it goes on.
         onward = host.start.after_preconfig if made.incoming.arrival is None else None
         until = "devices" if onward is None else "running"
+        offer = CpuOffer.of(accelerator, made.definition)
+        phase.publish(offer)
 
         def grants(mint: Mint) -> PreconfigGrants:
             return PreconfigGrants(
@@ -82,12 +86,11 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
                 run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
             )
 
-        def carry_out(decision: CpuOptions | GoOn) -> GoOn | None:
-            cpu = decision if isinstance(decision, CpuOptions) else CpuOptions()
-            cpu.check()
-            host.recorder.record_options("cpu-model-set", cpu)
-            return decision if isinstance(decision, GoOn) else onward
+        def carry_out(decision: CpuOptions | GoOn) -> tuple[CpuModel, GoOn | None]:
+            cpu = offer.choose(decision if isinstance(decision, CpuOptions) else CpuOptions())
+            host.recorder.record_options("cpu-model-set", cpu.options)
+            return cpu, decision if isinstance(decision, GoOn) else onward
 
         async with phase.window(grants):
-            decided = await phase.decided(inbox, carry_out)
-        await run_devices(phase, made, accelerator, memory, decided)
+            cpu, decided = await phase.decided(inbox, carry_out)
+        await run_devices(phase, made, accelerator, memory, cpu, decided)

@@ -9,7 +9,6 @@ import attrs
 
 from vmm.errors import StateRejected
 from vmm.hw.boot.start import set_start
-from vmm.kvm.cpuid import guest_cpuid
 from vmm.kvm.machine_state import check_machine, load_machine, save_machine
 from vmm.kvm.state import ChipState, VcpuState
 from vmm.kvm.system import MTRR_DEFAULT_TYPE
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import MayDeclareState
     from vmm.hw.boot.plan import CpuStart
-    from vmm.kvm.system import Kvm
+    from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vcpu_fd import VcpuFd
     from vmm.kvm.vm import Vm
@@ -70,14 +69,19 @@ class KvmProcessors:
         """What KVM had made of vCPUs and chips before anything ran."""
 
     @classmethod
-    def make(cls, kvm: Kvm, vm: Vm, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> KvmProcessors:
-        """Make `count` vCPUs, which `stack` closes."""
-        supported = kvm.supported_cpuid()
-        deadline = bool(kvm.extension("KVM_CAP_TSC_DEADLINE_TIMER"))
+    def make(
+        cls,
+        vm: Vm,
+        leaves: Sequence[tuple[CpuidEntry, ...]],
+        ports: IoSpace,
+        mmio: IoSpace,
+        stack: ExitStack,
+    ) -> KvmProcessors:
+        """Make a vCPU for each of `leaves`, its answers to CPUID; `stack` closes them."""
         vcpus: list[Vcpu] = []
-        for index in range(count):
+        for index, answers in enumerate(leaves):
             fd = stack.enter_context(closing(vm.create_vcpu(index)))
-            fd.set_cpuid(guest_cpuid(supported, index, count, deadline))
+            fd.set_cpuid(answers)
             # As firmware leaves it. Without it memory counts as uncached, and older kernels give up on PAT.
             fd.set_msr(MTRR_DEFAULT_TYPE, MTRRS_ENABLED | WRITE_BACK)
             vcpus.append(Vcpu(index, fd, ports, mmio))

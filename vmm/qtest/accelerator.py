@@ -14,10 +14,12 @@ from vmm.qtest.cpu import IdleCpu
 from vmm.qtest.vm import QtestVm
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import ExitStack
 
     from vmm.capabilities import MayDeclareState
     from vmm.hw.boot.plan import CpuStart
+    from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.vcpu import IoSpace
 
 _SECOND: Final = 1_000_000_000  # ns
@@ -27,6 +29,7 @@ _SECOND: Final = 1_000_000_000  # ns
 class QtestAccelerator:
     """The stand-in for KVM. `vm.serve` is its one task, which also ends it."""
 
+    has_tsc_deadline: ClassVar[bool] = False
     why_it_stays: ClassVar[str] = "a machine with accelerator qtest executes nothing that could go on elsewhere"
 
     def __init__(self) -> None:
@@ -35,9 +38,15 @@ class QtestAccelerator:
         self.vm: Final = QtestVm(self.lines)
         self.clock: Final = VirtualClock(int(time.time()) * _SECOND)
 
-    def make_processors(self, count: int, ports: IoSpace, mmio: IoSpace, stack: ExitStack) -> IdleProcessors:
-        """Make `count` vCPUs that access nothing."""
-        return IdleProcessors(count)
+    def supported_cpuid(self) -> tuple[CpuidEntry, ...]:
+        """Return nothing: no vCPU executes CPUID."""
+        return ()
+
+    def make_processors(
+        self, leaves: Sequence[tuple[CpuidEntry, ...]], ports: IoSpace, mmio: IoSpace, stack: ExitStack
+    ) -> IdleProcessors:
+        """Make vCPUs that access nothing."""
+        return IdleProcessors(len(leaves))
 
     def time_ns(self) -> int:
         """Return Unix time in ns, which moves with the virtual clock alone."""

@@ -1,0 +1,88 @@
+"""The machine's processors: what this host's KVM offers, and what was chosen of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, final
+
+import attrs
+
+from vmm.errors import OptionInvalid
+from vmm.kvm.cpuid import guest_cpuid
+from vmm.phases.config import CpuOptions
+
+if TYPE_CHECKING:
+    from vmm.kvm.cpuid import CpuidEntry
+    from vmm.phases.accel import Accelerator
+    from vmm.phases.assembly import Definition
+
+
+@final
+@attrs.frozen(eq=False)
+class CpuModel:
+    """The CPU model that was chosen."""
+
+    options: CpuOptions
+    """As recorded: every feature under its one name, and those named that are off because of another."""
+    _offer: CpuOffer
+    _off: tuple[str, ...] = ()
+
+    def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
+        """Return what vCPU `index` answers to CPUID."""
+        leaves = self._offer.leaves(index)
+        if not self._off:
+            return leaves
+        from vmm.kvm.cpu_features import without  # Most machines have the host's CPU as it is.
+
+        return without(leaves, self._off)
+
+
+@final
+@attrs.frozen(eq=False)
+class CpuOffer:
+    """What KVM offers of the host's CPU to a machine such as this one. Published to `may-query`."""
+
+    what: ClassVar[str] = "What KVM offers of the host's CPU"
+    phase: ClassVar[str] = "preconfig"
+
+    definition: Definition
+    supported: tuple[CpuidEntry, ...]
+    tsc_deadline: bool
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, definition: Definition) -> CpuOffer:
+        """Ask the accelerator."""
+        return cls(definition, accelerator.supported_cpuid(), accelerator.has_tsc_deadline)
+
+    def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
+        """Return what vCPU `index` answers to CPUID with nothing switched off."""
+        return guest_cpuid(self.supported, index, self.definition.options.smp.cpus, self.tsc_deadline)
+
+    def choose(self, options: CpuOptions) -> CpuModel:
+        """Find out what `options` come to.
+
+        Raises:
+            Unsupported: the model is none of this host's.
+            CpuFeatureMissing: a feature cannot be had.
+            OptionInvalid: a feature is unknown, or cannot be off, or not without another one.
+        """
+        options.check()
+        bare = options.model == "base"
+        if not options.props and not bare:
+            return CpuModel(options, self)
+        from vmm.kvm.cpu_features import canonical, resolve, shown
+
+        offered = shown(self.leaves(0))
+        props = resolve(canonical(options.props), offered, shown(self.supported), bare=bare)
+        off = tuple(name for name, wanted in props.items() if not wanted)
+        plan = self.definition.plan
+        if plan is not None and plan.start.mode == "long" and "lm" in off:
+            raise OptionInvalid(option="props.lm", value=False, wanted=f"possible: {plan.image} starts in 64-bit mode")
+        recorded: dict[str, object] = {name: wanted for name, wanted in props.items() if wanted or not bare}
+        return CpuModel(CpuOptions(model=options.model, props=recorded), self, off)
+
+    def features(self, options: CpuOptions) -> dict[str, bool]:
+        """Return for every feature that has a name whether a guest with `options` would have it. Raises as `choose`."""
+        from vmm.kvm.cpu_features import FEATURES, shown
+
+        found = shown(self.choose(options).leaves(0))
+        return {name: name in found for name in sorted(FEATURES)}
