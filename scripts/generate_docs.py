@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from vmm.capabilities import ADMIN, KINDS, MIGRATE, OBSERVE, OPERATE, REPLAY
+from vmm.cli_options import OPTIONS
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import DESTINATION_STEPS, SOURCE_STEPS
 from vmm.migration.capability_table import MIGRATION_CAPABILITIES, SUPPORTED
@@ -242,6 +243,24 @@ def migration_capabilities() -> str:
     return f"Can be turned on: {names}.\n\nKnown by name, off, and refused with a reason: {others}.\n"
 
 
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def options() -> str:
+    """Each option of `trio-vmm run`, and the command that it stands for."""
+    rows = [
+        (
+            ", ".join(f"`{name}`" for name in (option.name, *option.also))
+            + (f" `{option.metavar}`" * bool(option.metavar)),
+            re.sub(r"[a-z]+(?:[-_][a-z]+)+|\bcont\b", r"`\g<0>`", option.command),
+            "yes" if option.admitted else "",
+            option.help + ("; may be repeated" if option.repeated else ""),
+        )
+        for option in OPTIONS
+    ]
+    return _table(("option", "stands for", "with `--precreate`", ""), rows)
+
+
 # --- live update --------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +287,7 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "own-commands": own_commands,
     "own-events": own_events,
     "migration-capabilities": migration_capabilities,
+    "options": options,
     "limits": limits,
     "steps": steps,
 }

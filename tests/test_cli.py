@@ -104,8 +104,8 @@ REFUSED = {
     "--preconfig -kernel k -cpu host": "trio-vmm: -cpu: 'host' is not possible with --preconfig: "
     "send cpu-model-set over the monitor",
     # Character devices and monitors.
-    "-qmp tcp:localhost:1": "trio-vmm: -qmp: 'tcp:localhost:1' is not unix:PATH[,server=on][,wait=off], chardev:ID "
-    "or fd:N",
+    "-qmp tcp:localhost:1": "trio-vmm: -qmp: 'tcp:localhost:1' is not unix:PATH[,server=on][,wait=off], stdio, "
+    "chardev:ID or fd:N",
     "-qmp unix:q,wait=on": "trio-vmm: -qmp: 'q,wait=on' is not possible: wait=on would hold up the monitor; "
     "use wait=off",
     "-qmp fd:77": f"{CLI} 1 (object-add): Descriptor '77' is not open, not a connected unix socket",

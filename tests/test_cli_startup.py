@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import json, os, socket, sys
 import trio
-import vmm.cli, vmm.cli_options, vmm.process
+import vmm.cli, vmm.cli_options, vmm.cli_recipe, vmm.process
 
 ours, theirs = socket.socketpair()
 ours.setblocking(False)
@@ -20,7 +20,7 @@ seen = {}
 async def main():
     async with trio.open_nursery() as nursery:
         options = parser.parse_args(["-qmp", f"fd:{theirs.detach()}"])
-        start = Start(vmm.cli_options.recipe_of(options).ordered(rank))
+        start = Start(vmm.cli_recipe.recipe_of(options).ordered(rank))
         nursery.start_soon(run_machine, start)
         client = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 

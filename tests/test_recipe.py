@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from tests.phases.machine import appearance, machine, monitor, parse
 from vmm.cli import main
-from vmm.cli_options import defines_machine, parse_size, recipe_of
+from vmm.cli_options import defines_machine
+from vmm.cli_recipe import recipe_of
+from vmm.cli_values import parse_size
 from vmm.errors import NameTaken, OptionInvalid, RecipeInvalid, Unsupported, VmmError
 from vmm.phases.catalog import COMMANDS, rank
 from vmm.phases.start import Start
@@ -457,12 +459,12 @@ REFUSED = [
     (("-serial", "unix:,server=on"), "-serial: ',server=on' is not a socket with a path"),
     (("-qmp", "unix:"), "-qmp: '' is not a socket with a path"),
     (("-qmp", "unix:/run/q,server=maybe"), "-qmp: '/run/q,server=maybe' is not PATH[,server=on|off][,wait=off]"),
-    (("-qmp", "stdio"), "-qmp: 'stdio' is not unix:PATH[,server=on][,wait=off], chardev:ID or fd:N"),
-    (("-qmp", "fd:x"), "-qmp: 'fd:x' is not unix:PATH[,server=on][,wait=off], chardev:ID or fd:N"),
+    (("-qmp", "tcp:"), "-qmp: 'tcp:' is not unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
+    (("-qmp", "fd:x"), "-qmp: 'fd:x' is not unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
     (("-chardev", "null"), "-chardev: 'null' is not complete: it needs id=NAME"),
     (("-chardev", "null,id="), "-chardev: 'null,id=' is not complete: it needs id=NAME"),
     (("-chardev", "file,id=c"), "-chardev: 'file,id=c' is not complete: it needs path=PATH"),
-    (("-chardev", "socket,id=c"), "-chardev: 'socket,id=c' is not complete: it needs path=PATH"),
+    (("-chardev", "socket,id=c"), "-chardev: 'socket,id=c' is not complete: it needs path=PATH or fd=N"),
     (
         ("-chardev", "file,id=c,path=x,append=yes"),
         "-chardev: 'file,id=c,path=x,append=yes' is not possible: append is on or off",

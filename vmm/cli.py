@@ -55,32 +55,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from vmm.cli_options import defines_machine, recipe_of
+    from vmm.cli_options import defines_machine
+    from vmm.cli_recipe import allowed_resources, has_monitor, recipe_of, require_precreate
     from vmm.recipe import Recipe
 
-    recipe = recipe_of(options)
+    recipe, allowed = recipe_of(options), allowed_resources(options)
     if options.recipe is not None:
-        recipe = Recipe(options.recipe, (*recipe, *_read_recipe(options.recipe)))
+        read = _read_recipe(options.recipe)
+        if options.precreate:
+            require_precreate(read, options.recipe)
+        recipe = Recipe(options.recipe, (*recipe, *read))
     if options.print_recipe:
         from vmm.phases.catalog import rank
 
         print(recipe.ordered(rank), end="")
         return 0
-    if not (options.qmp or options.websocket or options.recipe or defines_machine(options)):
-        parser.print_usage(sys.stderr)
-        print(
-            f"{parser.prog}: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)",
-            file=sys.stderr,
-        )
-        return 1
-    if not (options.qmp or options.websocket or options.recipe or options.kernel):
-        print(
-            "trio-vmm: nothing to boot: give -kernel FILE, or a monitor (-qmp unix:PATH) to go on with", file=sys.stderr
-        )
-        return 1
+    if not (has_monitor(recipe) or options.recipe):
+        complaint = _lacks(options, machine=defines_machine(options))
+        if complaint is not None:
+            if not defines_machine(options):
+                parser.print_usage(sys.stderr)
+            print(complaint, file=sys.stderr)
+            return 1
     from vmm.process import run_process
 
-    return run_process(recipe, options)
+    return run_process(recipe, options, allowed)
+
+
+def _lacks(options: argparse.Namespace, *, machine: bool) -> str | None:
+    """Say what a start without a monitor lacks, if anything."""
+    if not machine:
+        return "trio-vmm run: nothing to run: give a monitor (-qmp unix:PATH) or a machine (-kernel FILE)"
+    comes_in = options.loadvm is not None or (options.incoming and options.incoming != ["defer"])
+    if options.kernel is None and not comes_in:
+        return "trio-vmm: nothing to boot: give -kernel FILE, or a monitor (-qmp unix:PATH) to go on with"
+    return None
 
 
 def _read_recipe(path: str) -> Recipe:

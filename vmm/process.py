@@ -16,6 +16,7 @@ from vmm.phases.start import Start
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
     from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
@@ -27,7 +28,7 @@ SWITCH_INTERVAL = 0.001
 larger part of a live update's pause."""
 
 
-def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
+def run_process(recipe: Recipe, options: argparse.Namespace, allowed_resources: Mapping[str, str]) -> int:
     """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order."""
     check_step(options.x_cpr_stop_at)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -47,6 +48,7 @@ def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
         options.x_cpr_stop_at,
         limits=limits,
         stderr=2 if sys.stderr is not None else None,
+        allowed_resources=allowed_resources,
     )
     return trio.run(_run, start)
 

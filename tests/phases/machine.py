@@ -10,7 +10,8 @@ import attrs
 import pytest
 import trio
 
-from vmm.cli_options import Parser, add_run_options, recipe_of
+from vmm.cli_options import Parser, add_run_options
+from vmm.cli_recipe import recipe_of
 from vmm.phases.boot import run_machine
 from vmm.phases.catalog import rank
 from vmm.phases.config import GoOn

@@ -143,6 +143,7 @@ _ORDER: Final = (
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),
     (LATE_OBJECT,),
+    ("set-numa-node",),
     ("cpu-model-set", "x-exit-preconfig"),
     ("device_add",),
     ("finish-machine-init",),
