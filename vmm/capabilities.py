@@ -246,12 +246,12 @@ class HostResources(Protocol):
         """Return an open descriptor, which is the caller's from here on. `name` is unique in the machine."""
         ...
 
-    def names(self, prefix: str) -> Sequence[str]:
-        """Return the names below `prefix` that a predecessor sent; empty where resources come from the host."""
+    def names(self, prefix: str) -> Sequence[str] | None:
+        """Return the names below `prefix` that a predecessor sent; None where they are to be opened here."""
         ...
 
     def inherits(self) -> bool:
-        """Say whether resources come from a predecessor."""
+        """Say whether there is a predecessor, who still uses what the machine is made of."""
         ...
 
 
@@ -262,13 +262,13 @@ class _ObtainsDescriptors(Token[HostResources]):
         """Return the descriptor of host resource `name`: opened by `opener`, or claimed from the predecessor."""
         return self._reach().obtain(name, opener)
 
-    def names(self, prefix: str) -> Sequence[str]:
-        """Return the names below `prefix` that a predecessor sent."""
+    def names(self, prefix: str) -> Sequence[str] | None:
+        """Return the names below `prefix` that a predecessor sent; None where they are to be opened here."""
         return self._reach().names(prefix)
 
     @property
     def inherits(self) -> bool:
-        """Whether resources are claimed from a predecessor rather than opened."""
+        """Whether there is a predecessor, so that what is made here begins at rest."""
         return self._reach().inherits()
 
 
@@ -386,10 +386,18 @@ class IncomingPort(Protocol):
         """Bind every channel, then return. `MigrationRefused` where one is bound already."""
         ...
 
+    async def abandon(self) -> None:
+        """Give a bound CPR channel up. `InvalidState` where none is awaited."""
+        ...
+
+    def allow(self, names: Iterable[str]) -> None:
+        """Let the machine here differ from the source's in what is called so."""
+        ...
+
 
 @final
 class MayListen(Token[IncomingPort]):
-    """May bind the addresses on which an incoming migration is awaited."""
+    """May bind the addresses on which an incoming migration is awaited, and say what may come in there."""
 
     __slots__ = ()
     wire_name: ClassVar[str] = "may-listen"
@@ -397,6 +405,14 @@ class MayListen(Token[IncomingPort]):
     async def listen(self, channels: Sequence[Any]) -> None:
         """Bind `channels`; their real addresses are in `query-migrate` afterwards."""
         await self._reach().listen(channels)
+
+    async def abandon(self) -> None:
+        """Give a bound CPR channel up, with all that was noted for the machine that would have come."""
+        await self._reach().abandon()
+
+    def allow(self, names: Iterable[str]) -> None:
+        """Let the machine here differ from the source's in `names`, though its guest could tell."""
+        self._reach().allow(names)
 
 
 class Board(Protocol):
@@ -559,10 +575,14 @@ class MayRunVcpus(Token[RunControl]):
 
 
 class Departure(Protocol):
-    """Starts an outgoing migration."""
+    """Starts an outgoing migration, or asks what would become of it."""
 
     def start(self, plan: Any) -> Awaitable[None]:
         """Post `plan`; settles when phase `migrating` has opened, or with what kept it shut."""
+        ...
+
+    async def check(self, plan: Any) -> Mapping[str, Any]:
+        """Ask the other side of `plan`, and return its answer; nothing else happens."""
         ...
 
 
@@ -576,6 +596,10 @@ class MayStartMigration(Token[Departure]):
     def start(self, plan: Any) -> Awaitable[None]:
         """Post `plan` to phase running."""
         return self._reach().start(plan)
+
+    async def check(self, plan: Any) -> Mapping[str, Any]:
+        """Ask the other side of `plan` what would become of the machine there. The guest does not notice."""
+        return await self._reach().check(plan)
 
 
 class Cancellable(Protocol):

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     update.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
     update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
+    update.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
     update.add_argument("--json", action="store_true", help="report as JSON")
     demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
     demo.add_argument("--plain", action="store_true", help="no colours")
@@ -39,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "run":
                 return _run(run, options)
             case "update":
-                from vmm.cli_update import update_machine
+                from vmm.cli_update import check_update, update_machine
 
+                if options.check:
+                    return check_update(options.qmp, options.binary, as_json=options.json)
                 return update_machine(options.qmp, options.binary, as_json=options.json)
             case "demo":
                 from vmm.cli_demo import run_demo

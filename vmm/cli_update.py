@@ -89,6 +89,38 @@ def update_machine(path: str, binary: str | None, *, as_json: bool) -> int:
     return 0
 
 
+def check_update(path: str, binary: str | None, *, as_json: bool) -> int:
+    """Start a successor for the machine at `path`, print what it would have otherwise, and end it.
+
+    Returns 0 if it would take the machine, else 1. The guest does not notice.
+    """
+    verdict = trio.run(_check, path, successor_command(binary))
+    if as_json:
+        print(json.dumps(verdict))
+        return 0 if verdict["admitted"] else 1
+    for item in verdict["differences"]:
+        if item["effect"] != "identical":
+            there, here = (json.dumps(item.get(side)) for side in ("source", "here"))
+            print(f"{item['effect']:13}  {item['name']}: {there} -> {here}")
+    same = sum(item["effect"] == "identical" for item in verdict["differences"])
+    print(f"{same} items are identical; " + ("the update would go ahead" if verdict["admitted"] else verdict["reason"]))
+    return 0 if verdict["admitted"] else 1
+
+
+async def _check(path: str, command: Sequence[str]) -> dict[str, Any]:
+    verdict: dict[str, Any] = {}
+    failure: VmmError | None = None
+    try:
+        async with qmp_session(path) as source, successor_of(source, path, command) as (successor, _, main, cpr):
+            verdict = await source.execute("x-cpr-check", channels=_channels(main, cpr))
+            successor.end()
+    except* VmmError as group:
+        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    if failure is not None:
+        raise failure
+    return verdict
+
+
 async def _update(path: str, command: Sequence[str]) -> UpdateReport:
     report: UpdateReport | None = None
     failure: VmmError | None = None
@@ -132,26 +164,41 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
     Raises:
         UpdateFailed, VmmError: the update did not come about.
     """
+    async with qmp_session(path) as source:
+        old_pid = source.peer_pid
+        async with (
+            successor_of(source, path, command, extra) as (successor, destination, main, cpr),
+            _changed_settings(source),
+        ):
+            new_pid = destination.peer_pid
+            await _migrate(source, main, cpr)
+            successor.may_have_the_guest = True
+            stages = await _completed(source, destination, successor)
+        await _quit(source)
+    return UpdateReport(old_pid, new_pid, stages)
+
+
+@asynccontextmanager
+async def successor_of(
+    source: QmpClient, path: str, command: Sequence[str], extra: Sequence[str] = ()
+) -> AsyncGenerator[tuple[_Successor, QmpClient, str, str], None]:
+    """Start a successor of the machine at `path`; yield it, a session of it, and the paths of its two channels.
+
+    Leaving the block by an error ends it, unless it may have the guest.
+    """
+    await _require_guest(source, path)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-vmm-update-"))
         main, cpr = str(Path(folder) / "main"), str(Path(folder) / "cpr")
-        async with qmp_session(path) as source:
-            old_pid = source.peer_pid
-            await _require_guest(source, path)
-            ours, theirs = hostio.connected_pair()
-            with ours, theirs:
-                # Before it is started: what is sent earlier comes without its sender.
-                ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                successor = _Successor(start_successor(command, theirs, main, cpr, extra), command[0])
-                theirs.close()
-                with successor:
-                    async with successor.session(ours.dup()) as destination, _changed_settings(source):
-                        new_pid = destination.peer_pid
-                        await _migrate(source, main, cpr)
-                        successor.may_have_the_guest = True
-                        stages = await _completed(source, destination, successor)
-            await _quit(source)
-    return UpdateReport(old_pid, new_pid, stages)
+        ours, theirs = hostio.connected_pair()
+        with ours, theirs:
+            # Before it is started: what is sent earlier comes without its sender.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            successor = _Successor(start_successor(command, theirs, main, cpr, extra), command[0])
+            theirs.close()
+            with successor:
+                async with successor.session(ours.dup()) as destination:
+                    yield successor, destination, main, cpr
 
 
 async def _require_guest(source: QmpClient, path: str) -> None:
@@ -265,14 +312,17 @@ async def _await_listeners(destination: QmpClient) -> None:
 
 async def _migrate(source: QmpClient, main: str, cpr: str) -> None:
     source.events.clear()
-    channels = [
+    try:
+        await source.execute("migrate", channels=_channels(main, cpr))
+    except CommandFailed as error:
+        raise UpdateFailed(reason=error.desc) from error
+
+
+def _channels(main: str, cpr: str) -> list[dict[str, Any]]:
+    return [
         {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": where}}
         for kind, where in (("main", main), ("cpr", cpr))
     ]
-    try:
-        await source.execute("migrate", channels=channels)
-    except CommandFailed as error:
-        raise UpdateFailed(reason=error.desc) from error
 
 
 async def _completed(source: QmpClient, destination: QmpClient, successor: _Successor) -> dict[str, float]:

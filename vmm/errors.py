@@ -230,6 +230,17 @@ class DifferencesVisible(RequestError):
         return self.text.format(joined="; ".join(self.items))
 
 
+class ResourcesMissing(RequestError):
+    """A recipe from elsewhere names resources of this host that nobody gave it."""
+
+    text: ClassVar[str] = "no descriptor came for {joined}, and this host's own are allowed by name: {hint}"
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        hint = " ".join(f"-allow-resource {name}=PATH" for name in self.names)
+        return self.text.format(joined=", ".join(self.names), hint=hint)
+
+
 # --- the host ---------------------------------------------------------------------------------------------
 
 

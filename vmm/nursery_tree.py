@@ -478,9 +478,7 @@ class Tree:
             TokenWithheld: an exclusive phase withholds the kind.
             TokenNotGranted: no open window has it; `hint` says what would.
         """
-        allowed = [kind for kind in kinds if kind in grant.kinds]
-        if not allowed:
-            raise SessionNotGranted(command=command, kind=_asked(kinds[0], scope), grant=grant.name)
+        allowed = require_granted(command, kinds, scope, grant)
         if self.reserved_for not in (None, holder) and not _ALWAYS_LENT.issuperset(allowed):
             raise MachineReserved(command=command, kind=_asked(allowed[0], scope), holder=str(self.reserved_for))
         if not self._open:
@@ -591,6 +589,16 @@ class Tree:
             self._views[type(view)].remove(view)
         self.innermost = innermost
         self._observer("PHASE_CHANGED", _phase_data(phase, opened=False))
+
+
+def require_granted(
+    command: str, kinds: tuple[type[AnyToken], ...], scope: str | None, grant: Grant
+) -> list[type[AnyToken]]:
+    """Return those of `kinds` that `grant` has. Raises `SessionNotGranted` if there is none."""
+    allowed = [kind for kind in kinds if kind in grant.kinds]
+    if not allowed:
+        raise SessionNotGranted(command=command, kind=_asked(kinds[0], scope), grant=grant.name)
+    return allowed
 
 
 def _asked(kind: type[AnyToken], scope: str | None) -> str:

@@ -418,6 +418,31 @@ def end_orphan(pid: int) -> None:
         os.close(pidfd)
 
 
+async def test_the_update_command_can_ask_first_and_change_nothing() -> None:
+    async with machine() as (bench, _):
+        done = await update(bench, "--check")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "12 items are identical; the update would go ahead\n"
+
+
+async def test_the_update_command_says_what_a_successor_would_have_otherwise() -> None:
+    async with machine() as (bench, _):
+        recipe, binary = bench.folder / "recipe", bench.folder / "successor"
+        recipe.write_text('{"execute": "machine-set", "arguments": {"append": "quiet", "name": "b"}}')
+        binary.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@" --recipe {recipe}\n')
+        binary.chmod(0o700)
+        done = await update(bench, "--check", "--binary", str(binary))
+        assert (done.returncode, done.stderr) == (1, "")
+        *items, verdict = done.stdout.splitlines()
+        assert items == [
+            'guest-visible  machine-set.append: "region=64K" -> "quiet"',
+            'host-only      machine-set.name: null -> "b"',
+        ]
+        assert "machine-set.append ('region=64K' there, 'quiet' here); allow each by its name" in verdict
+        done = await update(bench, "--check", "--json", "--binary", str(binary))
+        assert (done.returncode, json.loads(done.stdout)["admitted"]) == (1, False)
+
+
 async def test_the_update_command_moves_a_machine_reports_and_leaves_no_pipe_open() -> None:
     async with open_bench() as bench:
         console = bench.console()

@@ -49,13 +49,13 @@ class ObtainsDescriptors(Protocol):
         """Return the descriptor of host resource `name`, the caller's from here on."""
         ...
 
-    def names(self, prefix: str) -> Sequence[str]:
-        """Return the names below `prefix` that a predecessor sent."""
+    def names(self, prefix: str) -> Sequence[str] | None:
+        """Return the names below `prefix` that a predecessor sent; None where they are to be opened here."""
         ...
 
     @property
     def inherits(self) -> bool:
-        """Whether descriptors come from a predecessor."""
+        """Whether there is a predecessor, so that what is made here begins at rest."""
         ...
 
 
@@ -84,8 +84,9 @@ def open_chardev(
         raise Unsupported(what="Option of a socket chardev", name="wait=on", instead=instead)
     prefix = f"chardev/{label}/"
     openers = _openers(backend)
-    if may.inherits:
-        openers = {name.removeprefix(prefix): _never for name in may.names(prefix)}
+    sent = may.names(prefix)
+    if sent is not None:
+        openers = {name.removeprefix(prefix): _never for name in sent}
     descriptors: dict[str, int] = {}
     try:
         for suffix, opener in openers.items():
@@ -93,7 +94,10 @@ def open_chardev(
     except BaseException:
         _close(descriptors)
         raise
-    return _make(label, backend, descriptors, complain, on_escape, inherited=may.inherits)
+    chardev = _make(label, backend, descriptors, complain, on_escape, inherited=may.inherits)
+    if sent is None:
+        chardev.own()
+    return chardev
 
 
 def from_descriptors(

@@ -19,6 +19,8 @@ class CprLimits:
 
     describing: float = 10.0
     """The destination's, for a source that has connected to say what its machine is."""
+    checking: float = 10.0
+    """The source's, for the answer to `x-cpr-check`: the guest runs on."""
     building: float = 120.0
     """The source's, for each thing that a destination does before the guest is paused: generous, since it runs on."""
     loading: float = 2.0

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Union, final, get_args,
 import attrs
 import trio
 
-from vmm.capabilities import Grant, MayQuery, MayQuit, Token
+from vmm.capabilities import Grant, MayAppendRecipe, MayQuery, MayQuit, Token
 from vmm.errors import CommandNotFound
 from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
 from vmm.monitor.ports import Caller
-from vmm.nursery_tree import Lending, Turn
+from vmm.nursery_tree import Lending, Turn, require_granted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,6 +119,8 @@ class Command:
     """Whether the command may be executed out of band."""
     moves_to: str = ""
     """For a command that moves the machine on: where to, for error texts and tables."""
+    overrides: bool = False
+    """Whether a process that awaits its machine from another one only notes it, to be laid over what comes."""
 
     @cached_property
     def handler(self) -> Callable[..., Any]:
@@ -212,12 +214,15 @@ class CommandTable:
         grant_of: Callable[[Caller], Grant],
         hint: Callable[[type[AnyToken], str | None], str],
         record: Callable[[str, Mapping[str, object]], None],
+        notes: Callable[[Caller], bool] = lambda caller: False,
     ) -> None:
+        """Make the table; `notes` says whether a caller's commands that would make a machine are noted only."""
         self._by_name: Final = {command.name: command for command in commands}
         self._tree = tree
         self._grant_of = grant_of
         self._hint = hint
         self._record = record
+        self._notes = notes
 
     def __iter__(self) -> Iterator[Command]:
         return iter(self._by_name.values())
@@ -255,6 +260,26 @@ class CommandTable:
             for need in needs
         }
 
+    def require_admitted(self, command: Command, caller: Caller) -> None:
+        """Raise the `TokenError` that `caller` would get for `command` now, if any."""
+        if self._is_noted(command, caller):
+            self._note_token(command, caller)
+        else:
+            self.admitted(command, caller)
+
+    def _is_noted(self, command: Command, caller: Caller) -> bool:
+        return command.overrides and self._notes(caller)
+
+    def _note_token(self, command: Command, caller: Caller) -> MayAppendRecipe:
+        """Find the token to note `command`. The caller must be allowed what the command itself would take."""
+        grant = self._grant_of(caller)
+        for need in command.signature.needs:
+            require_granted(command.name, need.kinds, need.scope, grant)
+        kinds = (MayAppendRecipe,)
+        token, _ = self._tree.find(command.name, kinds, None, grant, caller.name, self._hint)
+        assert isinstance(token, MayAppendRecipe)
+        return token
+
     def can_run_at_once(self, command: Command) -> bool:
         """Say whether `command` neither waits nor changes anything."""
         return command.harmless and not inspect.iscoroutinefunction(command.handler)
@@ -270,6 +295,11 @@ class CommandTable:
         command = self[name]
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)
+        if self._is_noted(command, caller):
+            token = self._note_token(command, caller)
+            structure(command.arguments or _NoArguments, arguments, name)
+            token.append(name, arguments)
+            return {}
         found = self.admitted(command, caller, arguments)
         signature = command.signature
         bound: dict[str, Any] = {parameter: token for parameter, (token, _) in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 import attrs
 
@@ -13,6 +13,7 @@ from vmm.guests import guest_path
 from vmm.hw.boot.acpi import acpi_tables
 from vmm.hw.boot.image import image_path, plan_boot
 from vmm.hw.boot.plan import BinarySource
+from vmm.phases.host_resources import BUILTIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.migration_state import MigrationState
-
-
-BUILTIN: Final = "builtin:"
 
 
 @final

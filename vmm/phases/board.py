@@ -91,7 +91,7 @@ class BoardBuilder:
         )
         processors.declare(may_declare)
         arrival = made.incoming.arrival
-        for name, owner in made.host.stores.sections(None if arrival is None else arrival.recipe):
+        for name, owner in made.host.stores.sections(None if arrival is None else arrival.source):
             may_declare.register(name, owner.version, save=owner.save, load=owner.load)
         return machine
 

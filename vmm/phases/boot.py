@@ -18,9 +18,10 @@ from vmm.phases.chain import hint
 from vmm.phases.foundation import Ending, Host
 from vmm.phases.host import FdSets, HostFiles
 from vmm.phases.monitors import MonitorMaker
+from vmm.phases.overrides import Overrides
 from vmm.phases.precreate import run_precreate
 from vmm.phases.recorder import Recorder
-from vmm.phases.replay import REPLAYER, replay_start
+from vmm.phases.replay import REPLAYER, SUCCESSOR, replay_start
 from vmm.phases.run_state import RunState
 from vmm.phases.stores import BootStores
 
@@ -58,7 +59,15 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
         with closing(FdSets()) as fdsets:
             tree = phase.tree
             recorder = Recorder()
-            table = CommandTable(COMMANDS, tree, grant_of=_grant_of, hint=hint, record=recorder.record)
+            overrides = Overrides()
+            table = CommandTable(
+                COMMANDS,
+                tree,
+                grant_of=_grant_of,
+                hint=hint,
+                record=recorder.record,
+                notes=lambda caller: overrides.noting and caller is not SUCCESSOR,
+            )
             status = RunState(events.emit)
             stores = BootStores(phase.residents)
             await phase.residents.start("events", events.serve)
@@ -73,6 +82,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 ending,
                 HostFiles(),
                 MonitorMaker(table, events, start.version, start.complain),
+                overrides,
             )
             for view in (
                 host,

@@ -22,6 +22,7 @@ _MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
 _CPUS: Final = "vmm.phases.commands_cpus"
 _MIGRATION: Final = "vmm.phases.commands_migration"
+_UPDATE: Final = "vmm.phases.commands_update"
 
 _OBJECTS: Final = "vmm.phases.commands_objects"
 
@@ -44,16 +45,16 @@ COMMANDS: Final = (
     Command("remove-fd", f"{_MONITOR}:remove_fd"),
     Command("query-fdsets", f"{_MONITOR}:query_fdsets"),
     Command("quit", f"{_MONITOR}:quit_machine"),
-    Command("chardev-add", f"{_BACKENDS}:chardev_add", recorded=True),
+    Command("chardev-add", f"{_BACKENDS}:chardev_add", recorded=True, overrides=True),
     Command("chardev-remove", f"{_BACKENDS}:chardev_remove"),
     Command("query-chardev", f"{_BACKENDS}:query_chardev"),
-    Command("object-add", f"{_OBJECTS}:object_add"),
+    Command("object-add", f"{_OBJECTS}:object_add", overrides=True),
     Command("object-del", f"{_OBJECTS}:object_del"),
     Command("query-monitors", f"{_MONITORS}:query_monitors"),
-    Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel"),
+    Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel", overrides=True),
     Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate", moves_to="accel"),
-    Command("accel-set", f"{_MACHINE}:accel_set", moves_to="preconfig"),
-    Command("cpu-model-set", f"{_MACHINE}:cpu_model_set", moves_to="devices"),
+    Command("accel-set", f"{_MACHINE}:accel_set", moves_to="preconfig", overrides=True),
+    Command("cpu-model-set", f"{_MACHINE}:cpu_model_set", moves_to="devices", overrides=True),
     Command("x-exit-preconfig", f"{_MACHINE}:x_exit_preconfig", moves_to="devices"),
     Command("finish-machine-init", f"{_MACHINE}:finish_machine_init", moves_to="running"),
     Command("cont", f"{_MACHINE}:cont"),
@@ -71,6 +72,10 @@ COMMANDS: Final = (
     Command("migrate", f"{_MIGRATION}:migrate", moves_to="migrating"),
     Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
     Command("migrate_cancel", f"{_MIGRATION}:migrate_cancel"),
+    Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
+    Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),
+    Command("x-allow-difference", f"{_UPDATE}:x_allow_difference"),
+    Command("query-differences", f"{_UPDATE}:query_differences"),
 )
 
 

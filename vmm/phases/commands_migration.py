@@ -80,11 +80,11 @@ def migrate(may: MayStartMigration, query: MayQuery, caller: Caller, args: Migra
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
-    main, cpr = _resolved((channels.main, channels.cpr), caller)
+    main, cpr = resolved((channels.main, channels.cpr), caller)
     return may.start(TransferPlan(Channels(main, cpr)))
 
 
-def _resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
+def resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
     """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration."""
     named = [address.name for address in addresses if isinstance(address, DescriptorAddress) and address.number is None]
     for name in named:
@@ -126,7 +126,7 @@ async def migrate_incoming(may: MayListen, caller: Caller, args: MigrateIncoming
     channels = [
         Channel.from_json(value, f"migrate-incoming: channels[{index}]") for index, value in enumerate(args.channels)
     ]
-    addresses = _resolved([channel.address for channel in channels], caller)
+    addresses = resolved([channel.address for channel in channels], caller)
     await may.listen(
         [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
     )

@@ -83,7 +83,7 @@ def _extended(table: CommandTable, name: str, caller: Caller) -> CommandInfo:
 
     command = table[name]
     try:
-        table.admitted(command, caller)
+        table.require_admitted(command, caller)
         admitted = True
     except TokenError:
         admitted = False

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprError, RecipeInvalid, VmmError
+from vmm.errors import CprError, RecipeInvalid, RequestError, VmmError
+from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
+from vmm.phases.host_resources import socket_paths
 from vmm.phases.migrating import STDERR
 from vmm.phases.replay import replay_incoming
 from vmm.phases.run_state import run_state_named
@@ -52,7 +55,10 @@ class Arrival:
     channel: CprChannel
     steps: Steps
     cell: OwnershipCell
+    source: Recipe
+    """The recipe that came."""
     recipe: Recipe
+    """What is carried out: that, with what this side has otherwise."""
     inheritance: Inheritance
     over: trio.Event = attrs.Factory(trio.Event)
     """Set once the guest is here: the channel and the cell have done their duty."""
@@ -99,47 +105,71 @@ async def run_fd_receive(
                     sock = await listener.accept()
                     with closing(CprChannel(sock, side="destination", peer="source")) as channel:
                         try:
-                            arrival = await _receive(channel, host, inheritance)
+                            arrival = await _receive(channel, host, port, inheritance)
                         except CprError as error:
                             host.complain(str(error))
+                            continue
+                        if arrival is None:
                             continue
                         # No second source: it is told so when it connects, and not left waiting.
                         listener.close()
                         with closing(arrival):
                             await _build(phase, host, port, arrival)
                             await arrival.over.wait()
+                            inheritance.retire_replaced()
                             return
 
 
-async def _receive(channel: CprChannel, host: Host, inheritance: Inheritance) -> Arrival:
+async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inheritance: Inheritance) -> Arrival | None:
+    """Return what a source brings; None where it only asked what would become of it. Raises `CprError`."""
     steps = Steps("destination", host.start.stop_at)
     steps.reach("accepted")
     limits = host.start.limits or CprLimits()
     with trio.move_on_after(limits.describing):
         await channel.hello(host.start.version.package)
         channel.step = "describing"
-        message = await channel.receive("machine")
+        message = await channel.receive("machine", "check")
         with closing(message):
+            if message.kind == "check":
+                await channel.send("checked", _verdict(message, port))
+                return None
             try:
-                arrival = _arrival_of(message, channel, steps, inheritance)
-            except (CprError, RecipeInvalid) as error:
+                arrival = _arrival_of(message, channel, steps, port, inheritance)
+            except (CprError, RequestError) as error:
                 raise await channel.refuse(str(error)) from error
         steps.reach("described")
         return arrival
     raise await channel.refuse(f"the source did not describe its machine within {limits.describing:g} s")
 
 
-def _arrival_of(message: Message, channel: CprChannel, steps: Steps, inheritance: Inheritance) -> Arrival:
-    """Take out of `message` what it brings. Raises `CprError`, `RecipeInvalid`."""
-    recipe = Recipe.from_json("of the source", message.body.get("recipe"))
+def _verdict(message: Message, port: IncomingPort) -> dict[str, Any]:
+    """Return what a source is told that asks what would become of its machine. Nothing is changed."""
+    sent = message.body.get("descriptors")
+    names = [name for name in sent if isinstance(name, str)] if isinstance(sent, list) else []
+    try:
+        port.consider(Recipe.from_json("of the source", message.body.get("recipe")), names)
+        reason = ""
+    except RequestError as error:
+        reason = str(error)
+    return {"reason": reason, "differences": unstructure(port.differences)}
+
+
+def _arrival_of(
+    message: Message, channel: CprChannel, steps: Steps, port: IncomingPort, inheritance: Inheritance
+) -> Arrival:
+    """Take out of `message` what it brings. Raises `CprError`, `RequestError`; then nothing has been taken over."""
+    source = Recipe.from_json("of the source", message.body.get("recipe"))
     run_state = message.body.get("run-state")
     if run_state_named(run_state) is None:
-        raise RecipeInvalid(source=recipe.source, where="as a whole", reason=f"run state {run_state!r} is none")
+        raise RecipeInvalid(source=source.source, where="as a whole", reason=f"run state {run_state!r} is none")
+    arriving = port.consider(source, message.descriptors.keys())
     cell = OwnershipCell.adopt(message.claim("owner"))
     stderr = message.descriptors.pop(STDERR, -1)
     inheritance.add(message.descriptors)
     message.descriptors = {}
-    return Arrival(channel, steps, cell, recipe, inheritance, stderr=stderr)
+    inheritance.add({name: hostio.dup(fd) for name, fd in arriving.given.items()})
+    inheritance.open_here(arriving.here, socket_paths(source))
+    return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
 
 
 async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Tree
     from vmm.phases.host import HostFiles
     from vmm.phases.monitors import MonitorMaker
+    from vmm.phases.overrides import Overrides
     from vmm.phases.recorder import Recorder
     from vmm.phases.run_state import RunState
     from vmm.phases.start import Start
@@ -34,6 +35,7 @@ class Host:
     ending: Ending
     files: HostFiles
     monitors: MonitorMaker
+    overrides: Overrides
 
     def complain(self, text: str) -> None:
         """Tell the operator something that the machine survives."""

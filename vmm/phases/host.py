@@ -8,14 +8,17 @@ update it never is: the descriptor must be among those that the source sent.
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
 
+from vmm import hostio
 from vmm.errors import DescriptorError, DescriptorMissing, DescriptorsUnclaimed, NameTaken
+from vmm.phases.host_resources import is_of, unused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @final
@@ -26,9 +29,9 @@ class HostFiles:
         """Open and return a descriptor."""
         return opener()
 
-    def names(self, prefix: str) -> Sequence[str]:
-        """Return nothing: there is no predecessor."""
-        return ()
+    def names(self, prefix: str) -> Sequence[str] | None:
+        """Return None: there is no predecessor."""
+        return None
 
     def inherits(self) -> bool:
         """Say no."""
@@ -37,10 +40,37 @@ class HostFiles:
 
 @final
 class Inheritance:
-    """The descriptors that a predecessor sent, each claimed exactly once. The facet of `may-adopt-descriptor`."""
+    """The descriptors that a predecessor sent, each claimed exactly once. The facet of `may-adopt-descriptor`.
+
+    Of this host there is what the operator or an override has named, and nothing else.
+    """
 
     def __init__(self) -> None:
         self._unclaimed: dict[str, int] = {}
+        self._replaced: dict[str, tuple[int, str]] = {}
+        self._here: frozenset[str] = frozenset()
+
+    def open_here(self, resources: frozenset[str], paths: Mapping[str, str]) -> None:
+        """Let `resources` be opened on this host. Descriptors of theirs that came are kept aside, unused.
+
+        Args:
+            paths: descriptor name -> the path of the socket that it listens on at the source, where it is such a one.
+        """
+        self._here = resources
+        for name in unused(self._unclaimed, resources):
+            self._replaced[name] = (self._unclaimed.pop(name), paths.get(name, ""))
+
+    def used(self, descriptors: dict[str, int]) -> dict[str, int]:
+        """Take those out of `descriptors` that do not belong to a resource of this host's own."""
+        left = unused(descriptors, self._here)
+        return {name: descriptors.pop(name) for name in sorted(descriptors) if name not in left}
+
+    def retire_replaced(self) -> None:
+        """Remove the socket files of listeners that the guest's machine no longer has: it is this process's now."""
+        for fd, path in self._replaced.values():
+            if path:
+                with socket.socket(fileno=os.dup(fd)) as listener:
+                    hostio.unlink_own(path, listener)
 
     def add(self, descriptors: dict[str, int]) -> None:
         """Take over `descriptors`. `NameTaken` for a name that is here already."""
@@ -50,7 +80,9 @@ class Inheritance:
         self._unclaimed.update(descriptors)
 
     def obtain(self, name: str, opener: Callable[[], int]) -> int:
-        """Claim descriptor `name`; the host is not asked. Raises `DescriptorMissing`."""
+        """Claim descriptor `name`, or open it where that is admitted. Raises `DescriptorMissing`."""
+        if name not in self._unclaimed and any(is_of(name, resource) for resource in self._here):
+            return opener()
         return self.claim(name)
 
     def claim(self, name: str) -> int:
@@ -59,8 +91,10 @@ class Inheritance:
             raise DescriptorMissing(name=name)
         return self._unclaimed.pop(name)
 
-    def names(self, prefix: str) -> Sequence[str]:
-        """Return the unclaimed names that begin with `prefix`, sorted."""
+    def names(self, prefix: str) -> Sequence[str] | None:
+        """Return the unclaimed names that begin with `prefix`, sorted; None where they are opened on this host."""
+        if prefix.removesuffix("/") in self._here:
+            return None
         return sorted(name for name in self._unclaimed if name.startswith(prefix))
 
     def inherits(self) -> bool:
@@ -73,10 +107,11 @@ class Inheritance:
             raise DescriptorsUnclaimed(names=tuple(sorted(self._unclaimed)))
 
     def close(self) -> None:
-        """Close what nobody claimed."""
-        for fd in self._unclaimed.values():
+        """Close what nobody claimed, and what was replaced."""
+        for fd in (*self._unclaimed.values(), *(fd for fd, _ in self._replaced.values())):
             os.close(fd)
         self._unclaimed.clear()
+        self._replaced.clear()
 
 
 @final

@@ -91,8 +91,8 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                         gone = message.body.get("gone")
                         if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
                             raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
-                        host.stores.adopt_changes(message.descriptors, gone)
-                        message.descriptors = {}
+                        new = arrival.inheritance.used(message.descriptors)
+                        host.stores.adopt_changes(new, gone)
                     steps.reach("state-received")
                     checked.apply()
                     host.stores.require_all_adopted()

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import trio
 
-from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
+from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, VmmError, leaves
+from vmm.migration.status import MigrationStatus
+from vmm.phases.differences import FIXED
+from vmm.phases.host_resources import is_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Sequence
+    from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 
     from vmm.capabilities import HostResources
     from vmm.migration.channel import Channel
     from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase
+    from vmm.nursery_tree import Phase, Resident
+    from vmm.phases.arriving import Arriving
+    from vmm.phases.differences import Difference
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.foundation import Host
     from vmm.phases.migration_state import MigrationState
+    from vmm.recipe import Recipe
 
 
 @final
 class IncomingPort:
     """The facet of `may-listen`, and what came of it."""
+
+    what: ClassVar[str] = "An incoming migration"
+    phase: ClassVar[str] = "precreate"
 
     def __init__(self, precreate: Phase, host: Host, migration: MigrationState) -> None:
         self._precreate = precreate
@@ -36,6 +45,11 @@ class IncomingPort:
         self.awaits_cpr = False
         """Whether a CPR channel is bound and nothing has arrived yet."""
         self.arrival: Arrival | None = None
+        self.differences: tuple[Difference, ...] = ()
+        """In what the machine here differs from the one that asked for admission last."""
+        self.allowed: Final[set[str]] = set()
+        """Names of differences that are admitted though the guest could tell."""
+        self._residents: Final[list[Resident]] = []
 
     async def listen(self, channels: Sequence[Channel]) -> None:
         """Bind the channels, and await CPR state in a task beside precreate.
@@ -43,7 +57,7 @@ class IncomingPort:
         Raises:
             MigrationRefused: the channels make no incoming live update, or one is awaited already.
         """
-        if self.progress is not None:
+        if self.progress is not None and self.progress.under_way:
             raise MigrationRefused(reason="migrate-incoming: channels are bound already; query-migrate shows them")
         if self._precreate.tree.machine_phase != "no-machine":
             raise InvalidState(
@@ -76,9 +90,65 @@ class IncomingPort:
         self.awaits_cpr = True
         self.progress = self._migration.begin("target")
         self.progress.addresses = tuple(listener.address for listener in bound.values())
+        self._host.overrides.begin()
         residents = self._precreate.residents
-        await residents.start("migration listeners", self._hold, tuple(bound.values()))
-        await residents.start("fd_receive", run_fd_receive, self._precreate, self._host, self, bound["cpr"])
+        hold = await residents.start("migration listeners", self._hold, tuple(bound.values()))
+        receive = await residents.start("fd_receive", run_fd_receive, self._precreate, self._host, self, bound["cpr"])
+        self._residents.extend((hold, receive))
+
+    async def abandon(self) -> None:
+        """Give the CPR channel up: unbind, forget what was noted, and let the machine be made here.
+
+        A source that is being asked what it has finds the channel closed.
+
+        Raises:
+            InvalidState: no CPR channel is awaited, or a machine has arrived over it.
+        """
+        await trio.lowlevel.checkpoint()
+        if not self.awaits_cpr:
+            state = (
+                "when no CPR channel is awaited" if self.arrival is None else "once the source's machine has arrived"
+            )
+            raise InvalidState(what="x-cpr-abandon", state=state, instead="query-migrate says what is under way")
+        self.awaits_cpr = False
+        self._host.overrides.end()
+        self.allowed.clear()
+        self.differences = ()
+        while self._residents:
+            await self._residents.pop().leave()
+        self.main = None
+        assert self.progress is not None
+        self.progress.advance(MigrationStatus.CANCELLING)
+        self.progress.advance(MigrationStatus.CANCELLED)
+
+    def allow(self, names: Iterable[str]) -> None:
+        """Admit differences by name. Raises `OptionInvalid`, having admitted none, for one that cannot be."""
+        wanted = set(names)
+        for name in sorted(wanted & FIXED):
+            raise OptionInvalid(
+                option="x-allow-difference",
+                value=name,
+                wanted="a difference that can be: the guest's state has its shape",
+            )
+        self.allowed.update(wanted)
+
+    def consider(self, source: Recipe, sent: Collection[str]) -> Arriving:
+        """Check a recipe that came, and what was `sent` with it; nothing is carried out yet.
+
+        Raises:
+            RecipeInvalid, DifferencesVisible, ResourcesMissing: why it is not admitted.
+        """
+        from vmm.phases.arriving import arrive
+
+        host = self._host
+        here = {
+            name: path for name, path in host.start.allowed_resources.items() if not any(is_of(s, name) for s in sent)
+        }
+        arriving = arrive(source, host.table, host.overrides.recipe(), here)
+        self.differences = arriving.differences
+        arriving.require_same_guest(self.allowed)
+        arriving.require_resources(sent)
+        return arriving
 
     async def _hold(
         self, listeners: Sequence[Listener], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -110,10 +180,11 @@ class IncomingPort:
             raise InvalidState(
                 what=what,
                 state="while a CPR channel is awaited: the recipe comes from the source",
-                instead="issue migrate on the source, or quit",
+                instead="issue migrate on the source, or give the channel up (x-cpr-abandon)",
             )
 
     def arrived(self, arrival: Arrival) -> None:
         """Note what came over the CPR channel."""
         self.awaits_cpr = False
+        self._host.overrides.end()
         self.arrival = arrival

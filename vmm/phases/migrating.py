@@ -163,6 +163,32 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
         return not cell.ours
 
 
+async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, Any]:
+    """Describe the machine to the destination of `plan`, send no descriptor, and return what it says of it.
+
+    Raises:
+        VmmError: there is nobody, or nobody who can be asked.
+    """
+    host = machine.made.host
+    limits = host.start.limits or CprLimits()
+    with closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel:
+        with trio.move_on_after(limits.checking):
+            await channel.hello(host.start.version.package)
+            channel.step = "checking"
+            body = {"recipe": _recipe(machine), "descriptors": sorted(machine.descriptors())}
+            await channel.send("check", body)
+            with closing(await channel.receive("checked")) as message:
+                return message.body
+        what = f"did not answer within {limits.checking:g} s"
+        raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest has not noticed")
+
+
+def _recipe(machine: Machine) -> list[dict[str, Any]]:
+    from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
+
+    return machine.made.host.recorder.recipe().ordered(rank).to_json()
+
+
 async def _describe(
     may: MaySendDescriptors,
     channel: CprChannel,
@@ -172,13 +198,11 @@ async def _describe(
     limits: CprLimits,
 ) -> None:
     """Tell the destination what the machine is, lend it every descriptor, and wait until it has built it all."""
-    from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
-
     host = machine.made.host
     with trio.move_on_after(limits.building) as patience:
         await channel.hello(host.start.version.package)
         body: Mapping[str, Any] = {
-            "recipe": host.recorder.recipe().ordered(rank).to_json(),
+            "recipe": _recipe(machine),
             "run-state": host.status.name,
         }
         descriptors = {**machine.descriptors(), "owner": cell.fd}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 from vmm.capabilities import (
+    MayAppendRecipe,
     MayCancelMigration,
     MayConfigureMachine,
     MayListen,
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
 @final
 @attrs.frozen
 class PrecreateGrants:
-    """Tokens of this phase."""
+    """Tokens of this phase. `may-append-recipe` notes what is laid over a machine that comes from elsewhere."""
 
     configure_machine: MayConfigureMachine
+    append_recipe: MayAppendRecipe
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     listen: MayListen
@@ -64,10 +66,12 @@ async def run_precreate(boot: Phase, host: Host) -> None:
         incoming = IncomingPort(phase, host, migration)
         inbox: Inbox[Definition] = Inbox("precreate")
         phase.publish(migration)
+        phase.publish(incoming)
 
         def grants(mint: Mint) -> PrecreateGrants:
             return PrecreateGrants(
                 configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"machine"})),
+                append_recipe=mint(MayAppendRecipe, host.overrides),
                 set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, migration.parameters),
                 listen=mint(MayListen, incoming),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import closing
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
@@ -23,14 +23,14 @@ from vmm.errors import CprError, InvalidState, MigrationRefused, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.guest_requests import GuestRequests
-from vmm.phases.migrating import TransferPlan, run_migrating
+from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
 from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Mapping
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
@@ -140,6 +140,11 @@ class _Departure:
     def __init__(self, inbox: Inbox[TransferPlan], run: Run) -> None:
         self._inbox = inbox
         self._run = run
+
+    async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
+        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
+        with closing(plan):
+            return await ask_destination(self._run.machine, plan)
 
     def start(self, plan: TransferPlan) -> Awaitable[None]:
         """Post `plan`, whose descriptors are closed if it is not carried out.

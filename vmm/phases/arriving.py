@@ -1,0 +1,161 @@
+"""A recipe that came from another process: data, to be checked whole before anything of it is carried out.
+
+It may hold commands that make a machine and no others, each with arguments of the right form, in the order of the
+phases. What this side was told beforehand goes over it, command by command and, in a decision, member by member.
+Of this host it may have what its sender gave descriptors for, and what the operator allowed by name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+
+from vmm.errors import DifferencesVisible, InvalidArguments, OptionInvalid, RecipeInvalid, ResourcesMissing, Unsupported
+from vmm.monitor.arguments import structure, unstructure
+from vmm.phases.catalog import rank
+from vmm.phases.differences import DECISIONS, compare, name_of, visible
+from vmm.phases.host_resources import missing, redirected, resources_of
+from vmm.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from vmm.monitor.command import CommandTable
+    from vmm.phases.differences import Difference
+
+NEEDED: Final = (*DECISIONS, "finish-machine-init")
+"""Commands that every whole machine's recipe has, once each."""
+
+ADMITTED: Final = (*NEEDED, "chardev-add", "object-add", "set-numa-node", "device_add")
+"""Commands that a recipe from elsewhere may have."""
+
+
+@final
+@attrs.frozen
+class Arriving:
+    """A checked recipe, with what this side has otherwise."""
+
+    recipe: Recipe
+    differences: tuple[Difference, ...]
+    here: frozenset[str]
+    """Names of the host resources that this host opens itself. Descriptors of theirs that were sent are not used."""
+    given: Mapping[str, int]
+    """Descriptors that the operator gave this process for what the source sent none for, by name. They stay open."""
+
+    def require_same_guest(self, allowed: Iterable[str]) -> None:
+        """Raise `DifferencesVisible` for what the guest could tell and nobody has `allowed` by name."""
+        refused = visible(self.differences, allowed)
+        if refused:
+            raise DifferencesVisible(items=tuple(item.describe() for item in refused))
+
+    def require_resources(self, sent: Collection[str]) -> None:
+        """Raise `ResourcesMissing` for host resources of which no descriptor was `sent` and that nobody allowed."""
+        lacking = missing(self.recipe, (*sent, *self.given), self.here)
+        if lacking:
+            raise ResourcesMissing(names=tuple(lacking))
+
+
+def checked(recipe: Recipe, table: CommandTable) -> Recipe:
+    """Return `recipe`, which may be hostile, with all defaults written out.
+
+    Raises:
+        RecipeInvalid: it is not that of a whole machine; nothing of it was carried out.
+    """
+    steps = tuple(
+        _checked(recipe.source, f"command {n} ({step.execute})", step, table) for n, step in enumerate(recipe, 1)
+    )
+    _check_whole(recipe.source, steps)
+    return Recipe(recipe.source, steps)
+
+
+def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapping[str, str]) -> Arriving:
+    """Check `recipe`, lay `overrides` over it, and say in what the machine here will differ from the source's.
+
+    Args:
+        overrides: commands that were checked for their form when they were given.
+        allowed: name of a host resource -> the path that it has here; `fd:N` for a descriptor of this process; empty for
+            the path that the recipe says.
+
+    Raises:
+        RecipeInvalid: `recipe`, alone or with the overrides, is not that of a whole machine.
+    """
+    source = checked(recipe, table)
+    made = checked(_overridden(source, overrides), table)
+    numbers = {name: int(where[3:]) for name, where in allowed.items() if where.startswith("fd:")}
+    given = {
+        resource.descriptor: numbers[resource.name]
+        for step in made
+        for resource in resources_of(step)
+        if resource.name in numbers and resource.descriptor
+    }
+    paths = {name: path for name, path in allowed.items() if name not in numbers}
+    here = frozenset(paths) | frozenset(_opened(overrides))
+    return Arriving(redirected(made, paths), compare(source, made), here, given)
+
+
+def _checked(source: str, where: str, step: Step, table: CommandTable) -> Step:
+    if step.execute not in ADMITTED or not table.knows(step.execute):
+        reason = f"a recipe from elsewhere has only commands that make a machine: {', '.join(sorted(ADMITTED))}"
+        raise RecipeInvalid(source=source, where=where, reason=reason)
+    kind = table[step.execute].arguments
+    try:
+        if kind is None:
+            return step
+        arguments: Any = structure(kind, step.arguments, step.execute)
+        if hasattr(arguments, "check"):
+            arguments.check()
+    except (InvalidArguments, OptionInvalid, Unsupported) as error:
+        raise RecipeInvalid(source=source, where=where, reason=str(error)) from error
+    if step.execute not in DECISIONS:
+        return step
+    complete = unstructure(arguments)
+    assert isinstance(complete, dict)
+    return Step(step.execute, complete)
+
+
+def _check_whole(source: str, steps: tuple[Step, ...]) -> None:
+    names = [step.execute for step in steps]
+    for name in NEEDED:
+        if names.count(name) != 1:
+            reason = f"it has {name} {names.count(name)} times; the recipe of a whole machine has it once"
+            raise RecipeInvalid(source=source, where="as a whole", reason=reason)
+    seen: set[str] = set()
+    last = steps[0]
+    for number, step in enumerate(steps, 1):
+        where = f"command {number} ({step.execute})"
+        if rank(step) < rank(last):
+            reason = f"it comes before {last.execute}, not after it: a recipe has the order of the phases"
+            raise RecipeInvalid(source=source, where=where, reason=reason)
+        last = step
+        if "id" in step.arguments:
+            name = name_of(step)
+            if name in seen:
+                raise RecipeInvalid(source=source, where=where, reason=f"{name!r} is there twice; a name is given once")
+            seen.add(name)
+
+
+def _overridden(source: Recipe, overrides: Recipe) -> Recipe:
+    steps = list(source)
+    if any(step.execute == "set-numa-node" for step in overrides):
+        steps = [step for step in steps if step.execute != "set-numa-node"]
+    for override in overrides:
+        steps = _laid_over(steps, override)
+    return Recipe(source.source, tuple(steps)).ordered(rank)
+
+
+def _laid_over(steps: list[Step], override: Step) -> list[Step]:
+    if override.execute == "set-numa-node":
+        return [*steps, override]
+    if override.execute in DECISIONS:
+        return [
+            Step(step.execute, {**step.arguments, **override.arguments}) if step.execute == override.execute else step
+            for step in steps
+        ]
+    if not any(name_of(step) == name_of(override) for step in steps):
+        return [*steps, override]
+    return [override if name_of(step) == name_of(override) else step for step in steps]
+
+
+def _opened(overrides: Recipe) -> Iterable[str]:
+    return (resource.name for step in overrides for resource in resources_of(step))
