@@ -255,3 +255,30 @@ async def test_a_kernel_is_replaced_by_an_allowed_one_only_where_none_was_sent(t
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await update(source, tmp_path))["status"] == "completed"
         assert await otherwise(destination) == {}
+
+
+async def test_a_descriptor_that_the_operator_gave_stands_in_for_one_that_was_not_sent(tmp_path: Path) -> None:
+    """A source that runs the kernel built in sends none; overridden by a file, its descriptor may come from a number."""
+    image = tmp_path / "image"
+    image.write_bytes(b"\xf4" * 512)
+    with image.open("rb") as file:
+        start = Start(Recipe("of this test"), allowed_resources={"kernel": f"fd:{file.fileno()}"})
+        async with vmm.machine(start=start) as destination, vmm.machine(guest(tmp_path)) as source:
+            await destination.execute("migrate-incoming", channels=channels(tmp_path))
+            await destination.execute("machine-set", kernel="flat:/nowhere")
+            await destination.execute("x-allow-difference", names=["machine-set.kernel"])
+            assert (await update(source, tmp_path))["status"] == "completed"
+            await destination.execute("system_reset")
+
+
+async def test_a_descriptor_that_is_not_open_is_named(tmp_path: Path) -> None:
+    start = Start(Recipe("of this test"), allowed_resources={"kernel": "fd:987"})
+    async with vmm.machine(start=start) as destination, vmm.machine(guest(tmp_path)) as source:
+        await destination.execute("migrate-incoming", channels=channels(tmp_path))
+        await destination.execute("machine-set", kernel="flat:/nowhere")
+        await destination.execute("x-allow-difference", names=["machine-set.kernel"])
+        for _ in range(2):
+            assert (
+                "Cannot duplicate descriptor 987: Bad file descriptor" in (await update(source, tmp_path))["error-desc"]
+            )
+        assert (await source.execute("query-status"))["running"] is True

@@ -74,8 +74,8 @@ def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapp
 
     Args:
         overrides: commands that were checked for their form when they were given.
-        allowed: name of a host resource -> the path that it has here; `fd:N` for a descriptor of this process; empty for
-            the path that the recipe says.
+        allowed: name of a host resource -> the path that it has here, `fd:N` for a descriptor of this process, or
+            nothing for the path that the recipe says.
 
     Raises:
         RecipeInvalid: `recipe`, alone or with the overrides, is not that of a whole machine.
@@ -90,7 +90,7 @@ def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapp
         if resource.name in numbers and resource.descriptor
     }
     paths = {name: path for name, path in allowed.items() if name not in numbers}
-    here = frozenset(paths) | frozenset(_opened(overrides))
+    here = frozenset(paths) | frozenset(_opened(overrides)) - frozenset(numbers)
     return Arriving(redirected(made, paths), compare(source, made), here, given)
 
 

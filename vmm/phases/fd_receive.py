@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, final
 import attrs
 import trio
 
-from vmm import hostio
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
@@ -135,7 +134,7 @@ async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inherita
                 return None
             try:
                 arrival = _arrival_of(message, channel, steps, port, inheritance)
-            except (CprError, RequestError) as error:
+            except VmmError as error:
                 raise await channel.refuse(str(error)) from error
         steps.reach("described")
         return arrival
@@ -157,17 +156,17 @@ def _verdict(message: Message, port: IncomingPort) -> dict[str, Any]:
 def _arrival_of(
     message: Message, channel: CprChannel, steps: Steps, port: IncomingPort, inheritance: Inheritance
 ) -> Arrival:
-    """Take out of `message` what it brings. Raises `CprError`, `RequestError`; then nothing has been taken over."""
+    """Take out of `message` what it brings. Raises `VmmError`; then nothing has been taken over."""
     source = Recipe.from_json("of the source", message.body.get("recipe"))
     run_state = message.body.get("run-state")
     if run_state_named(run_state) is None:
         raise RecipeInvalid(source=source.source, where="as a whole", reason=f"run state {run_state!r} is none")
     arriving = port.consider(source, message.descriptors.keys())
+    inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
     stderr = message.descriptors.pop(STDERR, -1)
     inheritance.add(message.descriptors)
     message.descriptors = {}
-    inheritance.add({name: hostio.dup(fd) for name, fd in arriving.given.items()})
     inheritance.open_here(arriving.here, socket_paths(source))
     return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
 

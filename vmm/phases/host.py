@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -49,6 +50,19 @@ class Inheritance:
         self._unclaimed: dict[str, int] = {}
         self._replaced: dict[str, tuple[int, str]] = {}
         self._here: frozenset[str] = frozenset()
+
+    def add_copies(self, descriptors: Mapping[str, int]) -> None:
+        """Add copies of `descriptors`, of which this process keeps its own. Those of an earlier call are forgotten.
+
+        Raises:
+            HostFileRefused: one is not open; none was added.
+        """
+        self.close()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for name, fd in descriptors.items():
+                self._unclaimed[name] = hostio.dup(fd)
+            undo.pop_all()
 
     def open_here(self, resources: frozenset[str], paths: Mapping[str, str]) -> None:
         """Let `resources` be opened on this host. Descriptors of theirs that came are kept aside, unused.
