@@ -258,7 +258,7 @@ async def test_a_kernel_is_replaced_by_an_allowed_one_only_where_none_was_sent(t
 
 
 async def test_a_descriptor_that_the_operator_gave_stands_in_for_one_that_was_not_sent(tmp_path: Path) -> None:
-    """A source that runs the kernel built in sends none; overridden by a file, its descriptor may come from a number."""
+    """A source with a built-in kernel sends none; where that is overridden by a file, its descriptor can be given."""
     image = tmp_path / "image"
     image.write_bytes(b"\xf4" * 512)
     with image.open("rb") as file:
