@@ -347,6 +347,26 @@ class MayAppendRecipe(Token[RecipeSink]):
         self._reach().append(command, arguments)
 
 
+class NumaNodes(Protocol):
+    """The machine's NUMA nodes, while they are made."""
+
+    def set(self, options: Any) -> None:
+        """Carry out one `set-numa-node`, whole or not at all. `OptionInvalid`, `Unsupported`."""
+        ...
+
+
+@final
+class MaySetNuma(Token[NumaNodes]):
+    """May divide the machine's memory and vCPUs into NUMA nodes."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-set-numa"
+
+    def set(self, options: Any) -> None:
+        """Make a node, set a distance, or place vCPUs."""
+        self._reach().set(options)
+
+
 class Settings(Protocol):
     """A table of settings that is changed as a whole or not at all."""
 
@@ -694,8 +714,8 @@ class MayReleaseGuest(Token[OwnershipOffer]):
 
 KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayQuery, MayQuit, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
-    MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetMigrationCap, MaySetMigrationParam, MayListen,
-    MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
+    MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
+    MayListen, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayStartMigration, MayCancelMigration, MaySendDescriptors, MaySaveState, MayReleaseGuest,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""

@@ -14,11 +14,13 @@ from vmm.hw.boot.acpi import acpi_tables
 from vmm.hw.boot.image import image_path, plan_boot
 from vmm.hw.boot.plan import BinarySource
 from vmm.phases.host_resources import BUILTIN
+from vmm.phases.numa import NumaTable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vmm.capabilities import MayAdoptDescriptor, MayOpenHostFile
+    from vmm.hw.boot.numa import Numa
     from vmm.hw.boot.plan import BootPlan
     from vmm.phases.config import MachineOptions
     from vmm.phases.foundation import Host
@@ -36,6 +38,10 @@ class Definition:
     initrd: BinarySource | None
     _fds: dict[str, int]
     plan: BootPlan | None = None
+    numa: NumaTable = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.numa = NumaTable(self.options.smp.cpus, self.options.memory.size)
 
     @classmethod
     def obtain(cls, options: MachineOptions, source: MayOpenHostFile | MayAdoptDescriptor) -> Definition:
@@ -64,12 +70,20 @@ class Definition:
 
     def check(self) -> None:
         """Find out whether the images can be booted on this machine. Raises `BootError`."""
+        self._plan(None)
+
+    def complete(self) -> None:
+        """Put into the boot plan what has been decided since `check`. Raises `OptionInvalid`, `BootError`."""
+        numa = self.numa.complete()
+        if numa is not None:
+            self._plan(numa)
+
+    def _plan(self, numa: Numa | None) -> None:
+        options = self.options
+        cpus = options.smp.cpus
         if self.kernel is not None:
-            options = self.options
-            cpus = options.smp.cpus
-            self.plan = plan_boot(
-                self.kernel, self.initrd, options.append, options.memory.size, cpus, acpi_tables(cpus)
-            )
+            tables = acpi_tables(cpus, numa=numa)
+            self.plan = plan_boot(self.kernel, self.initrd, options.append, options.memory.size, cpus, tables)
 
     def descriptors(self) -> Mapping[str, int]:
         """Return what a successor needs of the open files, by resource name."""

@@ -21,6 +21,7 @@ _BACKENDS: Final = "vmm.phases.commands_backends"
 _MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
 _CPUS: Final = "vmm.phases.commands_cpus"
+_NUMA: Final = "vmm.phases.commands_numa"
 _MIGRATION: Final = "vmm.phases.commands_migration"
 _UPDATE: Final = "vmm.phases.commands_update"
 
@@ -54,6 +55,7 @@ COMMANDS: Final = (
     Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel", overrides=True),
     Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate", moves_to="accel"),
     Command("accel-set", f"{_MACHINE}:accel_set", moves_to="preconfig", overrides=True),
+    Command("set-numa-node", f"{_NUMA}:set_numa_node", recorded=True, overrides=True),
     Command("cpu-model-set", f"{_MACHINE}:cpu_model_set", moves_to="devices", overrides=True),
     Command("x-exit-preconfig", f"{_MACHINE}:x_exit_preconfig", moves_to="devices"),
     Command("finish-machine-init", f"{_MACHINE}:finish_machine_init", moves_to="running"),

@@ -100,6 +100,8 @@ class CpuProps:
     socket_id: int
     core_id: int
     thread_id: int
+    node_id: int | None = None
+    """Its NUMA node, in a machine that has any."""
 
 
 @final
@@ -119,12 +121,14 @@ def query_cpus_fast(may: MayQuery) -> list[CpuInfoFast]:
     """List the vCPUs with their host threads, without disturbing them."""
     from vmm.phases.machine import Machine  # Brings KVM.
 
+    machine = may.view(Machine)
+    node_of = machine.made.definition.numa.node_of
     return [
         CpuInfoFast(
             cpu_index=vcpu.index,
             qom_path=f"/machine/unattached/device[{vcpu.index}]",
             thread_id=vcpu.thread_id,
-            props=CpuProps(socket_id=0, core_id=vcpu.index, thread_id=0),
+            props=CpuProps(socket_id=0, core_id=vcpu.index, thread_id=0, node_id=node_of(vcpu.index)),
         )
-        for vcpu in may.view(Machine).vcpus
+        for vcpu in machine.vcpus
     ]

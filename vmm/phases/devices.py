@@ -15,6 +15,7 @@ from vmm.capabilities import (
     MayOpenHostFile,
     MayPlugDevice,
     MayRunVcpus,
+    MaySetNuma,
     MayWriteGuestMemory,
 )
 from vmm.nursery_tree import Inbox
@@ -46,6 +47,7 @@ class DevicesGrants:
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
     configure_machine: MayConfigureMachine
+    set_numa: MaySetNuma
     run_vcpus: MayRunVcpus
     write_guest_memory: MayWriteGuestMemory | None
 
@@ -87,6 +89,7 @@ async def run_devices(
                     create_backend=mint(MayCreateBackend, host.stores),
                     open_host_file=mint(MayOpenHostFile, host.files),
                     configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"board"})),
+                    set_numa=mint(MaySetNuma, made.definition.numa),
                     run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
                     write_guest_memory=mint(MayWriteGuestMemory, memory) if owned else None,
                 )
@@ -98,6 +101,7 @@ async def run_devices(
                 phase.publish(machine)
 
                 def carry_out(decision: GoOn) -> GoOn:
+                    made.definition.complete()
                     if window.grants.write_guest_memory is not None:
                         machine.power_on(window.grants.write_guest_memory)
                     host.recorder.record("finish-machine-init", {})

@@ -15,6 +15,7 @@ from vmm.capabilities import (
     MayRunVcpus,
     MaySetMigrationCap,
     MaySetMigrationParam,
+    MaySetNuma,
 )
 from vmm.nursery_tree import Inbox
 from vmm.phases.building import WishToRun
@@ -40,6 +41,7 @@ class PreconfigGrants:
     """Tokens of this phase. `may-run-vcpus` only says here whether the guest shall run once it can."""
 
     configure_machine: MayConfigureMachine
+    set_numa: MaySetNuma
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
     set_migration_cap: MaySetMigrationCap
@@ -77,6 +79,7 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
         def grants(mint: Mint) -> PreconfigGrants:
             return PreconfigGrants(
                 configure_machine=mint(MayConfigureMachine, _Decision(inbox, until), only=frozenset({"cpu"})),
+                set_numa=mint(MaySetNuma, made.definition.numa),
                 create_backend=mint(MayCreateBackend, host.stores),
                 open_host_file=mint(MayOpenHostFile, host.files),
                 set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
@@ -88,8 +91,12 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
 
         def carry_out(decision: CpuOptions | GoOn) -> tuple[CpuModel, GoOn | None]:
             cpu = offer.choose(decision if isinstance(decision, CpuOptions) else CpuOptions())
+            further = decision if isinstance(decision, GoOn) else onward
+            if further is not None:
+                # There is no command in between that could still complete what is not complete.
+                made.definition.complete()
             host.recorder.record_options("cpu-model-set", cpu.options)
-            return cpu, decision if isinstance(decision, GoOn) else onward
+            return cpu, further
 
         async with phase.window(grants):
             cpu, decided = await phase.decided(inbox, carry_out)

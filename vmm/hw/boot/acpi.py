@@ -13,7 +13,7 @@ Source: ACPI Specification 6.5: 5.2.5 (RSDP), 5.2.8 (XSDT), 5.2.9 (FADT), 5.2.10
 from __future__ import annotations
 
 import struct
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import attrs
 
@@ -22,6 +22,9 @@ from vmm.hw import board
 from vmm.hw.acpi_pm import SLEEP_TYPE_S5
 from vmm.hw.boot import aml, layout
 from vmm.hw.boot.plan import Data
+
+if TYPE_CHECKING:
+    from vmm.hw.boot.numa import Numa
 
 SCI = board.SCI_GSI
 RESET_PORT = board.I8042_COMMAND
@@ -41,7 +44,7 @@ class PciRoot:
     """Device number, pin (0 is INTA) and GSI of each interrupt line in use. Devices with MSI-X need none."""
 
 
-def acpi_tables(cpus: int, pci: PciRoot | None = None) -> Data:
+def acpi_tables(cpus: int, pci: PciRoot | None = None, *, numa: Numa | None = None) -> Data:
     """Return the tables of a machine with `cpus` processors, the RSDP first, at a place where it is found by search.
 
     Raises:
@@ -57,8 +60,10 @@ def acpi_tables(cpus: int, pci: PciRoot | None = None) -> Data:
     facs = add(struct.pack("<4sI24xB31x", b"FACS", 64, 2), 64)
     dsdt = add(_table(b"DSDT", 2, _dsdt(pci)))
     fadt = add(_table(b"FACP", 6, _fadt(facs, dsdt)))
-    madt = add(_table(b"APIC", 5, _madt(cpus)))
-    xsdt = add(_table(b"XSDT", 1, struct.pack("<2Q", fadt, madt)))
+    listed = [fadt, add(_table(b"APIC", 5, _madt(cpus)))]
+    if numa is not None:
+        listed += [add(_table(b"SRAT", 3, numa.srat())), add(_table(b"SLIT", 1, numa.slit()))]
+    xsdt = add(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     blob[:36] = _rsdp(xsdt)
     if len(blob) > layout.ACPI_ROOM:
         raise BootError(
