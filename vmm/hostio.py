@@ -570,6 +570,18 @@ def adopt_connection(fd: int) -> int:
     return fd
 
 
+def adopt_socket(fd: int, kind: str) -> int:
+    """Take over socket number `fd`, which this process was started with or was sent: close-on-exec, and not blocking.
+
+    Raises:
+        DescriptorWrongKind: it is not a `kind`, in the words of `descriptor_kind`; it stays as it is.
+    """
+    require_kind(fd, str(fd), kind)
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+    return fd
+
+
 def pty_slave_name(master: int) -> str:
     """Return the path of the slave of a pty. Raises `OSError` if `master` is none."""
     number = array.array("I", [0])

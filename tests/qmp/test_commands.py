@@ -158,7 +158,7 @@ def precreate(directory: Path) -> list[Step]:
         bad("object-add", "Chardev 'm' is in use by monitor q", qom_type="monitor-qmp", id="r", chardev="m"),
         bad(
             "object-add", "Monitor over a chardev of kind 'null' is not supported here; "
-            "a monitor needs a chardev of kind socket", qom_type="monitor-qmp", id="r", chardev="a",
+            "a monitor needs a chardev of kind socket or stdio", qom_type="monitor-qmp", id="r", chardev="a",
         ),
         wrong(
             "object-add", "'qom-type' does not accept \"rng\"; "

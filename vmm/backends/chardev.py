@@ -62,6 +62,8 @@ class Chardev(ABC):
     def __init__(self, label: str, complain: Complain, *, inherited: bool) -> None:
         """Begin at rest if `inherited`."""
         self.label = label
+        self.surrendered = False
+        """Whether its one connection was given away for good: nothing of it is left for a device, or a successor."""
         self._complain: Final = complain
         self._watch: Final = Watch()
         self._output: Final = OutputBuffer(self._watch.ring)

@@ -17,6 +17,7 @@ from vmm.backends.chardev_options import (
     ChardevPtyWrapper,
     ChardevSocket,
     ChardevSocketWrapper,
+    FdSocketAddress,
 )
 from vmm.backends.chardev_pty import PtyChardev
 from vmm.backends.chardev_socket import CLIENT, FIRST_CLIENT, SocketChardev, serial_of
@@ -136,8 +137,13 @@ def _openers(backend: ChardevBackend) -> dict[str, Callable[[], int]]:
     if isinstance(backend, ChardevPtyWrapper):
         return {"master": lambda: terminals.open_pty()[0]}
     if isinstance(backend, ChardevSocketWrapper):
-        path = backend.data.addr.data.path
-        if backend.data.server:
+        address, server = backend.data.addr.data, backend.data.server
+        if isinstance(address, FdSocketAddress):
+            fd = int(address.name)
+            kind = "a listening unix socket" if server else "a connected unix socket"
+            return {"listener" if server else FIRST_CLIENT: lambda: hostio.adopt_socket(fd, kind)}
+        path = address.path
+        if server:
             return {"listener": lambda: hostio.listen_unix(path).detach()}
         return {FIRST_CLIENT: lambda: hostio.connect_unix(path).detach()}
     return {"input": lambda: terminals.open_private(0), "output": lambda: terminals.open_private(1)}
@@ -179,17 +185,22 @@ def _make(
 def _make_socket(
     label: str, options: ChardevSocket, found: _Found, complain: Complain, *, inherited: bool
 ) -> SocketChardev:
-    path = options.addr.data.path
+    address = options.addr.data
+    path, where = (
+        (None, f"fd:{address.name}") if isinstance(address, FdSocketAddress) else (address.path, f"unix:{address.path}")
+    )
     client = next((name for name in found.descriptors if name != "listener"), None)
     fd = None if client is None else found.descriptors[client]
     serial = (serial_of(client) if client is not None else None) or 1
     if not options.server:
-        return SocketChardev(label, path, complain, client=fd, serial=serial, inherited=inherited)
+        return SocketChardev(label, where, path, complain, client=fd, serial=serial, inherited=inherited)
     listener = hostio.adopt_listener(found.descriptors["listener"])
     try:
-        return SocketChardev(label, path, complain, listener=listener, client=fd, serial=serial, inherited=inherited)
+        return SocketChardev(
+            label, where, path, complain, listener=listener, client=fd, serial=serial, inherited=inherited
+        )
     except BaseException:
-        if not inherited:
+        if not inherited and path is not None:
             hostio.unlink_own(path, listener)
         listener.detach()  # the caller closes it with the others
         raise

@@ -48,10 +48,28 @@ class UnixSocketAddressWrapper:
 
 @final
 @attrs.frozen
+class FdSocketAddress:
+    """A unix socket that is open already."""
+
+    name: str = attrs.field(metadata={"wire": "str"})
+    """Digits are the number of a descriptor that this process was started with; others a name given by `getfd`."""
+
+
+@final
+@attrs.frozen
+class FdSocketAddressWrapper:
+    """The `fd` branch of SocketAddressLegacy."""
+
+    data: FdSocketAddress
+    type: Literal["fd"] = "fd"
+
+
+@final
+@attrs.frozen
 class ChardevSocket:
     """Options of kind socket. A server takes one client at a time; `wait` must be off: the guest waits for nobody."""
 
-    addr: Annotated[UnixSocketAddressWrapper, Union("type")]
+    addr: Annotated[UnixSocketAddressWrapper | FdSocketAddressWrapper, Union("type")]
     server: bool = True
     wait: bool = False
 

@@ -36,7 +36,8 @@ class SocketChardev(Chardev):
     def __init__(
         self,
         label: str,
-        path: str,
+        where: str,
+        path: str | None,
         complain: Complain,
         *,
         listener: socket.socket | None = None,
@@ -44,9 +45,13 @@ class SocketChardev(Chardev):
         serial: int = 1,
         inherited: bool = False,
     ) -> None:
-        """Own `listener` (of a server) and `client` (if one is connected), the `serial`th one. They do not block."""
+        """Own `listener` (of a server) and `client` (if one is connected), the `serial`th one. They do not block.
+
+        `where` is what texts call it. `path` is the listener's to remove at the end; None if it was open already.
+        """
         super().__init__(label, complain, inherited=inherited)
         self._path = path
+        self._where = where
         self._listener = listener
         self._client = client
         self._serial = serial if client is not None else serial - 1
@@ -62,7 +67,7 @@ class SocketChardev(Chardev):
     @property
     def filename(self) -> str:
         server = ",server=on" if self._listener is not None else ""
-        return f"{'disconnected:' if self._client is None else ''}unix:{self._path}{server}"
+        return f"{'disconnected:' if self._client is None else ''}{self._where}{server}"
 
     def descriptors(self) -> dict[str, int]:
         found = {}
@@ -82,6 +87,7 @@ class SocketChardev(Chardev):
         client, self._client = self._client, None
         if client is not None:
             self._watch.remove(client)
+            self.surrendered = self._listener is None
         return client
 
     def _open_output(self) -> None:
@@ -117,7 +123,7 @@ class SocketChardev(Chardev):
         if self._listener is None:
             return False
         try:
-            client = hostio.accept(self._listener, self._path)
+            client = hostio.accept(self._listener, self._path or self._where)
         except PeerRefused as error:
             self._complain(f"Chardev {self.label!r}: {error}")
             return True
@@ -198,7 +204,7 @@ class SocketChardev(Chardev):
         self._close_client()
         if self._listener is not None:
             self._watch.remove(self._listener.fileno())
-            if owner:
+            if owner and self._path is not None:
                 hostio.unlink_own(self._path, self._listener)
             self._listener.close()
 

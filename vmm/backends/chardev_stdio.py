@@ -105,7 +105,22 @@ class StdioChardev(Chardev):
         return "stdio"
 
     def descriptors(self) -> dict[str, int]:
-        return {"input": self._source, "output": self._sink}
+        return {} if self.surrendered else {"input": self._source, "output": self._sink}
+
+    def surrender_streams(self) -> tuple[int, int]:
+        """Give input and output away: the descriptors are the caller's from here on. At rest, and only once.
+
+        A terminal is put back as it was: whoever types lines wants to see and to edit them.
+        """
+        assert self._quiesced
+        assert not self.surrendered
+        self.surrendered = True
+        if self._terminal is not None:
+            self._terminal.restore()
+            self._terminal, self._original = None, b""
+        for fd in (self._source, self._sink):
+            self._watch.remove(fd)
+        return self._source, self._sink
 
     def pending(self) -> ChardevState:
         return attrs.evolve(super().pending(), escape=self._keys.pending, terminal=self._original)
@@ -188,6 +203,8 @@ class StdioChardev(Chardev):
             self._output.drop()
 
     def _release(self, *, owner: bool) -> None:
+        if self.surrendered:
+            return
         if owner:
             self._own_terminal()
         if self._terminal is not None:

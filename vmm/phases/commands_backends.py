@@ -6,11 +6,19 @@ from typing import Annotated, final
 
 import attrs
 
+from vmm import hostio
 from vmm.backends.chardev_open import open_chardev
-from vmm.backends.chardev_options import ChardevBackend
+from vmm.backends.chardev_options import (
+    ChardevBackend,
+    ChardevSocketWrapper,
+    ChardevStdioWrapper,
+    FdSocketAddress,
+    FdSocketAddressWrapper,
+)
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
-from vmm.errors import NameTaken
+from vmm.errors import BackendInUse, DescriptorError, NameTaken
 from vmm.monitor.command import For
+from vmm.monitor.ports import Caller
 from vmm.phases.foundation import Host
 from vmm.phases.stores import BootStores
 
@@ -54,19 +62,52 @@ class ChardevInfo:
 
 
 async def chardev_add(
-    may: Annotated[MayCreateBackend, For("chardev")], host: HostSource, query: MayQuery, args: ChardevAdd
+    may: Annotated[MayCreateBackend, For("chardev")],
+    host: HostSource,
+    caller: Caller,
+    query: MayQuery,
+    args: ChardevAdd,
 ) -> ChardevReturn:
     """Make a chardev, and run it until the machine ends or `chardev-remove`."""
     machine = query.view(Host)
     if args.id in machine.stores.chardevs:
         raise NameTaken(what="Chardev", name=args.id)
-    chardev = open_chardev(args.id, args.backend, host, machine.complain, machine.leave_by_key)
+    if isinstance(args.backend, ChardevStdioWrapper) and not host.inherits:
+        _require_stdio_free(machine)
+    backend = _with_descriptor(args.backend, caller)
+    chardev = open_chardev(args.id, backend, host, machine.complain, machine.leave_by_key)
     try:
         await may.adopt("chardev", args.id, chardev)
     except BaseException:
         chardev.close()
         raise
     return ChardevReturn(pty=chardev.pty)
+
+
+def _require_stdio_free(machine: Host) -> None:
+    """Raise `BackendInUse` where there is a chardev on standard input and output: each would get a part of the input.
+
+    What a predecessor sent is another process's.
+    """
+    for label, held in machine.stores.chardevs.items():
+        if held.chardev.kind == "stdio":
+            raise BackendInUse(what="Chardev kind", name="stdio", user=f"chardev {label!r}")
+
+
+def _with_descriptor(backend: ChardevBackend, caller: Caller) -> ChardevBackend:
+    """Put the number of a descriptor in place of the name that `getfd` gave it; the chardev owns it from here on."""
+    if not isinstance(backend, ChardevSocketWrapper) or not isinstance(backend.data.addr, FdSocketAddressWrapper):
+        return backend
+    name = backend.data.addr.data.name
+    if name.isascii() and name.isdecimal() and len(name) < 10:
+        return backend
+    if name not in caller.descriptors:
+        known = ", ".join(sorted(caller.descriptors)) or "none"
+        raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
+    kind = "a listening unix socket" if backend.data.server else "a connected unix socket"
+    hostio.require_kind(caller.descriptors[name], name, kind)
+    number = FdSocketAddress(str(caller.descriptors.pop(name)))
+    return ChardevSocketWrapper(attrs.evolve(backend.data, addr=FdSocketAddressWrapper(number)))
 
 
 async def chardev_remove(may: Annotated[MayCreateBackend, For("chardev")], query: MayQuery, args: Id) -> None:

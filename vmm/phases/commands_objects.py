@@ -18,7 +18,9 @@ from vmm.phases.stores import MONITOR
 
 if TYPE_CHECKING:
     from vmm.backends.rng import Rng
+    from vmm.phases.monitors import Monitor
     from vmm.phases.stores import BootStores
+    from vmm.phases.websocket import WebSocketBackend
 
 HostSource = MayOpenHostFile | MayAdoptDescriptor
 
@@ -35,7 +37,7 @@ class _Object:
 @final
 @attrs.frozen(kw_only=True)
 class MonitorQmp(_Object):
-    """A monitor over the socket of a chardev."""
+    """A monitor over a chardev of kind socket or stdio."""
 
     qom_type: Literal["monitor-qmp"]
     chardev: str | None = None
@@ -121,29 +123,36 @@ async def _add_monitor(may: MayCreateBackend, host: HostSource, machine: Host, a
         raise OptionInvalid(option="object-add", value=args.id, wanted="complete: a monitor-qmp needs chardev or fd")
     if args.fd is not None:
         fd = hostio.adopt_connection(args.fd)
-        await may.adopt("monitor", args.id, machine.monitors.over_connection(args.id, fd))
+        await _adopt(may, args.id, machine.monitors.over_connection(args.id, fd))
         return
     label = str(args.chardev)
     chardev = machine.stores.take_chardev(label, f"{MONITOR}{args.id}")
     try:
         await chardev.quiesce()
         monitor = machine.monitors.over_chardev(args.id, chardev, held=host.inherits)
-        await may.adopt("monitor", args.id, monitor)
+        await _adopt(may, args.id, monitor)
     except BaseException:
         machine.stores.free_chardev(label)
         raise
-    machine.recorder.record("object-add", {"qom-type": "monitor-qmp", "id": args.id, "chardev": label})
+    if monitor.moves:
+        machine.recorder.record("object-add", {"qom-type": "monitor-qmp", "id": args.id, "chardev": label})
+    else:
+        machine.recorder.forget("chardev-add", "id", label)
+
+
+async def _adopt(may: MayCreateBackend, name: str, monitor: Monitor | WebSocketBackend) -> None:
+    try:
+        await may.adopt("monitor", name, monitor)
+    except BaseException:
+        monitor.close()
+        raise
 
 
 async def _add_websocket(may: MayCreateBackend, host: HostSource, machine: Host, args: MonitorWebsocket) -> None:
     from vmm.phases.websocket import make_websocket  # The websocket library, which few machines need.
 
     backend, arguments = make_websocket(machine.monitors, host, args)
-    try:
-        await may.adopt("monitor", args.id, backend)
-    except BaseException:
-        backend.close()
-        raise
+    await _adopt(may, args.id, backend)
     machine.recorder.record("object-add", arguments)
 
 

@@ -1,7 +1,13 @@
-"""Monitors as back ends: over a chardev's socket, or over a connected socket that this process was started with."""
+"""Monitors as back ends: over a chardev, or over a connected socket that this process was started with.
+
+One that listens goes over to a successor in a live update. One over a single connection (stdio, a socket that was open
+already, one that was connected to) stays with its client and this process, and is no part of the machine's recipe.
+When that client has left, nobody else comes, and the machine goes on.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING, Final, final
 
@@ -38,22 +44,30 @@ class Monitor:
         self,
         monitor: SocketMonitor,
         *,
-        chardev: SocketChardev | None = None,
+        chardev: Chardev | None = None,
         listener: socket.socket | None = None,
         connection: socket.socket | None = None,
+        streams: tuple[int, int] | None = None,
         held: bool = False,
     ) -> None:
+        """Own `listener`, `connection` and `streams`: descriptors to read and to write."""
         self._monitor = monitor
         self._chardev = chardev
         self._listener = listener
         self._connection = connection
+        self._streams = streams
         if held:
             self.hold()
 
     @property
     def chardev(self) -> str | None:
-        """Label of the chardev whose socket this is."""
+        """Label of the chardev that it speaks over."""
         return self._chardev.label if self._chardev is not None else None
+
+    @property
+    def moves(self) -> bool:
+        """Whether a successor goes on with it."""
+        return self._listener is not None
 
     @property
     def clients(self) -> int:
@@ -82,9 +96,19 @@ class Monitor:
                     nursery.start_soon(self._close_when_given_up, self._listener)
                 if self._connection is not None:
                     nursery.start_soon(self._monitor.serve_connection, self._connection)
-        if self._listener is not None:
-            self._listener.close()
+                if self._streams is not None:
+                    nursery.start_soon(self._monitor.serve_descriptors, *self._streams)
+        self.close()
         ended.set()
+
+    def close(self) -> None:
+        """Close all that it owns. Idempotent; `serve` does it at its end."""
+        for sock in (self._listener, self._connection):
+            if sock is not None:
+                sock.close()
+        streams, self._streams = self._streams, None
+        for fd in set(streams or ()):
+            os.close(fd)
 
     async def _close_when_given_up(self, listener: socket.socket) -> None:
         # As long as it is open somewhere, clients that nobody will accept are not refused either.
@@ -92,7 +116,7 @@ class Monitor:
         listener.close()
 
     def _admit(self, client: socket.socket) -> None:
-        hostio.admit_peer(client, str(self._chardev.filename if self._chardev is not None else "a monitor"))
+        hostio.admit_peer(client, self._chardev.filename if self._chardev is not None else "a monitor")
 
     # Live update.
 
@@ -126,14 +150,24 @@ class MonitorMaker:
     complain: Callable[[str], None]
 
     def over_chardev(self, name: str, chardev: Chardev, *, held: bool) -> Monitor:
-        """Make a monitor over a socket chardev, which must be at rest and stays so. `Unsupported` for other kinds."""
+        """Make a monitor over a socket or stdio chardev, which must be at rest and stays so.
+
+        Raises:
+            Unsupported: the chardev is of another kind.
+        """
+        monitor = self._socket_monitor(name)
+        if chardev.kind == "stdio":
+            from vmm.backends.chardev_stdio import StdioChardev  # As whoever made it has done.
+
+            assert isinstance(chardev, StdioChardev)
+            return Monitor(monitor, chardev=chardev, streams=chardev.surrender_streams(), held=held)
         if not isinstance(chardev, SocketChardev):
-            instead = "a monitor needs a chardev of kind socket"
+            instead = "a monitor needs a chardev of kind socket or stdio"
             raise Unsupported(what="Monitor over a chardev of kind", name=chardev.kind, instead=instead)
         client = chardev.surrender_client()
         listener = chardev.descriptors().get("listener")
         return Monitor(
-            self._socket_monitor(name),
+            monitor,
             chardev=chardev,
             listener=socket.socket(fileno=hostio.dup(listener)) if listener is not None else None,
             connection=socket.socket(fileno=client) if client is not None else None,

@@ -132,6 +132,8 @@ class BootStores:
         held = self._held(label)
         if held.user is not None:
             raise BackendInUse(what="Chardev", name=label, user=held.user)
+        if held.chardev.surrendered:
+            raise BackendInUse(what="Chardev", name=label, user="the client of a monitor that has ended; make another")
         held.user = user
         return held.chardev
 
@@ -175,7 +177,7 @@ class BootStores:
         for monitor, _ in self.monitors.values():
             monitor.go_on()
         for held in self.chardevs.values():
-            if held.user is None or not held.user.startswith(MONITOR):
+            if not held.chardev.surrendered and (held.user is None or not held.user.startswith(MONITOR)):
                 held.chardev.resume()
 
     def give_up(self) -> None:
@@ -235,7 +237,7 @@ class BootStores:
             None if recipe is None else {step.arguments.get("id") for step in recipe if step.execute == "chardev-add"}
         )
         for label, held in self.chardevs.items():
-            if moved is None or label in moved:
+            if not held.chardev.surrendered and (moved is None or label in moved):
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
 
     def declare_again(self, state: StateRegistry) -> None:
