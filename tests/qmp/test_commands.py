@@ -102,6 +102,22 @@ QUERIES = [
     wrong("query-cpus-fast", NONE_TAKEN, x=1),
     good("query-cpu-definitions", lambda v: {model["name"] for model in v} == {"host", "max", "base"}),
     wrong("query-cpu-definitions", NONE_TAKEN, x=1),
+    good("query-target", lambda v: v == {"arch": "x86_64"}),
+    good("query-kvm", lambda v: v["present"] is True),
+    good("query-machines", lambda v: v[0]["name"] == "microvm" and "compat-props" not in v[0]),
+    good("query-machines", lambda v: v[0]["compat-props"] == [], compat_props=True),
+    wrong("query-machines", "'compat-props' must be a boolean, not 1", compat_props=1),
+    *(
+        wrong(name, NONE_TAKEN, x=1)
+        for name in (
+            "query-target",
+            "query-kvm",
+            "query-accelerators",
+            "query-current-machine",
+            "query-memory-size-summary",
+            "query-hotpluggable-cpus",
+        )
+    ),
     wrong("query-cpu-model-expansion", "'type' is missing; 'model' is missing"),
     wrong("query-migrate", NONE_TAKEN, x=1),
     wrong("query-migrate-capabilities", NONE_TAKEN, x=1),
@@ -120,6 +136,12 @@ def precreate(directory: Path) -> list[Step]:
         good("query-status", lambda v: v == {"running": False, "status": "prelaunch"}),
         good("query-machine-phase", lambda v: v == {"phase": "no-machine", "path": PRE}),
         bad("query-cpus-fast", "The machine is not there before phase devices", "DeviceNotActive"),
+        bad("query-accelerators", "The accelerator is not there before phase backends", "DeviceNotActive"),
+        *(
+            bad(name, "The machine's definition is not there before phase accel", "DeviceNotActive")
+            for name in ("query-current-machine", "query-memory-size-summary", "query-hotpluggable-cpus")
+        ),
+        good("query-kvm", lambda v: v["enabled"] is False),
         good("query-fdsets", lambda v: v == []),
         # Chardevs and monitors.
         good("chardev-add", EMPTY, id="a", backend=NULL),
@@ -239,9 +261,19 @@ def built(kernel: str) -> list[Step]:
         good("query-name", lambda v: v == {"name": "n"}),
         good("query-uuid", lambda v: v == {"UUID": "6ba7b810-9dad-11d1-80b4-00c04fd430c8"}),
         good("query-machine-phase", lambda v: v["phase"] == "machine-created"),
+        good("query-memory-size-summary", lambda v: v == {"base-memory": 2 << 20, "plugged-memory": 0}),
+        good("query-current-machine", lambda v: v == {"wakeup-suspend-support": False}),
+        good(
+            "query-hotpluggable-cpus",
+            lambda v: v[1]
+            == {"type": "host-x86_64-cpu", "vcpus-count": 1, "qom-path": "/machine/unattached/device[0]",
+                "props": {"socket-id": 0, "core-id": 0, "thread-id": 0}},
+        ),
         wrong("accel-set", "'accel' must be a string, not 1", accel=1),
         bad("accel-set", "Accelerator 'tcg' is not supported here; there are kvm, and qtest for tests", accel="tcg"),
         good("accel-set", EMPTY, accel="kvm"),
+        good("query-accelerators", lambda v: v == {"enabled": "kvm", "present": ["kvm", "qtest"]}),
+        good("query-kvm", lambda v: v == {"enabled": True, "present": True}),
         good("query-machine-phase", lambda v: v["phase"] == "accel-created" and v["path"].endswith("/preconfig")),
         good("stop"),
         bad("system_reset", stands),

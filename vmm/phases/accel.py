@@ -172,6 +172,7 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
     """Wait for the accelerator, then go on to phase backends."""
     async with precreate.child("accel", machine_phase="machine-created") as phase:
         inbox: Inbox[AcceleratorOptions] = Inbox("accel")
+        phase.publish(made.definition)
 
         def grants(mint: Mint) -> AccelGrants:
             return AccelGrants(open_kvm=mint(MayOpenKvm, _Decision(inbox)))

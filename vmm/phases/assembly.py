@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import attrs
 
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 @final
 @attrs.define(eq=False)
 class Definition:
-    """What `machine-set` defined: the options, with the files that they name open."""
+    """What `machine-set` defined: the options, with the files that they name open. Published to `may-query`."""
+
+    what: ClassVar[str] = "The machine's definition"
+    phase: ClassVar[str] = "accel"
 
     options: MachineOptions
     kernel: BinarySource | None

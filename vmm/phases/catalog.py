@@ -21,6 +21,7 @@ _BACKENDS: Final = "vmm.phases.commands_backends"
 _MONITORS: Final = "vmm.phases.commands_monitors"
 _MACHINE: Final = "vmm.phases.commands_machine"
 _CPUS: Final = "vmm.phases.commands_cpus"
+_FACTS: Final = "vmm.phases.commands_facts"
 _NUMA: Final = "vmm.phases.commands_numa"
 _MIGRATION: Final = "vmm.phases.commands_migration"
 _UPDATE: Final = "vmm.phases.commands_update"
@@ -64,6 +65,13 @@ COMMANDS: Final = (
     Command("system_reset", f"{_MACHINE}:system_reset"),
     Command("query-status", f"{_MACHINE}:query_status"),
     Command("query-cpus-fast", f"{_MACHINE}:query_cpus_fast"),
+    Command("query-hotpluggable-cpus", f"{_FACTS}:query_hotpluggable_cpus"),
+    Command("query-target", f"{_FACTS}:query_target"),
+    Command("query-kvm", f"{_FACTS}:query_kvm"),
+    Command("query-accelerators", f"{_FACTS}:query_accelerators"),
+    Command("query-machines", f"{_FACTS}:query_machines"),
+    Command("query-current-machine", f"{_FACTS}:query_current_machine"),
+    Command("query-memory-size-summary", f"{_FACTS}:query_memory_size_summary"),
     Command("query-cpu-model-expansion", f"{_CPUS}:query_cpu_model_expansion"),
     Command("query-cpu-definitions", f"{_CPUS}:query_cpu_definitions"),
     Command("migrate-set-capabilities", f"{_MIGRATION}:migrate_set_capabilities"),

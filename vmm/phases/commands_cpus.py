@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from typing import Final, Literal, final
+from typing import Literal, final
 
 import attrs
 
 from vmm.capabilities import MayQuery
+from vmm.phases.commands_facts import kvm_is_present
 from vmm.phases.config import CpuOptions
 from vmm.phases.cpus import CpuOffer
-
-_KVM: Final = "/dev/kvm"
 
 
 @final
@@ -63,7 +61,7 @@ class CpuDefinitionInfo:
 
 def query_cpu_definitions(may: MayQuery) -> list[CpuDefinitionInfo]:
     """List the CPU models. None is static: what each has comes from this host, but for what props of base names."""
-    lacking = [] if os.access(_KVM, os.R_OK | os.W_OK) else ["kvm"]
+    lacking = [] if kvm_is_present() else ["kvm"]
     return [
         CpuDefinitionInfo(
             name=name,

@@ -17,6 +17,7 @@ from vmm.capabilities import (
 )
 from vmm.monitor.command import For
 from vmm.nursery_tree import Turn
+from vmm.phases.commands_facts import CpuInstanceProperties
 from vmm.phases.config import AcceleratorOptions, CpuOptions, GoOn, MachineOptions
 from vmm.phases.run_state import RunState, RunStateName
 
@@ -94,18 +95,6 @@ def query_status(may: MayQuery) -> StatusInfo:
 
 @final
 @attrs.frozen(kw_only=True)
-class CpuProps:
-    """Where a vCPU sits: one socket, a core each, one thread."""
-
-    socket_id: int
-    core_id: int
-    thread_id: int
-    node_id: int | None = None
-    """Its NUMA node, in a machine that has any."""
-
-
-@final
-@attrs.frozen(kw_only=True)
 class CpuInfoFast:
     """QEMU's CpuInfoFast."""
 
@@ -113,7 +102,7 @@ class CpuInfoFast:
     qom_path: str
     thread_id: int
     """The host thread that runs it; 0 while none does."""
-    props: CpuProps
+    props: CpuInstanceProperties
     target: Literal["x86_64"] = "x86_64"
 
 
@@ -128,7 +117,7 @@ def query_cpus_fast(may: MayQuery) -> list[CpuInfoFast]:
             cpu_index=vcpu.index,
             qom_path=f"/machine/unattached/device[{vcpu.index}]",
             thread_id=vcpu.thread_id,
-            props=CpuProps(socket_id=0, core_id=vcpu.index, thread_id=0, node_id=node_of(vcpu.index)),
+            props=CpuInstanceProperties(socket_id=0, core_id=vcpu.index, thread_id=0, node_id=node_of(vcpu.index)),
         )
         for vcpu in machine.vcpus
     ]

@@ -18,6 +18,7 @@ MIN_MEMORY: Final = 1 << 20
 MAX_MEMORY: Final = 1 << 40
 PAGE: Final = 4096
 DEFAULT_MEMORY: Final = 128 << 20
+ACCELERATORS: Final = ("kvm", "qtest")
 
 _FUTURE_SMP: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "threads")
 
@@ -100,7 +101,7 @@ class AcceleratorOptions:
 
     def check(self) -> None:
         """Raise `Unsupported` for anything but KVM, and the one that executes nothing."""
-        if self.accel not in ("kvm", "qtest"):
+        if self.accel not in ACCELERATORS:
             raise Unsupported(what="Accelerator", name=self.accel, instead="there are kvm, and qtest for tests")
 
 
