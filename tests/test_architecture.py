@@ -19,6 +19,7 @@ ORDER: Final = (
     *(
         "errors",
         "guests",
+        "outside",
         "capabilities",
         "nursery_tree",
         "hostio",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from typing import Self
 
+    from vmm.outside import OutsideAccess
+
 FacetT = TypeVar("FacetT")
 FacetT_co = TypeVar("FacetT_co", covariant=True)
 TokenT = TypeVar("TokenT", bound="Token[Any]")
@@ -594,6 +596,18 @@ class MayRunVcpus(Token[RunControl]):
         return self._reach().reset()
 
 
+@final
+class MayInject(Token["OutsideAccess"]):
+    """May access ports and memory, drive interrupt lines and move the clock, from outside of the guest."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-inject"
+
+    def carry_out(self, act: Callable[[OutsideAccess], ResultT]) -> ResultT:
+        """Return what `act` returns. It is given the machine, to use until it returns and not to keep."""
+        return act(self._reach())
+
+
 class Departure(Protocol):
     """Starts an outgoing migration, or asks what would become of it."""
 
@@ -716,7 +730,8 @@ KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayQuery, MayQuit, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
-    MayLoadState, MayRunVcpus, MayStartMigration, MayCancelMigration, MaySendDescriptors, MaySaveState, MayReleaseGuest,
+    MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySendDescriptors,
+    MaySaveState, MayReleaseGuest,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 
@@ -738,6 +753,7 @@ MIGRATE: Final = Grant(
     "migrate",
     OPERATE.kinds | {MaySetMigrationCap, MaySetMigrationParam, MayListen, MayStartMigration, MayCancelMigration},
 )
+QTEST: Final = Grant("qtest", frozenset({MayInject}))
 ADMIN: Final = Grant("admin", frozenset(KINDS) - {MayAdoptDescriptor})
 REPLAY: Final = Grant("incoming-recipe", frozenset(KINDS) - {MayOpenHostFile, MayStartMigration})
 """For a recipe that arrived in a stream: host resources are claimed from the predecessor, never opened by path."""

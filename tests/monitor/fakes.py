@@ -13,12 +13,14 @@ import trio
 from vmm.errors import DeviceNotFound
 from vmm.monitor.events import Event, EventHub
 from vmm.monitor.session import SessionOptions, Version
-from vmm.monitor.unix import SocketMonitor
+from vmm.monitor.unix import qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
     from vmm.monitor.ports import Caller
+    from vmm.monitor.session import Session
+    from vmm.monitor.unix import SocketMonitor
 
 VERSION = Version(11, 1, 0, "trio-vmm-0.1")
 EVENTS = (
@@ -116,7 +118,7 @@ class Bench:
 
     executor: FakeExecutor
     hub: EventHub
-    monitor: SocketMonitor
+    monitor: SocketMonitor[Session]
     client: Client
     log: list[str]
     nursery: trio.Nursery
@@ -137,7 +139,7 @@ async def bench(
     log: list[str] = []
     executor = FakeExecutor()
     hub = EventHub(EVENTS, now=lambda: now)
-    monitor = SocketMonitor("qmp0", executor, hub, options or SessionOptions(VERSION), log.append)
+    monitor = qmp_monitor("qmp0", executor, hub, options or SessionOptions(VERSION), log.append)
     ours, theirs = socket.socketpair()
     client = Client(trio.socket.from_stdlib_socket(theirs))
     async with trio.open_nursery() as residents:

@@ -13,7 +13,7 @@ import trio
 from tests.monitor.fakes import VERSION, FakeExecutor
 from vmm.monitor.events import Event, EventHub
 from vmm.monitor.session import SessionOptions
-from vmm.monitor.unix import SocketMonitor
+from vmm.monitor.unix import qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,7 @@ class StoppingExecutor(FakeExecutor):
 async def test_qemu_qmp_can_do_all_it_does_with_qemu(tmp_path: Path) -> None:
     executor = StoppingExecutor()
     executor.hub = EventHub([Event("STOP")])
-    it = SocketMonitor("qmp0", executor, executor.hub, SessionOptions(VERSION), lambda line: None)
+    it = qmp_monitor("qmp0", executor, executor.hub, SessionOptions(VERSION), lambda line: None)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "qmp"))
         listener.listen()

@@ -13,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.monitor.fakes import VERSION, Bench, bench
 from vmm.monitor.output import Bounds
 from vmm.monitor.session import Session, SessionOptions, SessionState
-from vmm.monitor.unix import SocketMonitor, SocketTransport
+from vmm.monitor.unix import SocketTransport, qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -456,7 +456,7 @@ async def successor(session: Session, state: SessionState, it: Bench) -> AsyncGe
     assert isinstance(session.transport, SocketTransport)
     copy = socket.fromfd(session.transport.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
     session.give_up()
-    monitor = SocketMonitor("qmp0", it.executor, it.hub, SessionOptions(VERSION), it.log.append)
+    monitor = qmp_monitor("qmp0", it.executor, it.hub, SessionOptions(VERSION), it.log.append)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(monitor.serve_connection, copy, state)
         yield

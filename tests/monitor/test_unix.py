@@ -14,11 +14,14 @@ from vmm.errors import PeerRefused
 from vmm.hostio import admit_peer, listen_unix
 from vmm.monitor.events import EventHub
 from vmm.monitor.session import SessionOptions
-from vmm.monitor.unix import SocketMonitor
+from vmm.monitor.unix import qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from vmm.monitor.session import Session
+    from vmm.monitor.unix import SocketMonitor
 
 
 @pytest.fixture
@@ -31,9 +34,9 @@ def admit(sock: socket.socket) -> None:
     admit_peer(sock, "/run/qmp")
 
 
-def monitor(log: list[str] | None = None) -> SocketMonitor:
+def monitor(log: list[str] | None = None) -> SocketMonitor[Session]:
     sink = [] if log is None else log
-    return SocketMonitor("qmp0", FakeExecutor(), EventHub([]), SessionOptions(VERSION), sink.append)
+    return qmp_monitor("qmp0", FakeExecutor(), EventHub([]), SessionOptions(VERSION), sink.append)
 
 
 async def connect(listener: socket.socket) -> Client:

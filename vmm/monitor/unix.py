@@ -18,20 +18,20 @@ import errno
 import os
 import select
 import socket
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, final
 
 import trio
 
 from vmm.errors import PeerRefused
 from vmm.hostio import set_blocking
-from vmm.monitor.session import Session, SessionOptions
+from vmm.monitor.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vmm.monitor.events import EventHub
     from vmm.monitor.ports import Executor, Transport
-    from vmm.monitor.session import SessionState
+    from vmm.monitor.session import SessionOptions, SessionState
 
 MAX_DESCRIPTORS: Final = 16
 """Descriptors taken with one message, as in QEMU."""
@@ -222,31 +222,53 @@ class PipeTransport:
             raise trio.ClosedResourceError
 
 
+class SocketSession(Protocol):
+    """What is spoken with one client: QMP, or another language."""
+
+    @property
+    def dropped(self) -> str:
+        """Why the client was dropped, if it was; words that follow "the client"."""
+
+    async def serve(self) -> None:
+        """Serve the client until it hangs up."""
+
+    async def close(self, flush_seconds: float) -> None:
+        """Hang up, after the client had `flush_seconds` to read what is unsent."""
+
+    def resume(self) -> None:
+        """Send what was held back for a successor that did not come."""
+
+
+SessionT = TypeVar("SessionT", bound=SocketSession)
+
+
 @final
-class SocketMonitor:
+class SocketMonitor(Generic[SessionT]):
     """One monitor: any number of clients, each with its own session, from listeners and single connections.
 
+    `make` makes the session of a client, by its name, its transport, and the state that a predecessor left if one did.
     `log` takes one line about a client that was refused or dropped.
     """
 
     def __init__(
-        self, name: str, executor: Executor, hub: EventHub, options: SessionOptions, log: Callable[[str], None]
+        self,
+        name: str,
+        make: Callable[[str, Transport, SessionState | None], SessionT],
+        log: Callable[[str], None],
     ) -> None:
         self.name: Final = name
-        self._executor: Final = executor
-        self._hub: Final = hub
-        self._options: Final = options
+        self._make: Final = make
         self._log: Final = log
         self._accepting: Final = Gate()
         self._gate: Final = Gate()
         self._listening: Final = trio.CancelScope()
         self.stopped_listening: Final = trio.Event()
         """Set once nothing is accepted any more: the listener may be closed, while sessions go on."""
-        self._sessions: Final[dict[str, Session]] = {}
+        self._sessions: Final[dict[str, SessionT]] = {}
         self._connections = 0
 
     @property
-    def sessions(self) -> Mapping[str, Session]:
+    def sessions(self) -> Mapping[str, SessionT]:
         """The sessions under way, by name."""
         return self._sessions
 
@@ -301,7 +323,7 @@ class SocketMonitor:
     async def _serve(self, transport: Transport, state: SessionState | None) -> None:
         self._connections += 1
         name = f"{self.name}/{self._connections}"
-        session = Session(name, transport, self._executor, self._hub, self._options, state)
+        session = self._make(name, transport, state)
         self._sessions[name] = session
         try:
             await session.serve()
@@ -334,3 +356,14 @@ class SocketMonitor:
         async with trio.open_nursery() as nursery:
             for session in tuple(self._sessions.values()):
                 nursery.start_soon(session.close, flush_seconds)
+
+
+def qmp_monitor(
+    name: str, executor: Executor, hub: EventHub, options: SessionOptions, log: Callable[[str], None]
+) -> SocketMonitor[Session]:
+    """Make a monitor whose clients speak QMP."""
+
+    def make(name: str, transport: Transport, state: SessionState | None) -> Session:
+        return Session(name, transport, executor, hub, options, state)
+
+    return SocketMonitor(name, make, log)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.assembly import Precreated
     from vmm.phases.processors import Processors
+    from vmm.qtest.clock import VirtualClock
 
 
 @final
@@ -90,6 +91,13 @@ class Accelerator(Protocol):
     def time_ns(self) -> int:
         """Return Unix time in ns, as the machine's devices know it."""
 
+    @property
+    def clock(self) -> VirtualClock | None:
+        """The clock by which alone time passes; None where time passes by itself."""
+
+    def ring(self, address: int, size: int, value: int, *, port: bool) -> bool:
+        """Write the ioeventfds that hear a store from outside of the guest; say whether there was one."""
+
     def close(self) -> None:
         """End it."""
 
@@ -100,6 +108,7 @@ class KvmAccelerator:
     """An open KVM, and the virtual machine in it with its interrupt chips and timer."""
 
     why_it_stays: ClassVar[str] = ""
+    clock: ClassVar[None] = None
 
     kvm: Kvm
     vm: Vm
@@ -134,6 +143,10 @@ class KvmAccelerator:
     def time_ns(self) -> int:
         """Return the host's time."""
         return time.time_ns()
+
+    def ring(self, address: int, size: int, value: int, *, port: bool) -> bool:
+        """Say no: KVM hears what vCPUs store, and nothing else."""
+        return False
 
     def close(self) -> None:
         """Close both."""

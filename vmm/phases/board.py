@@ -18,6 +18,7 @@ from vmm.hw.uart import Uart
 from vmm.migration.registry import StateRegistry
 from vmm.phases.guest_requests import GuestBells
 from vmm.phases.machine import Machine
+from vmm.qtest.access import MachineAccess
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -45,6 +46,7 @@ class BoardBuilder:
         self._ports = Bus()
         self._mmio = Bus()
         self._devices: list[Device] = []
+        self.access = MachineAccess(self._ports, self._mmio, memory, accelerator, self._devices)
         self.state = StateRegistry()
 
     def map(self) -> None:
@@ -85,6 +87,7 @@ class BoardBuilder:
             self._memory,
             processors,
             tuple(self._devices),
+            self.access,
             bells,
             self.state,
             tuple(sections),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, final
 
 import attrs
 
 from vmm import hostio
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
-from vmm.errors import BackendInUse, NameTaken, OptionInvalid
+from vmm.errors import BackendInUse, InvalidState, NameTaken, OptionInvalid
 from vmm.monitor.command import ForEach
 from vmm.monitor.ports import Caller
 from vmm.monitor.qapi import Union
@@ -19,6 +20,7 @@ from vmm.phases.stores import MONITOR
 if TYPE_CHECKING:
     from vmm.backends.rng import Rng
     from vmm.phases.monitors import Monitor
+    from vmm.phases.qtest import QtestBackend
     from vmm.phases.stores import BootStores
     from vmm.phases.websocket import WebSocketBackend
 
@@ -86,20 +88,37 @@ class RngRandom(_Object):
     filename: str = DEFAULT_SOURCE
 
 
-ObjectAdd: TypeAlias = Annotated[MonitorQmp | MonitorWebsocket | RngBuiltin | RngRandom, Union("qom-type")]
+@final
+@attrs.frozen(kw_only=True)
+class Qtest(_Object):
+    """A socket whose clients drive ports, memory, interrupt lines and clock; one in a machine."""
+
+    qom_type: Literal["qtest"]
+    chardev: str
+    log: str = "none"
+    """A file for every line received and sent; `none` for no file."""
+
+
+ObjectAdd: TypeAlias = Annotated[MonitorQmp | MonitorWebsocket | Qtest | RngBuiltin | RngRandom, Union("qom-type")]
 """Arguments of `object-add`, for the types there are."""
 
 BY_TYPE: Final = ForEach(
     "qom-type",
-    {"monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng"},
+    {
+        "monitor-qmp": "monitor",
+        "monitor-websocket": "monitor",
+        "qtest": "monitor",
+        "rng-builtin": "rng",
+        "rng-random": "rng",
+    },
 )
-"""Monitors are there from the beginning; back ends of devices come after the accelerator."""
+"""Monitors, and qtest, are there from the beginning; back ends of devices come after the accelerator."""
 
 
 async def object_add(
     may: Annotated[MayCreateBackend, BY_TYPE], host: HostSource, query: MayQuery, args: ObjectAdd
 ) -> None:
-    """Make an object: a monitor, or a back end for devices."""
+    """Make an object: a monitor, a qtest, or a back end for devices."""
     machine = query.view(Host)
     _require_free(machine.stores, args.id)
     match args:
@@ -107,6 +126,8 @@ async def object_add(
             await _add_monitor(may, host, machine, args)
         case MonitorWebsocket():
             await _add_websocket(may, host, machine, args)
+        case Qtest():
+            await _add_qtest(may, host, machine, args)
         case RngBuiltin() | RngRandom():
             await _add_rng(may, host, machine, args)
 
@@ -140,7 +161,7 @@ async def _add_monitor(may: MayCreateBackend, host: HostSource, machine: Host, a
         machine.recorder.forget("chardev-add", "id", label)
 
 
-async def _adopt(may: MayCreateBackend, name: str, monitor: Monitor | WebSocketBackend) -> None:
+async def _adopt(may: MayCreateBackend, name: str, monitor: Monitor | WebSocketBackend | QtestBackend) -> None:
     try:
         await may.adopt("monitor", name, monitor)
     except BaseException:
@@ -154,6 +175,31 @@ async def _add_websocket(may: MayCreateBackend, host: HostSource, machine: Host,
     backend, arguments = make_websocket(machine.monitors, host, args)
     await _adopt(may, args.id, backend)
     machine.recorder.record("object-add", arguments)
+
+
+async def _add_qtest(may: MayCreateBackend, host: HostSource, machine: Host, args: Qtest) -> None:
+    from vmm.phases.qtest import QtestBackend, TrafficLog  # For tests of devices; no guest needs it.
+
+    stores = machine.stores
+    present = next((name for name, (it, _) in stores.monitors.items() if isinstance(it, QtestBackend)), None)
+    if present is not None:
+        state, instead = f"while {present!r} is there", "a machine has one; object-del ends it"
+        raise InvalidState(what=f"object-add of qtest {args.id!r}", state=state, instead=instead)
+    chardev = stores.take_chardev(args.chardev, f"{MONITOR}{args.id}")
+    with ExitStack() as undo:
+        undo.callback(stores.free_chardev, args.chardev)
+        await chardev.quiesce()
+        log = TrafficLog(args.id, machine.complain)
+        undo.callback(log.close)
+        if args.log != "none":
+            log.fd = host.obtain(f"monitor/{args.id}/log", lambda: hostio.open_output_file(args.log, append=False))
+        qtest = QtestBackend(args.id, chardev, log, tree=machine.tree, complain=machine.complain, held=host.inherits)
+        await _adopt(may, args.id, qtest)
+        undo.pop_all()
+    if qtest.moves:
+        machine.recorder.record_options("object-add", args)
+    else:
+        machine.recorder.forget("chardev-add", "id", args.chardev)
 
 
 async def _add_rng(may: MayCreateBackend, host: HostSource, machine: Host, args: RngBuiltin | RngRandom) -> None:

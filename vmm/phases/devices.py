@@ -11,6 +11,7 @@ from vmm.capabilities import (
     MayConfigureMachine,
     MayCreateBackend,
     MayDeclareState,
+    MayInject,
     MayMapGuestMemory,
     MayOpenHostFile,
     MayPlugDevice,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @final
 @attrs.frozen
 class DevicesGrants:
-    """Tokens of this phase. `may-write-guest-memory` is there only if this process owns the guest's RAM."""
+    """Tokens of this phase. The last two are there only if this process owns the guest's RAM."""
 
     plug_device: MayPlugDevice
     map_guest_memory: MayMapGuestMemory
@@ -50,6 +51,7 @@ class DevicesGrants:
     set_numa: MaySetNuma
     run_vcpus: MayRunVcpus
     write_guest_memory: MayWriteGuestMemory | None
+    inject: MayInject | None
 
 
 @final
@@ -92,6 +94,7 @@ async def run_devices(
                     set_numa=mint(MaySetNuma, made.definition.numa),
                     run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
                     write_guest_memory=mint(MayWriteGuestMemory, memory) if owned else None,
+                    inject=mint(MayInject, builder.access) if owned else None,
                 )
 
             async with phase.window(grants) as window:

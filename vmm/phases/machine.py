@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.phases.guest_requests import GuestBells
     from vmm.phases.processors import Processors
     from vmm.phases.vcpus import GuestCpu
+    from vmm.qtest.access import MachineAccess
 
 
 @final
@@ -38,6 +39,7 @@ class Machine:
     memory: GuestMemory
     processors: Processors
     devices: tuple[Device, ...]
+    access: MachineAccess
     bells: GuestBells
     state: StateRegistry
     sections: tuple[DeviceSection, ...]

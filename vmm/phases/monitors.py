@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
@@ -19,7 +19,7 @@ from vmm.backends.chardev_socket import SocketChardev
 from vmm.capabilities import ADMIN
 from vmm.errors import Unsupported
 from vmm.monitor.session import SessionOptions
-from vmm.monitor.unix import SocketMonitor
+from vmm.monitor.unix import qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from vmm.backends.chardev import Chardev
     from vmm.monitor.command import CommandTable
     from vmm.monitor.events import EventHub
-    from vmm.monitor.session import Version
+    from vmm.monitor.session import Session, Version
+    from vmm.monitor.unix import SocketMonitor
 
 _FLUSH: Final = 1.0
 """Seconds that clients have, at the end, to read the last replies and events."""
@@ -42,7 +43,7 @@ class Monitor:
 
     def __init__(
         self,
-        monitor: SocketMonitor,
+        monitor: SocketMonitor[Any],
         *,
         chardev: Chardev | None = None,
         listener: socket.socket | None = None,
@@ -139,6 +140,31 @@ class Monitor:
         self._monitor.stop_listening()
 
 
+def over_chardev(monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool) -> Monitor:
+    """Let `monitor` serve a socket or stdio chardev, which must be at rest and stays so.
+
+    Raises:
+        Unsupported: the chardev is of another kind.
+    """
+    if chardev.kind == "stdio":
+        from vmm.backends.chardev_stdio import StdioChardev  # As whoever made it has done.
+
+        assert isinstance(chardev, StdioChardev)
+        return Monitor(monitor, chardev=chardev, streams=chardev.surrender_streams(), held=held)
+    if not isinstance(chardev, SocketChardev):
+        instead = "a monitor needs a chardev of kind socket or stdio"
+        raise Unsupported(what="Monitor over a chardev of kind", name=chardev.kind, instead=instead)
+    client = chardev.surrender_client()
+    listener = chardev.descriptors().get("listener")
+    return Monitor(
+        monitor,
+        chardev=chardev,
+        listener=socket.socket(fileno=hostio.dup(listener)) if listener is not None else None,
+        connection=socket.socket(fileno=client) if client is not None else None,
+        held=held,
+    )
+
+
 @final
 @attrs.frozen(eq=False)
 class MonitorMaker:
@@ -150,33 +176,12 @@ class MonitorMaker:
     complain: Callable[[str], None]
 
     def over_chardev(self, name: str, chardev: Chardev, *, held: bool) -> Monitor:
-        """Make a monitor over a socket or stdio chardev, which must be at rest and stays so.
-
-        Raises:
-            Unsupported: the chardev is of another kind.
-        """
-        monitor = self._socket_monitor(name)
-        if chardev.kind == "stdio":
-            from vmm.backends.chardev_stdio import StdioChardev  # As whoever made it has done.
-
-            assert isinstance(chardev, StdioChardev)
-            return Monitor(monitor, chardev=chardev, streams=chardev.surrender_streams(), held=held)
-        if not isinstance(chardev, SocketChardev):
-            instead = "a monitor needs a chardev of kind socket or stdio"
-            raise Unsupported(what="Monitor over a chardev of kind", name=chardev.kind, instead=instead)
-        client = chardev.surrender_client()
-        listener = chardev.descriptors().get("listener")
-        return Monitor(
-            monitor,
-            chardev=chardev,
-            listener=socket.socket(fileno=hostio.dup(listener)) if listener is not None else None,
-            connection=socket.socket(fileno=client) if client is not None else None,
-            held=held,
-        )
+        """Make a monitor over a chardev; see `over_chardev`."""
+        return over_chardev(self._socket_monitor(name), chardev, held=held)
 
     def over_connection(self, name: str, fd: int) -> Monitor:
         """Make a monitor for the one client of connected socket `fd`, which is the monitor's from here on."""
         return Monitor(self._socket_monitor(name), connection=socket.socket(fileno=fd))
 
-    def _socket_monitor(self, name: str) -> SocketMonitor:
-        return SocketMonitor(name, self.table, self.events, SessionOptions(self.version), self.complain)
+    def _socket_monitor(self, name: str) -> SocketMonitor[Session]:
+        return qmp_monitor(name, self.table, self.events, SessionOptions(self.version), self.complain)

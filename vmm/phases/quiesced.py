@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayRunVcpus, MaySaveState
+from vmm.capabilities import MayInject, MayRunVcpus, MaySaveState
 from vmm.cpr.urgency import Urgency
 from vmm.errors import CprPeerGone, StreamCorrupt
 from vmm.migration.status import MigrationStatus
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
 
-WITHHELD: Final = (MayRunVcpus,)
+WITHHELD: Final = (MayRunVcpus, MayInject)
 
 
 @final

@@ -12,6 +12,7 @@ import trio
 from vmm.capabilities import (
     MayCancelMigration,
     MayCreateBackend,
+    MayInject,
     MayOpenHostFile,
     MayRunVcpus,
     MaySetMigrationCap,
@@ -46,6 +47,7 @@ class RunningGrants:
     """Tokens of this phase."""
 
     run_vcpus: MayRunVcpus
+    inject: MayInject
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
     set_migration_cap: MaySetMigrationCap
@@ -224,6 +226,7 @@ async def stay_in_running(phase: Phase, run: Run) -> None:
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
             run_vcpus=mint(MayRunVcpus, run),
+            inject=mint(MayInject, machine.access),
             create_backend=mint(MayCreateBackend, made.host.stores),
             open_host_file=mint(MayOpenHostFile, made.host.files),
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.monitors import Monitor
+    from vmm.phases.qtest import QtestBackend
     from vmm.phases.websocket import WebSocketBackend
     from vmm.recipe import Recipe
 
@@ -68,7 +69,7 @@ class BootStores:
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
         self.chardevs: Final[dict[str, Held]] = {}
-        self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend, Resident]]] = {}
+        self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend | QtestBackend, Resident]]] = {}
         self.rngs: Final[dict[str, HeldRng]] = {}
         self._sent: frozenset[str] = frozenset()
         self._moved: dict[str, int] = {}

@@ -52,6 +52,10 @@ class QtestAccelerator:
         """Return Unix time in ns, which moves with the virtual clock alone."""
         return self.clock.time_ns()
 
+    def ring(self, address: int, size: int, value: int, *, port: bool) -> bool:
+        """Write the ioeventfds that hear this store; say whether there was one."""
+        return self.vm.ring(address, size, value, port=port)
+
     def close(self) -> None:
         """Do nothing: the task of `vm` ends it."""
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 import trio
 
+from vmm import hostio
+
 if TYPE_CHECKING:
     from vmm.hw.irq import IrqLines
 
@@ -47,7 +49,7 @@ class QtestVm:
         self._lines: Final = lines
         self._bells: Final[dict[_Bell, int]] = {}
         self._irqfds: Final[dict[int, _Line]] = {}
-        self._poll: Final = select.epoll()
+        self._poll: Final = hostio.open_epoll()
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Do nothing: whoever reads or writes RAM here goes through `GuestMemory`."""
