@@ -141,6 +141,7 @@ class IncomingPort:
         from vmm.phases.arriving import arrive
 
         host = self._host
+        self.differences = ()
         here = {
             name: path for name, path in host.start.allowed_resources.items() if not any(is_of(s, name) for s in sent)
         }
