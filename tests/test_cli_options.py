@@ -53,6 +53,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "-S": ("-S",),
     "-preconfig": ("--preconfig",),
     "-loadvm": ("-loadvm", "before"),
+    "-allow-difference": ("-allow-difference", "machine-set.append"),
     "-chardev": ("-chardev", "null,id=c"),
     "-qmp": ("-qmp", "unix:/run/q"),
     "-mon": ("-chardev", "stdio,id=c", "-mon", "chardev=c,mode=control"),
@@ -342,6 +343,23 @@ def test_what_an_incoming_machine_may_have_is_named() -> None:
     assert requests("-allow-resource", "kernel=/boot/vmlinuz") == []
 
 
+def test_beside_a_cpr_channel_options_say_only_what_is_to_be_otherwise() -> None:
+    incoming = ("-incoming", CPR, "-incoming", "tcp:0:0")
+    assert [step["execute"] for step in requests(*incoming)] == ["migrate-incoming"]
+    stated = ("-name", "b", "-cpu", "host,avx=off", "-device", "d,id=e", "-allow-difference", "cpu-model-set.props")
+    allow, listen, *overrides = requests(*incoming, *stated)
+    assert allow == {"execute": "x-allow-difference", "arguments": {"names": ["cpu-model-set.props"]}}
+    assert listen["execute"] == "migrate-incoming"
+    assert overrides == [
+        {"execute": "machine-set", "arguments": {"name": "b"}},
+        {"execute": "cpu-model-set", "arguments": {"model": "host", "props": {"avx": False}}},
+        {"execute": "device_add", "arguments": {"driver": "d", "id": "e"}},
+    ]
+    machine, accel = requests(*incoming, "-machine", "microvm,accel=kvm")[1:]
+    assert machine["arguments"] == {"type": "microvm"}
+    assert accel == {"execute": "accel-set", "arguments": {"accel": "kvm"}}
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------
 
 REFUSED = [
@@ -389,10 +407,11 @@ REFUSED = [
      "name all of them by -incoming, or all by migrate-incoming"),
     (("-preconfig", "-kernel", "k", "-loadvm", "a"),
      "-loadvm: 'a' is not possible with --preconfig: send loadvm over the monitor"),
-    (("-incoming", CPR, "-incoming", "tcp:0:0", "-device", "d"), "-device: ['d'] is not possible with -incoming with "
-     "a cpr channel: the machine's recipe comes from the source"),
+    (("-incoming", CPR, "-incoming", "tcp:0:0", "-serial", "pty"), "-serial: ['pty'] is not possible with -incoming "
+     "with a cpr channel: the serial ports come from the source; send chardev-add with the id of one to replace what "
+     "it writes to"),
     (("-incoming", CPR, "-incoming", "tcp:0:0", "-loadvm", "a"), "-loadvm: 'a' is not possible with -incoming with "
-     "a cpr channel: the machine's recipe comes from the source"),
+     "a cpr channel: the machine's state comes from the source"),
 ]  # fmt: skip
 
 

@@ -79,6 +79,11 @@ def accel_step(options: argparse.Namespace) -> Step:
     return Step("accel-set", {"accel": accel})
 
 
+def names_accel(options: argparse.Namespace) -> bool:
+    """Say whether an option chooses the accelerator."""
+    return options.accel is not None or "accel" in _machine(options)
+
+
 def numa_steps(texts: Sequence[str]) -> list[Step]:
     """Return the commands that `-numa` stands for."""
     steps = []

@@ -118,6 +118,8 @@ OPTIONS: Final = (
     Option("-loadvm", "start", "begin with the state of a snapshot", metavar="TAG|PATH", command="loadvm"),
     Option("-allow-resource", "start", "let an incoming machine have this host resource under the name NAME",
            metavar="NAME[=PATH|fd:N]", repeated=True, admitted=True),
+    Option("-allow-difference", "start", "let an incoming machine differ from its source's in NAME, though its guest "
+           "could tell", metavar="NAME", repeated=True, command="x-allow-difference", admitted=True),
     Option("--recipe", "start", "carry out the commands in FILE, after those of the options", metavar="FILE",
            admitted=True),
     Option("--print-recipe", "start", "print the commands that the options stand for, and leave", admitted=True),

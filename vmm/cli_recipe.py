@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
 
-    from vmm.cli_options import Option
-
 SOURCE: Final = "of the command line"
 
 _FD: Final = re.compile(r"fd:\d{1,9}")
@@ -45,9 +43,13 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     if awaits:
         _refuse_with_cpr(options)
     steps = _talking(options, f"@{os.getpid()}" if awaits else "")
+    if options.allow_difference:
+        steps.append(Step("x-allow-difference", {"names": options.allow_difference}))
     if incoming:
         steps.append(Step("migrate-incoming", {"channels": incoming}))
-    if defines_machine(options):
+    if awaits:
+        steps += _overrides(options)
+    elif defines_machine(options):
         steps += _machine(options, steps, deferred=deferred)
     elif options.loadvm is not None:
         steps.append(Step("loadvm", _snapshot(options.loadvm)))
@@ -139,6 +141,22 @@ def _machine(options: argparse.Namespace, talking: list[Step], *, deferred: bool
     return steps
 
 
+def _overrides(options: argparse.Namespace) -> list[Step]:
+    """Return what is to be otherwise in the machine that comes: what was said and nothing more."""
+    from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, names_accel, numa_steps
+
+    stated = machine_step(options, ()).arguments.items()
+    unsaid = {"serial"} | (set() if options.machine is not None else {"type"})
+    machine = {member: value for member, value in stated if member not in unsaid}
+    steps = [Step("machine-set", machine)] if machine else []
+    if names_accel(options):
+        steps.append(accel_step(options))
+    steps += numa_steps(options.numa)
+    if options.cpu is not None:
+        steps.append(cpu_step(options.cpu))
+    return steps + [device_step(text) for text in options.device]
+
+
 def _snapshot(where: str) -> dict[str, str]:
     return {"tag": where}
 
@@ -158,14 +176,19 @@ def _refuse_with_precreate(options: argparse.Namespace) -> None:
 
 
 def _refuse_with_cpr(options: argparse.Namespace) -> None:
-    option = next((option for option in OPTIONS if _of_the_source(option) and given(options, option)), None)
-    if option is not None:
-        wanted = "possible with -incoming with a cpr channel: the machine's recipe comes from the source"
-        raise OptionInvalid(option=option.name, value=getattr(options, option.attribute), wanted=wanted)
+    for name, instead in _NO_OVERRIDES.items():
+        value = getattr(options, name.lstrip("-"))
+        if value:
+            wanted = f"possible with -incoming with a cpr channel: {instead}"
+            raise OptionInvalid(option=name, value=value, wanted=wanted)
 
 
-def _of_the_source(option: Option) -> bool:
-    return option.defines_machine or option.name == "-loadvm"
+_NO_OVERRIDES: Final[Mapping[str, str]] = {
+    "-serial": (
+        "the serial ports come from the source; send chardev-add with the id of one to replace what it writes to"
+    ),
+    "-loadvm": "the machine's state comes from the source",
+}
 
 
 def _type_of(text: str) -> object:

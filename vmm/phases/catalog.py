@@ -153,7 +153,7 @@ EVENTS: Final = (
 
 _ORDER: Final = (
     ("chardev-add", "object-add", "add-fd", "getfd"),
-    ("migrate-set-capabilities", "migrate-set-parameters"),
+    ("migrate-set-capabilities", "migrate-set-parameters", "x-allow-difference"),
     ("migrate-incoming",),
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),

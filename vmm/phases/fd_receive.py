@@ -24,7 +24,7 @@ from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
 from vmm.phases.migrating import STDERR
-from vmm.phases.replay import replay_incoming
+from vmm.phases.replay import SUCCESSOR, replay_incoming
 from vmm.phases.run_state import run_state_named
 from vmm.recipe import Recipe
 
@@ -100,6 +100,8 @@ async def run_fd_receive(
 
             async with phase.window(grants):
                 task_status.started()
+                # What the start recipe says besides is laid over whatever comes.
+                await phase.tree.wait_begun("migrate-incoming", SUCCESSOR.name)
                 while True:
                     sock = await listener.accept()
                     with closing(CprChannel(sock, side="destination", peer="source")) as channel:
