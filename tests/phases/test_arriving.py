@@ -148,7 +148,8 @@ def test_an_override_that_makes_no_machine_of_it_is_refused() -> None:
 
 
 def test_commands_that_can_be_noted_are_those_that_a_recipe_may_have_but_the_last() -> None:
-    assert {command.name for command in COMMANDS if command.overrides} == set(ADMITTED) - {"finish-machine-init"}
+    noted = {command.name for command in COMMANDS if command.overrides}
+    assert noted == {command.name for command in COMMANDS} & set(ADMITTED) - {"finish-machine-init"}
 
 
 JSON = st.recursive(
