@@ -1,0 +1,238 @@
+"""What clients send: every command with arguments that are right, and some that are wrong, and what comes of it.
+
+A case says nothing about admission, which is the model's. It says what an admitted command does to the machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+
+from tests.phases.admission_rig import MEMORY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+@final
+@attrs.define
+class State:
+    """What a client who has seen everything knows of the machine."""
+
+    phase: str = "precreate"
+    """`ended` once it has."""
+    awaits: bool = False
+    """Whether a live update is awaited."""
+    reserved: bool = False
+    """Whether an incoming recipe has the machine."""
+    stage: str = ""
+    """What a live update's destination has done last."""
+    boots: bool = True
+    """Whether the machine has a kernel."""
+    mode: str = "normal"
+    chardevs: set[str] = attrs.Factory(set)
+    fdsets: set[int] = attrs.Factory(set)
+    names: dict[str, set[str]] = attrs.Factory(dict)
+    """Named descriptors of each session."""
+    unclaimed: set[str] = attrs.Factory(set)
+    """The sessions that have sent a descriptor which no command has taken yet: the next one that wants one does."""
+
+    def named(self, grant: str) -> set[str]:
+        """Return the names of the descriptors that the session with `grant` has."""
+        return self.names.setdefault(grant, set())
+
+
+def _always(state: State, grant: str) -> bool:
+    return True
+
+
+def _never(state: State, grant: str) -> bool:
+    return False
+
+
+def _nothing(state: State, grant: str) -> None:
+    return None
+
+
+@final
+@attrs.frozen(eq=False)
+class Case:
+    """A command with arguments. `@main` and the like stand for paths; see `Machine.arguments`."""
+
+    command: str
+    arguments: Mapping[str, Any] = attrs.Factory(dict)
+    works: Callable[[State, str], bool | None] = _always
+    """Whether it succeeds, once admitted; None where that depends on the guest."""
+    then: Callable[[State, str], None] = _nothing
+    sends_fd: bool = False
+    claims_fd: bool = False
+    """Whether it takes a descriptor, also if it fails afterwards."""
+
+    def __repr__(self) -> str:
+        return f"{self.command} {dict(self.arguments)}{' and a descriptor' if self.sends_fd else ''}"
+
+
+def _to(phase: str, **changes: Any) -> Callable[[State, str], None]:
+    def change(state: State, grant: str) -> None:
+        state.phase = phase
+        for name, value in changes.items():
+            setattr(state, name, value)
+
+    return change
+
+
+def _channels(main: str, cpr: str) -> dict[str, Any]:
+    return {
+        "channels": [
+            {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
+            for kind, path in (("main", main), ("cpr", cpr))
+        ]
+    }
+
+
+def _mode(state: State, grant: str) -> None:
+    state.mode = "cpr-transfer"
+
+
+def _cancel(state: State, grant: str) -> None:
+    if state.phase in ("migrating", "quiesced"):
+        _to("running", stage="")(state, grant)
+
+
+def _await(state: State, grant: str) -> None:
+    state.awaits = True
+
+
+def _cont(state: State, grant: str) -> None:
+    if state.phase in ("preconfig", "devices"):
+        state.phase = "running"
+
+
+DEFINITION: Final = {"memory": {"size": MEMORY}, "kernel": "builtin:heartbeat", "append": "region=64K"}
+_NULL: Final = {"type": "null", "data": {}}
+
+_QUERIES: Final = (
+    "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
+    "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
+    "query-migrate-capabilities", "query-migrate-parameters", "query-migrate",
+)  # fmt: skip
+_PLAIN: Final = (
+    *_QUERIES, "query-cpus-fast", "x-exit-precreate", "x-exit-preconfig", "finish-machine-init", "cont", "stop",
+    "system_reset", "migrate_cancel", "quit",
+)  # fmt: skip
+"""Commands without arguments."""
+
+
+def _has_fd(state: State, grant: str) -> bool:
+    return grant in state.unclaimed
+
+
+def _is_new(name: str) -> Callable[[State, str], bool]:
+    return lambda state, grant: name not in state.chardevs
+
+
+def _added(name: str) -> Callable[[State, str], None]:
+    return lambda state, grant: state.chardevs.add(name)
+
+
+def _built(state: State, grant: str) -> bool:
+    return state.phase in ("devices", "incoming", "running", "migrating", "quiesced", "handover", "postmigrate")
+
+
+CASES: Final = (
+    *(Case(name) for name in _QUERIES),
+    Case("query-cpus-fast", works=_built),
+    *(Case(name, {"colour": "red"}, _never) for name in _PLAIN),
+    # Descriptors.
+    *(
+        Case(
+            "getfd", {"fdname": "a"}, _has_fd, lambda state, grant: state.named(grant).add("a"), sends_fd=sends,
+            claims_fd=True,
+        )
+        for sends in (True, False)
+    ),
+    Case("getfd", {"fdname": "1"}, _never, sends_fd=True),
+    Case("getfd", {}, _never),
+    Case(
+        "closefd", {"fdname": "a"}, lambda state, grant: "a" in state.named(grant),
+        lambda state, grant: state.named(grant).discard("a"),
+    ),
+    *(
+        Case(
+            "add-fd", {"fdset-id": 1}, _has_fd, lambda state, grant: state.fdsets.add(1), sends_fd=sends, claims_fd=True
+        )
+        for sends in (True, False)
+    ),
+    Case("add-fd", {"fdset-id": -1}, _never, sends_fd=True, claims_fd=True),
+    Case(
+        "remove-fd", {"fdset-id": 1}, lambda state, grant: 1 in state.fdsets,
+        lambda state, grant: state.fdsets.discard(1),
+    ),
+    Case("remove-fd", {}, _never),
+    # Back ends.
+    *(
+        Case(
+            "chardev-add", {"id": name, "backend": _NULL}, _is_new(name), _added(name),
+        )
+        for name in ("c0", "c1")
+    ),
+    Case("chardev-add", {"id": "c2", "backend": {"type": "tape", "data": {}}}, _never),
+    Case("chardev-add", {"id": "c2"}, _never),
+    Case(
+        "chardev-remove", {"id": "c0"}, lambda state, grant: "c0" in state.chardevs,
+        lambda state, grant: state.chardevs.discard("c0"),
+    ),
+    Case("chardev-remove", {"id": "c9"}, _never),
+    Case("object-add", {"qom-type": "monitor-hmp", "id": "m"}, _never),
+    Case("object-add", {"qom-type": "monitor-qmp", "id": "m"}, _never),
+    Case("object-add", {"qom-type": "monitor-qmp", "id": "m", "chardev": "c9"}, _never),
+    Case("object-del", {"id": "m"}, _never),
+    Case("object-del", {}, _never),
+    # Building the machine.
+    Case("machine-set", DEFINITION, lambda state, grant: not state.awaits, _to("accel", boots=True)),
+    Case("machine-set", {"type": "q35"}, _never),
+    Case("machine-set", {"memory": {"size": 5}}, _never),
+    Case("machine-set", {"kernel": "/nowhere/kernel"}, _never),
+    Case("x-exit-precreate", {}, lambda state, grant: not state.awaits, _to("accel", boots=False)),
+    Case("accel-set", {}, then=_to("preconfig")),
+    Case("accel-set", {"accel": "tcg"}, _never),
+    Case("cpu-model-set", {}, then=_to("devices")),
+    Case("cpu-model-set", {"model": "pentium"}, _never),
+    Case("x-exit-preconfig", {}, then=_to("devices")),
+    Case("finish-machine-init", {}, then=_to("running")),
+    # Running it.
+    Case("cont", {}, lambda state, grant: True if state.boots else None, _cont),
+    Case("stop"),
+    Case("system_reset", {}, lambda state, grant: state.phase not in ("preconfig", "devices")),
+    Case("quit", {}, then=_to("ended", stage="")),
+    # Migration.
+    Case("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]}),
+    Case("migrate-set-capabilities", {"capabilities": [{"capability": "teleport", "state": True}]}, _never),
+    Case("migrate-set-parameters", {"mode": "cpr-transfer"}, then=_mode),
+    Case("migrate-set-parameters", {"mode": "carrier-pigeon"}, _never),
+    Case(
+        "migrate", _channels("@to-main", "@to-cpr"), lambda state, grant: state.mode == "cpr-transfer",
+        _to("migrating", stage="hello"),
+    ),
+    Case("migrate", _channels("@nowhere", "@nowhere"), _never),
+    Case("migrate", {"uri": "nonsense"}, _never),
+    Case("migrate", {}, _never),
+    Case(
+        "migrate-incoming", _channels("@from-main", "@from-cpr"),
+        lambda state, grant: state.phase == "precreate" and not state.awaits, _await,
+    ),
+    Case("migrate-incoming", {}, _never),
+    Case("migrate_cancel", {}, then=_cancel),
+)  # fmt: skip
+
+WAY_ON: Final[Mapping[str, str]] = {
+    "precreate": "machine-set", "accel": "accel-set", "preconfig": "cpu-model-set", "devices": "finish-machine-init",
+    "running": "migrate",
+}  # fmt: skip
+"""In each phase, the command that leads to the next."""
+
+
+def proper(command: str) -> Case:
+    """Return the case in which `command` is sent as it should be."""
+    return next(case for case in CASES if case.command == command and case.works is not _never)

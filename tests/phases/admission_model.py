@@ -1,0 +1,289 @@
+"""Who may what, when: a model of admission, written from the design's table of phases and not from the code's.
+
+`DESIGN` is that table. `DEVIATIONS` are the places where the code is otherwise on purpose, each with the reason; what
+is neither in the one nor in the other is a bug.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+
+@final
+@attrs.frozen
+class Row:
+    """A phase: where it is, what its window grants (`token` or `token:scope,scope`), and what it withholds."""
+
+    path: str
+    machine_phase: str
+    grants: frozenset[str]
+    withholds: frozenset[str] = frozenset()
+    lent: bool = True
+    around: tuple[str, ...] = ("boot",)
+    """The phases whose windows are open around it, innermost first."""
+
+
+def _row(
+    path: str, machine_phase: str, grants: str, withholds: str = "", *, lent: bool = True, around: str = "boot"
+) -> Row:
+    return Row(
+        path,
+        machine_phase,
+        frozenset(f"may-{name}" for name in grants.split()),
+        frozenset(f"may-{name}" for name in withholds.split()),
+        lent,
+        tuple(around.split()),
+    )
+
+
+_ACCEL: Final = "boot/precreate/accel"
+_PRECONFIG: Final = f"{_ACCEL}/backends/preconfig"
+_DEVICES: Final = f"{_PRECONFIG}/devices"
+_RUNNING: Final = f"{_DEVICES}/running"
+_MIGRATING: Final = f"{_RUNNING}/migrating"
+
+DESIGN: Final[Mapping[str, Row]] = {
+    "boot": _row(
+        "boot", "no-machine", "query quit add-descriptor create-backend:chardev,monitor open-host-file", around=""
+    ),
+    "precreate": _row(
+        "boot/precreate", "no-machine", "configure-machine:machine set-migration-cap set-migration-param listen"
+    ),
+    "fd_receive": _row("boot/precreate/fd_receive", "no-machine", "adopt-descriptor", lent=False),
+    "accel": _row(_ACCEL, "machine-created", "open-kvm configure-machine"),
+    "backends": _row(f"{_ACCEL}/backends", "accel-created", "create-backend open-host-file"),
+    "preconfig": _row(
+        _PRECONFIG, "accel-created",
+        "create-backend open-host-file set-numa append-recipe configure-machine:cpu set-migration-cap "
+        "set-migration-param listen",
+    ),
+    "devices": _row(
+        _DEVICES, "machine-initialized",
+        "plug-device map-guest-memory declare-state create-backend write-guest-memory configure-machine:board",
+    ),
+    "incoming": _row(
+        f"{_DEVICES}/incoming", "machine-ready",
+        "load-state cancel-migration set-migration-cap set-migration-param run-vcpus",
+    ),
+    "running": _row(
+        _RUNNING, "machine-ready",
+        "run-vcpus plug-device create-backend open-host-file listen start-migration set-migration-cap "
+        "set-migration-param inject",
+    ),
+    "migrating": _row(
+        _MIGRATING, "machine-ready", "read-dirty-log cancel-migration send-descriptors",
+        "plug-device create-backend open-host-file set-migration-cap start-migration", around="running boot",
+    ),
+    "quiesced": _row(
+        f"{_MIGRATING}/quiesced", "machine-ready", "save-state", "run-vcpus inject", around="migrating running boot"
+    ),
+    "handover": _row(
+        f"{_MIGRATING}/quiesced/handover", "machine-ready", "release-guest", around="quiesced migrating running boot"
+    ),
+    "postmigrate": _row(f"{_RUNNING}/postmigrate", "machine-ready", "resume-here"),
+}  # fmt: skip
+
+
+@final
+@attrs.frozen
+class Deviation:
+    """A phase that grants (or withholds) something else than the table says."""
+
+    phase: str
+    more: frozenset[str]
+    less: frozenset[str]
+    why: str
+
+
+def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
+    return Deviation(
+        phase, frozenset(f"may-{name}" for name in more.split()), frozenset(f"may-{name}" for name in less.split()), why
+    )
+
+
+DEVIATIONS: Final = (
+    _but("precreate", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
+    _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
+    _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
+    _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
+    _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
+    _but("preconfig", "no device can be added yet, and NUMA is not there", less="set-numa append-recipe"),
+    _but(
+        "devices", "cont leads on from here; back ends may be opened as long as devices may be added",
+        more="run-vcpus open-host-file",
+    ),
+    _but(
+        "incoming", "a live update brings its run state along, and ends with its source",
+        less="cancel-migration run-vcpus",
+    ),
+    _but(
+        "running", "a machine with a guest awaits none; nothing is plugged or injected yet",
+        less="listen plug-device inject",
+    ),
+    _but("migrating", "no dirty log is read: RAM is shared", less="read-dirty-log"),
+    _but("postmigrate", "after a live update the guest comes back by a hand-over only", less="resume-here"),
+)  # fmt: skip
+
+
+def _granted(phase: str) -> dict[str, frozenset[str] | None]:
+    """Return what the window of `phase` grants: wire name -> scope, None for all."""
+    names = set(DESIGN[phase].grants)
+    for deviation in DEVIATIONS:
+        if deviation.phase == phase:
+            assert deviation.less <= names, deviation
+            assert not deviation.more & names, deviation
+            names = names - deviation.less | deviation.more
+    found = {}
+    for name in names:
+        kind, _, scope = name.partition(":")
+        found[kind] = frozenset(scope.split(",")) if scope else None
+    return found
+
+
+GRANTED: Final[Mapping[str, Mapping[str, frozenset[str] | None]]] = {phase: _granted(phase) for phase in DESIGN}
+WITHHELD: Final[Mapping[str, frozenset[str]]] = {
+    # There is no injecting yet, so none is withheld.
+    phase: row.withholds - {"may-inject"} for phase, row in DESIGN.items()
+}  # fmt: skip
+
+_HOST: Final = "may-open-host-file|may-adopt-descriptor"
+
+NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
+    **dict.fromkeys(
+        (
+            "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
+            "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status", "query-cpus-fast",
+            "query-migrate-capabilities", "query-migrate-parameters", "query-migrate",
+        ),
+        ("may-query",),
+    ),
+    **dict.fromkeys(("getfd", "closefd", "add-fd", "remove-fd"), ("may-add-descriptor",)),
+    "quit": ("may-quit",),
+    "chardev-add": ("may-create-backend:chardev", _HOST, "may-query"),
+    "chardev-remove": ("may-create-backend:chardev", "may-query"),
+    "object-add": ("may-create-backend:monitor", _HOST, "may-query"),
+    "object-del": ("may-create-backend:monitor", "may-query"),
+    "machine-set": ("may-configure-machine:machine", _HOST),
+    "x-exit-precreate": ("may-configure-machine:machine", _HOST),
+    "accel-set": ("may-open-kvm",),
+    "cpu-model-set": ("may-configure-machine:cpu",),
+    "x-exit-preconfig": ("may-configure-machine:cpu",),
+    "finish-machine-init": ("may-configure-machine:board",),
+    **dict.fromkeys(("cont", "stop", "system_reset"), ("may-run-vcpus",)),
+    "migrate-set-capabilities": ("may-set-migration-cap",),
+    "migrate-set-parameters": ("may-set-migration-param",),
+    "migrate": ("may-start-migration", "may-query"),
+    "migrate-incoming": ("may-listen",),
+    "migrate_cancel": ("may-cancel-migration",),
+}  # fmt: skip
+"""What each command takes; alternatives are joined by `|`, a scope follows a colon."""
+
+_OBSERVE: Final = frozenset({"may-query"})
+_OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-plug-device"}
+_MIGRATE: Final = _OPERATE | {
+    "may-set-migration-cap", "may-set-migration-param", "may-listen", "may-start-migration", "may-cancel-migration",
+}  # fmt: skip
+_ALL: Final = frozenset(name.split(":")[0] for row in DESIGN.values() for name in row.grants) - {"may-adopt-descriptor"}
+LENDABLE: Final[Mapping[str, frozenset[str]]] = {
+    "observe": _OBSERVE, "operate": _OPERATE, "migrate": _MIGRATE, "admin": _ALL,
+}  # fmt: skip
+"""What a session of each grant may be lent."""
+
+
+@final
+@attrs.frozen
+class Refusal:
+    """Why a command is not admitted: which token, and who stands in its way."""
+
+    token: str
+    by: str
+    """`session`, `phase`, `withheld`, `reserved`."""
+    at: str
+    """The grant's name, the path of the phase, or for whom the machine is reserved."""
+    phases: tuple[str, ...] = ()
+    """With `phase`: those that grant the token."""
+
+
+def _parse(need: str) -> tuple[tuple[str, ...], str | None]:
+    kinds, _, scope = need.partition(":")
+    return tuple(kinds.split("|")), scope or None
+
+
+def _grants(phase: str, kind: str, scope: str | None) -> bool:
+    if kind not in GRANTED[phase]:
+        return False
+    names = GRANTED[phase][kind]
+    return scope is None or names is None or scope in names
+
+
+def _open_in(phase: str) -> tuple[str, ...]:
+    """The open windows, innermost first."""
+    return (phase, *DESIGN[phase].around)
+
+
+def _refusal(need: str, phase: str, grant: str, reserved: bool) -> Refusal | None:
+    kinds, scope = _parse(need)
+    suffix = f":{scope}" if scope else ""
+    allowed = [kind for kind in kinds if kind in LENDABLE[grant]]
+    if not allowed:
+        return Refusal(f"{kinds[0]}{suffix}", "session", grant)
+    if reserved and not {"may-query", "may-quit"}.issuperset(allowed):
+        return Refusal(f"{allowed[0]}{suffix}", "reserved", "the incoming recipe")
+    held_by: dict[str, str] = {}
+    for window in _open_in(phase):
+        for kind in allowed:
+            if kind not in held_by and _grants(window, kind, scope):
+                return None
+            if kind in WITHHELD[window]:
+                held_by.setdefault(kind, window)
+    if held_by:
+        kind, window = next(iter(held_by.items()))
+        return Refusal(f"{kind}{suffix}", "withheld", DESIGN[window].path)
+    return Refusal(f"{allowed[0]}{suffix}", "phase", DESIGN[phase].path, tuple(granting(f"{allowed[0]}{suffix}")))
+
+
+def granting(need: str) -> Iterable[str]:
+    """Yield the phases, outermost first, whose own windows grant `need` to a session."""
+    (kind, *_), scope = _parse(need)
+    return (phase for phase, row in DESIGN.items() if row.lent and _grants(phase, kind, scope))
+
+
+def refusals(command: str, phase: str, grant: str, *, reserved: bool = False) -> list[Refusal]:
+    """Return every reason not to admit `command`; empty where it is admitted. An error names one of them."""
+    found = (_refusal(need, phase, grant, reserved) for need in NEEDS[command])
+    return [refusal for refusal in found if refusal is not None]
+
+
+def phases_of(command: str) -> list[str]:
+    """Return the phases in which a session that may all could run `command`."""
+    return [phase for phase, row in DESIGN.items() if row.lent and not refusals(command, phase, "admin")]
+
+
+_NEEDS: Final = re.compile(r"Command '(?P<command>[^']+)' needs (?P<token>[a-z|:-]+), (?:which )?(?P<rest>.*)")
+_RESTS: Final = (
+    ("session", re.compile(r"this session \(grant (?P<at>\w+)\) may not be lent")),
+    ("withheld", re.compile(r"phase (?P<at>\S+) withholds until it ends")),
+    ("phase", re.compile(r"phase (?P<at>[^;\s]+) does not grant(?:; phases that grant it: (?P<phases>.*))?")),
+    ("reserved", re.compile(r"reserved for (?P<at>.*) until it is done; query and quit are not")),
+)
+
+
+def told(command: str, error: Mapping[str, str]) -> Refusal | None:
+    """Return what `error`, an error of a reply, says about admission; None if it is about something else."""
+    needs = _NEEDS.fullmatch(error["desc"])
+    if needs is None:
+        return None
+    assert needs["command"] == command
+    assert error["class"] == "GenericError"
+    for by, pattern in _RESTS:
+        if (rest := pattern.fullmatch(needs["rest"])) is not None:
+            listed = rest.groupdict().get("phases") or ""
+            names = tuple(re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", listed))
+            return Refusal(needs["token"], by, rest["at"], names)
+    raise AssertionError(f"an admission error in words that nobody knows: {error['desc']}")
