@@ -23,7 +23,9 @@ class State:
     phase: str = "precreate"
     """`ended` once it has."""
     awaits: bool = False
-    """Whether a live update is awaited."""
+    """Whether a live update is awaited; what would make a machine is noted meanwhile."""
+    noted: bool = False
+    """Whether something was."""
     reserved: bool = False
     """Whether an incoming recipe has the machine."""
     stage: str = ""
@@ -31,6 +33,9 @@ class State:
     boots: bool = True
     """Whether the machine has a kernel."""
     mode: str = "normal"
+    qtest: bool = False
+    """Whether the accelerator executes nothing. Such a machine stays where it is."""
+    rngs: set[str] = attrs.Factory(set)
     chardevs: set[str] = attrs.Factory(set)
     fdsets: set[int] = attrs.Factory(set)
     names: dict[str, set[str]] = attrs.Factory(dict)
@@ -68,6 +73,13 @@ class Case:
     sends_fd: bool = False
     claims_fd: bool = False
     """Whether it takes a descriptor, also if it fails afterwards."""
+    well_formed: bool | None = None
+    """Whether the arguments have the right form, though they may be impossible; None if `works` says it."""
+
+    @property
+    def can_be_noted(self) -> bool:
+        """Whether it is noted where it cannot be carried out yet."""
+        return self.works is not _never if self.well_formed is None else self.well_formed
 
     def __repr__(self) -> str:
         return f"{self.command} {dict(self.arguments)}{' and a descriptor' if self.sends_fd else ''}"
@@ -104,6 +116,14 @@ def _await(state: State, grant: str) -> None:
     state.awaits = True
 
 
+def _abandon(state: State, grant: str) -> None:
+    state.awaits = state.noted = False
+
+
+def _qtest(state: State, grant: str) -> None:
+    state.phase, state.qtest = "preconfig", True
+
+
 def _cont(state: State, grant: str) -> None:
     if state.phase in ("preconfig", "devices"):
         state.phase = "running"
@@ -115,10 +135,11 @@ _NULL: Final = {"type": "null", "data": {}}
 _QUERIES: Final = (
     "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
-    "query-migrate-capabilities", "query-migrate-parameters", "query-migrate",
+    "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
 )  # fmt: skip
 _PLAIN: Final = (
-    *_QUERIES, "query-cpus-fast", "x-exit-precreate", "x-exit-preconfig", "finish-machine-init", "cont", "stop",
+    *_QUERIES, "query-cpus-fast", "query-cpu-definitions", "x-cpr-abandon",
+    "x-exit-precreate", "x-exit-preconfig", "finish-machine-init", "cont", "stop",
     "system_reset", "migrate_cancel", "quit",
 )  # fmt: skip
 """Commands without arguments."""
@@ -136,6 +157,12 @@ def _added(name: str) -> Callable[[State, str], None]:
     return lambda state, grant: state.chardevs.add(name)
 
 
+def _has_kvm(state: State, grant: str) -> bool | None:
+    if state.qtest:
+        return None
+    return state.phase == "preconfig" or _built(state, grant)
+
+
 def _built(state: State, grant: str) -> bool:
     return state.phase in ("devices", "incoming", "running", "migrating", "quiesced", "handover", "postmigrate")
 
@@ -143,6 +170,9 @@ def _built(state: State, grant: str) -> bool:
 CASES: Final = (
     *(Case(name) for name in _QUERIES),
     Case("query-cpus-fast", works=_built),
+    Case("query-cpu-definitions"),
+    Case("query-cpu-model-expansion", {"type": "full", "model": {"name": "host"}}, _has_kvm),
+    Case("query-cpu-model-expansion", {"type": "full"}, _never),
     *(Case(name, {"colour": "red"}, _never) for name in _PLAIN),
     # Descriptors.
     *(
@@ -185,20 +215,32 @@ CASES: Final = (
     ),
     Case("chardev-remove", {"id": "c9"}, _never),
     Case("object-add", {"qom-type": "monitor-hmp", "id": "m"}, _never),
-    Case("object-add", {"qom-type": "monitor-qmp", "id": "m"}, _never),
-    Case("object-add", {"qom-type": "monitor-qmp", "id": "m", "chardev": "c9"}, _never),
+    Case("object-add", {"id": "m"}, _never),
+    Case("object-add", {"qom-type": "monitor-qmp", "id": "m"}, _never, well_formed=True),
+    Case("object-add", {"qom-type": "monitor-qmp", "id": "m", "chardev": "c9"}, _never, well_formed=True),
+    Case(
+        "object-add", {"qom-type": "rng-builtin", "id": "r0"}, lambda state, grant: "r0" not in state.rngs,
+        lambda state, grant: state.rngs.add("r0"),
+    ),
+    Case("object-add", {"qom-type": "rng-random", "id": "r1", "filename": "/nowhere"}, _never, well_formed=True),
+    Case(
+        "object-del", {"id": "r0"}, lambda state, grant: "r0" in state.rngs,
+        lambda state, grant: state.rngs.discard("r0"),
+    ),
     Case("object-del", {"id": "m"}, _never),
     Case("object-del", {}, _never),
     # Building the machine.
     Case("machine-set", DEFINITION, lambda state, grant: not state.awaits, _to("accel", boots=True)),
-    Case("machine-set", {"type": "q35"}, _never),
-    Case("machine-set", {"memory": {"size": 5}}, _never),
-    Case("machine-set", {"kernel": "/nowhere/kernel"}, _never),
+    Case("machine-set", {"type": "q35"}, _never, well_formed=True),
+    Case("machine-set", {"memory": {"size": 5}}, _never, well_formed=True),
+    Case("machine-set", {"kernel": "/nowhere/kernel"}, _never, well_formed=True),
+    Case("machine-set", {"memory": "much"}, _never),
     Case("x-exit-precreate", {}, lambda state, grant: not state.awaits, _to("accel", boots=False)),
     Case("accel-set", {}, then=_to("preconfig")),
-    Case("accel-set", {"accel": "tcg"}, _never),
+    Case("accel-set", {"accel": "qtest"}, then=_qtest),
+    Case("accel-set", {"accel": "tcg"}, _never, well_formed=True),
     Case("cpu-model-set", {}, then=_to("devices")),
-    Case("cpu-model-set", {"model": "pentium"}, _never),
+    Case("cpu-model-set", {"model": "pentium"}, _never, well_formed=True),
     Case("x-exit-preconfig", {}, then=_to("devices")),
     Case("finish-machine-init", {}, then=_to("running")),
     # Running it.
@@ -212,7 +254,8 @@ CASES: Final = (
     Case("migrate-set-parameters", {"mode": "cpr-transfer"}, then=_mode),
     Case("migrate-set-parameters", {"mode": "carrier-pigeon"}, _never),
     Case(
-        "migrate", _channels("@to-main", "@to-cpr"), lambda state, grant: state.mode == "cpr-transfer",
+        "migrate", _channels("@to-main", "@to-cpr"),
+        lambda state, grant: state.mode == "cpr-transfer" and not state.qtest,
         _to("migrating", stage="hello"),
     ),
     Case("migrate", _channels("@nowhere", "@nowhere"), _never),
@@ -224,6 +267,12 @@ CASES: Final = (
     ),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
+    # Live update.
+    Case("x-cpr-check", _channels("@nowhere", "@nowhere"), _never),
+    Case("x-cpr-check", {}, _never),
+    Case("x-cpr-abandon", {}, lambda state, grant: state.awaits, _abandon),
+    Case("x-allow-difference", {"names": ["serial"]}),
+    Case("x-allow-difference", {"names": 1}, _never),
 )  # fmt: skip
 
 WAY_ON: Final[Mapping[str, str]] = {

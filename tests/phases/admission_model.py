@@ -7,6 +7,7 @@ is neither in the one nor in the other is a bug.
 from __future__ import annotations
 
 import re
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -109,6 +110,7 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 DEVIATIONS: Final = (
     _but("precreate", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
+    _but("precreate", "what a machine that is awaited shall have otherwise is noted", more="append-recipe"),
     _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
@@ -159,7 +161,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
         (
             "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
             "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status", "query-cpus-fast",
-            "query-migrate-capabilities", "query-migrate-parameters", "query-migrate",
+            "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
+            "query-cpu-definitions", "query-cpu-model-expansion",
         ),
         ("may-query",),
     ),
@@ -167,8 +170,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "quit": ("may-quit",),
     "chardev-add": ("may-create-backend:chardev", _HOST, "may-query"),
     "chardev-remove": ("may-create-backend:chardev", "may-query"),
-    "object-add": ("may-create-backend:monitor", _HOST, "may-query"),
-    "object-del": ("may-create-backend:monitor", "may-query"),
+    "object-add": ("may-create-backend", _HOST, "may-query"),
+    "object-del": ("may-create-backend", "may-query"),
     "machine-set": ("may-configure-machine:machine", _HOST),
     "x-exit-precreate": ("may-configure-machine:machine", _HOST),
     "accel-set": ("may-open-kvm",),
@@ -181,8 +184,28 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate": ("may-start-migration", "may-query"),
     "migrate-incoming": ("may-listen",),
     "migrate_cancel": ("may-cancel-migration",),
+    "x-cpr-check": ("may-start-migration",),
+    "x-cpr-abandon": ("may-listen",),
+    "x-allow-difference": ("may-listen",),
 }  # fmt: skip
 """What each command takes; alternatives are joined by `|`, a scope follows a colon."""
+
+OBJECTS: Final[Mapping[str, str]] = {
+    "monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng",
+}  # fmt: skip
+"""Type of an object -> what `object-add` must be allowed to create."""
+
+NOTED: Final = frozenset({"chardev-add", "object-add", "machine-set", "accel-set", "cpu-model-set"})
+"""Commands that are noted only, while a machine is awaited from another process."""
+
+
+def needs_of(command: str, arguments: Mapping[str, object] = MappingProxyType({})) -> tuple[str, ...]:
+    """Return what `command` takes with these arguments, be they right or wrong."""
+    family = OBJECTS.get(str(arguments.get("qom-type")))
+    if command == "object-add" and family is not None:
+        return (f"may-create-backend:{family}", *NEEDS[command][1:])
+    return NEEDS[command]
+
 
 _OBSERVE: Final = frozenset({"may-query"})
 _OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-plug-device"}
@@ -254,9 +277,27 @@ def granting(need: str) -> Iterable[str]:
     return (phase for phase, row in DESIGN.items() if row.lent and _grants(phase, kind, scope))
 
 
-def refusals(command: str, phase: str, grant: str, *, reserved: bool = False) -> list[Refusal]:
-    """Return every reason not to admit `command`; empty where it is admitted. An error names one of them."""
-    found = (_refusal(need, phase, grant, reserved) for need in NEEDS[command])
+def refusals(
+    command: str,
+    phase: str,
+    grant: str,
+    arguments: Mapping[str, object] = MappingProxyType({}),
+    *,
+    reserved: bool = False,
+    noting: bool = False,
+) -> list[Refusal]:
+    """Return every reason not to admit `command`; empty where it is admitted. An error names one of them.
+
+    Args:
+        reserved: whether an incoming recipe has the machine.
+        noting: whether a machine is awaited, and what would make one is noted.
+    """
+    needs = needs_of(command, arguments)
+    found = [_refusal(need, phase, grant, reserved) for need in needs]
+    if noting and command in NOTED:
+        # A session must be allowed the command itself, although it is not carried out now.
+        found = [refusal for refusal in found if refusal is not None and refusal.by == "session"]
+        found.append(_refusal("may-append-recipe", phase, grant, reserved))
     return [refusal for refusal in found if refusal is not None]
 
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from tests.phases.admission_cases import CASES, DEFINITION, WAY_ON, Case, State, proper
-from tests.phases.admission_model import DESIGN, GRANTED, LENDABLE, NEEDS, WITHHELD, phases_of, refusals, told
+from tests.phases.admission_model import DESIGN, GRANTED, LENDABLE, NEEDS, NOTED, WITHHELD, phases_of, refusals, told
 from tests.phases.admission_rig import GRANTS, HANGS, Rig, open_rig, unexpected
 from tests.test_tear_down import out_of_order
 from vmm.phases.catalog import COMMANDS
@@ -57,7 +57,9 @@ class Checked:
         """Have the session with `grant` send `case`; compare the reply and where the machine is with the model."""
         state = self.state
         before = state.phase
-        expected = refusals(case.command, state.phase, grant, reserved=state.reserved)
+        expected = refusals(
+            case.command, state.phase, grant, case.arguments, reserved=state.reserved, noting=state.awaits
+        )
         fds = [os.open("/dev/null", os.O_RDONLY)] if case.sends_fd else []
         if case.sends_fd:
             state.unclaimed.add(grant)
@@ -69,6 +71,13 @@ class Checked:
             assert found in expected, f"{where}: expected one of {expected}"
             return
         assert found is None, f"{where}: not admitted"
+        if state.awaits and case.command in NOTED:
+            assert case.can_be_noted == (error is None), (
+                f"{where}: should {'' if case.can_be_noted else 'not '}be noted"
+            )
+            state.noted = state.noted or error is None
+            await self.follow(before)
+            return
         works = case.works(state, grant)
         assert works is None or works == (error is None), f"{where}: should {'work' if works else 'fail'}"
         if error is None:
@@ -137,7 +146,7 @@ class Checked:
         for info in reply["return"]:
             name = info["name"]
             assert info["phases"] == phases_of(name), name
-            expected = not refusals(name, state.phase, grant, reserved=state.reserved)
+            expected = not refusals(name, state.phase, grant, reserved=state.reserved, noting=state.awaits)
             assert info["admitted"] == expected, f"{name} by {grant}, {state}"
 
     # What happens beside commands.
@@ -310,7 +319,9 @@ def explorer(yard: Yard) -> type[RuleBasedStateMachine]:
         def await_an_update(self, grant: str) -> None:
             self._execute(grant, proper("migrate-incoming"))
 
-        @precondition(lambda self: self.checked is not None and self.checked.state.awaits)
+        @precondition(
+            lambda self: self.phase == "precreate" and self.checked.state.awaits and not self.checked.state.noted
+        )
         @rule()
         def source_describes(self) -> None:
             visit(self.checked.source_describes)  # type: ignore[union-attr]
