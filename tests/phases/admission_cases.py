@@ -33,6 +33,8 @@ class State:
     boots: bool = True
     """Whether the machine has a kernel."""
     mode: str = "normal"
+    nodes: int = 0
+    """How many NUMA nodes there are, each with `MEMORY` bytes."""
     qtest: bool = False
     """Whether the accelerator executes nothing. Such a machine stays where it is."""
     rngs: set[str] = attrs.Factory(set)
@@ -43,9 +45,18 @@ class State:
     unclaimed: set[str] = attrs.Factory(set)
     """The sessions that have sent a descriptor which no command has taken yet: the next one that wants one does."""
 
+    @property
+    def memory(self) -> int:
+        """How much the machine has: as we define it, or by default."""
+        return MEMORY if self.boots else 128 << 20
+
     def named(self, grant: str) -> set[str]:
         """Return the names of the descriptors that the session with `grant` has."""
         return self.names.setdefault(grant, set())
+
+
+def _complete(state: State, grant: str) -> bool:
+    return state.nodes * MEMORY in (0, state.memory)
 
 
 def _always(state: State, grant: str) -> bool:
@@ -124,6 +135,16 @@ def _qtest(state: State, grant: str) -> None:
     state.phase, state.qtest = "preconfig", True
 
 
+def _node(state: State, grant: str) -> None:
+    state.nodes += 1
+
+
+def _can_run(state: State, grant: str) -> bool | None:
+    if state.phase in ("preconfig", "devices"):
+        return _complete(state, grant)
+    return True if state.boots else None
+
+
 def _cont(state: State, grant: str) -> None:
     if state.phase in ("preconfig", "devices"):
         state.phase = "running"
@@ -135,7 +156,8 @@ _NULL: Final = {"type": "null", "data": {}}
 _QUERIES: Final = (
     "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
-    "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
+    "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences", "query-kvm",
+    "query-machines", "query-target",
 )  # fmt: skip
 _PLAIN: Final = (
     *_QUERIES, "query-cpus-fast", "query-cpu-definitions", "x-cpr-abandon",
@@ -170,6 +192,11 @@ def _built(state: State, grant: str) -> bool:
 CASES: Final = (
     *(Case(name) for name in _QUERIES),
     Case("query-cpus-fast", works=_built),
+    *(
+        Case(name, works=lambda state, grant: state.phase != "precreate")
+        for name in ("query-current-machine", "query-hotpluggable-cpus", "query-memory-size-summary")
+    ),
+    Case("query-accelerators", works=lambda state, grant: state.phase not in ("precreate", "accel")),
     Case("query-cpu-definitions"),
     Case("query-cpu-model-expansion", {"type": "full", "model": {"name": "host"}}, _has_kvm),
     Case("query-cpu-model-expansion", {"type": "full"}, _never),
@@ -242,9 +269,15 @@ CASES: Final = (
     Case("cpu-model-set", {}, then=_to("devices")),
     Case("cpu-model-set", {"model": "pentium"}, _never, well_formed=True),
     Case("x-exit-preconfig", {}, then=_to("devices")),
-    Case("finish-machine-init", {}, then=_to("running")),
+    Case(
+        "set-numa-node", {"type": "node", "mem": MEMORY}, lambda state, grant: state.nodes * MEMORY < state.memory,
+        _node, well_formed=True,
+    ),
+    Case("set-numa-node", {"type": "node", "nodeid": 200}, _never, well_formed=True),
+    Case("set-numa-node", {"type": "knot"}, _never),
+    Case("finish-machine-init", {}, _complete, _to("running")),
     # Running it.
-    Case("cont", {}, lambda state, grant: True if state.boots else None, _cont),
+    Case("cont", {}, _can_run, _cont),
     Case("stop"),
     Case("system_reset", {}, lambda state, grant: state.phase not in ("preconfig", "devices")),
     Case("quit", {}, then=_to("ended", stage="")),

@@ -115,10 +115,11 @@ DEVIATIONS: Final = (
     _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
     _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
-    _but("preconfig", "no device can be added yet, and NUMA is not there", less="set-numa append-recipe"),
+    _but("preconfig", "no device can be added yet", less="append-recipe"),
     _but(
-        "devices", "cont leads on from here; back ends may be opened as long as devices may be added",
-        more="run-vcpus open-host-file",
+        "devices",
+        "cont leads on from here; back ends may be opened for devices, and nodes made until the machine is complete",
+        more="run-vcpus open-host-file set-numa",
     ),
     _but(
         "incoming", "a live update brings its run state along, and ends with its source",
@@ -162,7 +163,9 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
             "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
             "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status", "query-cpus-fast",
             "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
-            "query-cpu-definitions", "query-cpu-model-expansion",
+            "query-cpu-definitions", "query-cpu-model-expansion", "query-kvm", "query-machines",
+            "query-current-machine", "query-target", "query-hotpluggable-cpus", "query-memory-size-summary",
+            "query-accelerators",
         ),
         ("may-query",),
     ),
@@ -177,6 +180,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "accel-set": ("may-open-kvm",),
     "cpu-model-set": ("may-configure-machine:cpu",),
     "x-exit-preconfig": ("may-configure-machine:cpu",),
+    "set-numa-node": ("may-set-numa",),
     "finish-machine-init": ("may-configure-machine:board",),
     **dict.fromkeys(("cont", "stop", "system_reset"), ("may-run-vcpus",)),
     "migrate-set-capabilities": ("may-set-migration-cap",),
@@ -195,7 +199,7 @@ OBJECTS: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """Type of an object -> what `object-add` must be allowed to create."""
 
-NOTED: Final = frozenset({"chardev-add", "object-add", "machine-set", "accel-set", "cpu-model-set"})
+NOTED: Final = frozenset({"chardev-add", "object-add", "machine-set", "accel-set", "set-numa-node", "cpu-model-set"})
 """Commands that are noted only, while a machine is awaited from another process."""
 
 

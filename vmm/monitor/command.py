@@ -270,10 +270,12 @@ class CommandTable:
     def _is_noted(self, command: Command, caller: Caller) -> bool:
         return command.overrides and self._notes(caller)
 
-    def _note_token(self, command: Command, caller: Caller) -> MayAppendRecipe:
+    def _note_token(
+        self, command: Command, caller: Caller, arguments: Mapping[str, object] = MappingProxyType({})
+    ) -> MayAppendRecipe:
         """Find the token to note `command`. The caller must be allowed what the command itself would take."""
         grant = self._grant_of(caller)
-        for need in command.signature.needs:
+        for need in (need.chosen(arguments) for need in command.signature.needs):
             require_granted(command.name, need.kinds, need.scope, grant)
         kinds = (MayAppendRecipe,)
         token, _ = self._tree.find(command.name, kinds, None, grant, caller.name, self._hint)
@@ -296,7 +298,7 @@ class CommandTable:
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)
         if self._is_noted(command, caller):
-            token = self._note_token(command, caller)
+            token = self._note_token(command, caller, arguments)
             structure(command.arguments or _NoArguments, arguments, name)
             token.append(name, arguments)
             return {}
