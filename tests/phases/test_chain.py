@@ -256,7 +256,8 @@ async def test_a_machine_set_with_wrong_arguments_names_them_all(tmp_path: Path)
         text = await failure(client, "machine-set", memory={"size": "16M"}, colour="red")
         assert text == (
             "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', 'smp', "
-            "'kernel', 'initrd', 'append', 'serial', 'reboot-action'; 'memory.size' must be an integer, not \"16M\""
+            "'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', 'rtc', and 4 more; "
+            "'memory.size' must be an integer, not \"16M\""
         )
 
 
@@ -638,7 +639,7 @@ async def test_a_start_recipe_whose_third_command_fails_leaves_nothing(tmp_path:
         (
             Step("machine-set", {"colour": "red"}),
             "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', 'smp', "
-            "'kernel', 'initrd', 'append', 'serial', 'reboot-action'",
+            "'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', 'rtc', and 4 more",
         ),
     ],
     ids=["unknown", "too early", "wrong argument"],

@@ -11,6 +11,7 @@ import attrs
 from vmm import hostio
 from vmm.guests import guest_path
 from vmm.hw.boot.acpi import acpi_tables
+from vmm.hw.boot.acpi_file import AcpiTable
 from vmm.hw.boot.image import image_path, plan_boot
 from vmm.hw.boot.plan import BinarySource
 from vmm.phases.host_resources import BUILTIN
@@ -39,6 +40,7 @@ class Definition:
     options: MachineOptions
     kernel: BinarySource | None
     initrd: BinarySource | None
+    tables: tuple[AcpiTable, ...]
     _fds: dict[str, int]
     plan: BootPlan | None = None
     numa: NumaTable = attrs.field(init=False)
@@ -68,11 +70,13 @@ class Definition:
                 kernel = opened("kernel", options.kernel, _path_of(options.kernel))
             if options.initrd is not None:
                 initrd = opened("initrd", options.initrd, options.initrd)
+            paths = [str(table.file) for table in options.firmware.acpi_tables]
+            tables = [AcpiTable.read(opened(f"acpi-table.{at}", path, path)) for at, path in enumerate(paths)]
             stack.pop_all()
-        return cls(options, kernel, initrd, fds)
+        return cls(options, kernel, initrd, tuple(tables), fds)
 
     def check(self) -> None:
-        """Find out whether the images can be booted on this machine. Raises `BootError`."""
+        """Find out whether the images can be booted on this machine. Raises `BootError`, `HostFileRefused`."""
         self._plan(None)
 
     def complete(self) -> None:
@@ -84,8 +88,8 @@ class Definition:
     def _plan(self, numa: Numa | None) -> None:
         options = self.options
         cpus = options.smp.cpus
+        tables = acpi_tables(cpus, numa=numa, extra=self.tables)
         if self.kernel is not None:
-            tables = acpi_tables(cpus, numa=numa)
             self.plan = plan_boot(self.kernel, self.initrd, options.append, options.memory.size, cpus, tables)
 
     def descriptors(self) -> Mapping[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from vmm.hw import board
 from vmm.hw.acpi_pm import AcpiPm
@@ -13,7 +13,7 @@ from vmm.hw.debug_exit import DebugExit
 from vmm.hw.i8042 import I8042
 from vmm.hw.irq import GsiLine
 from vmm.hw.legacy import PostCode, SystemControlA
-from vmm.hw.rtc import Rtc
+from vmm.hw.rtc import Rtc, RtcState
 from vmm.hw.uart import Uart
 from vmm.migration.registry import StateRegistry
 from vmm.phases.guest_requests import GuestBells
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
     from vmm.phases.cpus import CpuModel
+
+
+SECOND: Final = 1_000_000_000  # ns
 
 
 @final
@@ -116,7 +119,8 @@ class BoardBuilder:
             self._stack.callback(chardev.detach)
             devices.append(uart)
         devices.append(I8042(irq=line(board.I8042_GSI), request_reset=bells.request_reset))
-        devices.append(Rtc(now_ns=accelerator.time_ns))
+        offset = self._made.definition.options.firmware.rtc.offset(accelerator.time_ns() // SECOND)
+        devices.append(Rtc(now_ns=accelerator.time_ns, state=RtcState(offset=offset)))
         devices.append(AcpiPm(request_power_off=bells.request_power_off))
         devices.append(PostCode())
         devices.append(SystemControlA(request_reset=bells.request_reset))

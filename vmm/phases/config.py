@@ -12,6 +12,7 @@ from typing import Final, Literal, final
 import attrs
 
 from vmm.errors import OptionInvalid, Unsupported
+from vmm.phases.firmware_options import FirmwareOptions
 
 MAX_CPUS: Final = 8
 MIN_MEMORY: Final = 1 << 20
@@ -62,6 +63,7 @@ class MachineOptions:
     """Labels of the chardevs behind COM1, COM2; at most two."""
     reboot_action: Literal["reset", "shutdown"] = attrs.field(default="reset", metadata={"wire": "reboot-action"})
     """What a reset that the guest asks for does (`-no-reboot` is `shutdown`)."""
+    firmware: FirmwareOptions = attrs.field(default=FirmwareOptions(), metadata={"inline": True})
 
     def check(self) -> None:
         """Raise `OptionInvalid` or `Unsupported` for the first thing that cannot be."""
@@ -90,6 +92,7 @@ class MachineOptions:
                 raise OptionInvalid(option="uuid", value=self.uuid, wanted=wanted) from None
         if len(self.serial) > 2:
             raise OptionInvalid(option="serial", value=self.serial, wanted="at most two chardevs (COM1 and COM2)")
+        self.firmware.check()
 
 
 @final

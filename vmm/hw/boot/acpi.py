@@ -21,15 +21,19 @@ from vmm.errors import BootError
 from vmm.hw import board
 from vmm.hw.acpi_pm import SLEEP_TYPE_S5
 from vmm.hw.boot import aml, layout
+from vmm.hw.boot.acpi_file import AcpiTable, refused
 from vmm.hw.boot.plan import Data
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.hw.boot.numa import Numa
 
 SCI = board.SCI_GSI
 RESET_PORT = board.I8042_COMMAND
 RESET_VALUE = 0xFE
 
+_ALWAYS = ("RSDT", "XSDT", "FACP", "FACS", "DSDT", "APIC")
 _PCI_CONFIG = range(0xCF8, 0xD00)
 
 
@@ -44,11 +48,16 @@ class PciRoot:
     """Device number, pin (0 is INTA) and GSI of each interrupt line in use. Devices with MSI-X need none."""
 
 
-def acpi_tables(cpus: int, pci: PciRoot | None = None, *, numa: Numa | None = None) -> Data:
+def acpi_tables(
+    cpus: int, pci: PciRoot | None = None, *, numa: Numa | None = None, extra: Sequence[AcpiTable] = ()
+) -> Data:
     """Return the tables of a machine with `cpus` processors, the RSDP first, at a place where it is found by search.
+
+    `extra` are tables beside the machine's own ones.
 
     Raises:
         BootError: they do not fit between 0xe0000 and 1 MiB.
+        HostFileRefused: one of `extra` is of a kind that the machine has already.
     """
     blob = bytearray(64)  # the RSDP comes last, when the XSDT's address is known
 
@@ -63,6 +72,11 @@ def acpi_tables(cpus: int, pci: PciRoot | None = None, *, numa: Numa | None = No
     listed = [fadt, add(_table(b"APIC", 5, _madt(cpus)))]
     if numa is not None:
         listed += [add(_table(b"SRAT", 3, numa.srat())), add(_table(b"SLIT", 1, numa.slit()))]
+    own = {*_ALWAYS, *(("SRAT", "SLIT") if numa is not None else ())}
+    for table in extra:
+        if table.signature in own:
+            raise refused(table.name, f"the machine has a table {table.signature} of its own")
+        listed.append(add(table.data))
     xsdt = add(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     blob[:36] = _rsdp(xsdt)
     if len(blob) > layout.ACPI_ROOM:
