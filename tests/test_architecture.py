@@ -20,6 +20,7 @@ ORDER: Final = (
         "errors",
         "guests",
         "outside",
+        "facets",
         "capabilities",
         "nursery_tree",
         "hostio",

@@ -26,6 +26,8 @@ from vmm.capabilities import (
     MayPlugDevice,
     MayQuery,
     MayQuit,
+    MayRestoreGuest,
+    MayResumeHere,
     MayRunVcpus,
     MaySetMigrationCap,
     MaySetMigrationParam,
@@ -306,7 +308,7 @@ def test_each_grant_contains_the_one_below_it() -> None:
 
 def test_grants_are_what_they_are_called() -> None:
     assert OBSERVE.kinds == {MayQuery}
-    assert OPERATE.kinds - OBSERVE.kinds == {MayQuit, MayRunVcpus, MayPlugDevice}
+    assert OPERATE.kinds - OBSERVE.kinds == {MayQuit, MayRunVcpus, MayResumeHere, MayPlugDevice}
     assert MIGRATE.kinds - OPERATE.kinds == {
         MaySetMigrationCap,
         MaySetMigrationParam,
@@ -328,6 +330,6 @@ def test_no_session_may_claim_what_a_predecessor_sent() -> None:
 
 
 def test_a_recipe_that_came_in_a_stream_opens_no_file_and_starts_no_migration() -> None:
-    assert set(KINDS) - REPLAY.kinds == {MayOpenHostFile, MayStartMigration}
+    assert set(KINDS) - REPLAY.kinds == {MayOpenHostFile, MayStartMigration, MayRestoreGuest}
     assert MayAdoptDescriptor in REPLAY.kinds
     assert MayAddDescriptor in REPLAY.kinds

@@ -16,11 +16,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Protocol, TypeVar, final
 
 from vmm.errors import TokenOutOfScope, TokenRevoked
+from vmm.facets import (
+    Board,
+    Cancellable,
+    Departure,
+    DescriptorSender,
+    GuestRam,
+    MemoryMap,
+    OwnershipOffer,
+    RunControl,
+    StateIndex,
+    StateSink,
+    StateSource,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from typing import Self
 
+    from vmm.facets import CheckedSections
     from vmm.outside import OutsideAccess
 
 FacetT = TypeVar("FacetT")
@@ -404,8 +418,11 @@ class MaySetMigrationParam(Token[Settings]):
 class IncomingPort(Protocol):
     """Where an incoming migration is awaited."""
 
-    async def listen(self, channels: Sequence[Any]) -> None:
-        """Bind every channel, then return. `MigrationRefused` where one is bound already."""
+    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool) -> Awaitable[None]:
+        """Bind every channel, then return what settles when that has led where it leads in this phase.
+
+        `MigrationRefused` where one is bound already.
+        """
         ...
 
     async def abandon(self) -> None:
@@ -424,9 +441,12 @@ class MayListen(Token[IncomingPort]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-listen"
 
-    async def listen(self, channels: Sequence[Any]) -> None:
-        """Bind `channels`; their real addresses are in `query-migrate` afterwards."""
-        await self._reach().listen(channels)
+    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool) -> Awaitable[None]:
+        """Bind `channels`; their real addresses are in `query-migrate` afterwards. Then move on, where that leads on.
+
+        `exit_on_error`: whether this process ends if what comes in is refused.
+        """
+        return await self._reach().listen(channels, exit_on_error=exit_on_error)
 
     async def abandon(self) -> None:
         """Give a bound CPR channel up, with all that was noted for the machine that would have come."""
@@ -437,12 +457,16 @@ class MayListen(Token[IncomingPort]):
         self._reach().allow(names)
 
 
-class Board(Protocol):
-    """The machine's buses."""
+@final
+class MayRestoreGuest(_Decides):
+    """May put a saved state in place of the machine's own."""
 
-    def plug(self, device: Any) -> None:
-        """Put `device` at its addresses. `AddressConflict`, `NameTaken`."""
-        ...
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-restore-guest"
+
+    def decide(self, saved: object) -> Awaitable[None]:
+        """Post `saved`, whose descriptor goes with it; what is returned settles when the state is in force."""
+        return self._reach().decide(saved)
 
 
 @final
@@ -457,14 +481,6 @@ class MayPlugDevice(Token[Board]):
         self._reach().plug(device)
 
 
-class MemoryMap(Protocol):
-    """The guest's physical address space."""
-
-    def map(self) -> None:
-        """Give every RAM region its KVM memory slot."""
-        ...
-
-
 @final
 class MayMapGuestMemory(Token[MemoryMap]):
     """May map RAM into the guest's physical address space."""
@@ -475,16 +491,6 @@ class MayMapGuestMemory(Token[MemoryMap]):
     def map(self) -> None:
         """Give every RAM region its KVM memory slot."""
         self._reach().map()
-
-
-class StateIndex(Protocol):
-    """The sections that travel when the machine moves."""
-
-    def register(
-        self, name: str, version: int, *, save: Any, load: Any, accepts: int | None = None, after: Iterable[str] = ()
-    ) -> None:
-        """Add a section; a duplicate name is a bug. See `vmm.migration.registry`."""
-        ...
 
 
 @final
@@ -499,18 +505,6 @@ class MayDeclareState(Token[StateIndex]):
     ) -> None:
         """Add a section to what travels: how it is saved, checked and loaded, and which ones come before it."""
         self._reach().register(name, version, save=save, load=load, accepts=accepts, after=after)
-
-
-class GuestRam(Protocol):
-    """Write access to the guest's RAM."""
-
-    def write(self, address: int, data: bytes) -> None:
-        """Store `data` at guest-physical `address`."""
-        ...
-
-    def fill(self, address: int, fd: int, offset: int, size: int) -> None:
-        """Read `size` bytes at `offset` of `fd` straight into guest RAM."""
-        ...
 
 
 @final
@@ -528,24 +522,16 @@ class MayWriteGuestMemory(Token[GuestRam]):
         """Read `size` bytes at `offset` of `fd` straight into guest RAM."""
         self._reach().fill(address, fd, offset, size)
 
+    def place(self, address: int, data: bytes | memoryview) -> None:
+        """Store `data` at guest-physical `address`, from any thread, without holding up the others."""
+        self._reach().place(address, data)
+
+    def clear(self) -> None:
+        """Make all of it zero."""
+        self._reach().clear()
+
 
 # --- kinds of the phases in which a guest exists ------------------------------------------------------------
-
-
-class CheckedSections(Protocol):
-    """A whole machine's state, checked and not yet in force."""
-
-    def apply(self) -> None:
-        """Put it in force."""
-        ...
-
-
-class StateSink(Protocol):
-    """Takes a whole machine's state."""
-
-    def check(self, sections: Iterable[Any]) -> CheckedSections:
-        """Check every section (`StateRejected`); change nothing."""
-        ...
 
 
 @final
@@ -558,22 +544,6 @@ class MayLoadState(Token[StateSink]):
     def check(self, sections: Iterable[Any]) -> CheckedSections:
         """Check all of `sections`; what is returned puts them in force."""
         return self._reach().check(sections)
-
-
-class RunControl(Protocol):
-    """Starts and stops the vCPUs. Before the machine is ready, records what is to be done when it is."""
-
-    def cont(self) -> Awaitable[None]:
-        """Run the guest."""
-        ...
-
-    def stop(self) -> Awaitable[None]:
-        """Take every vCPU out of the guest."""
-        ...
-
-    def reset(self) -> Awaitable[None]:
-        """Put the machine into its power-on state."""
-        ...
 
 
 @final
@@ -608,16 +578,16 @@ class MayInject(Token["OutsideAccess"]):
         return act(self._reach())
 
 
-class Departure(Protocol):
-    """Starts an outgoing migration, or asks what would become of it."""
+@final
+class MayResumeHere(_Decides):
+    """May run the guest here again that was migrated by copying it: it is whole, and stands where it stood."""
 
-    def start(self, plan: Any) -> Awaitable[None]:
-        """Post `plan`; settles when phase `migrating` has opened, or with what kept it shut."""
-        ...
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-resume-here"
 
-    async def check(self, plan: Any) -> Mapping[str, Any]:
-        """Ask the other side of `plan`, and return its answer; nothing else happens."""
-        ...
+    def decide(self) -> Awaitable[None]:
+        """Run the guest here. That it does not run where it went, too, is for the caller to know."""
+        return self._reach().decide(None)
 
 
 @final
@@ -636,14 +606,6 @@ class MayStartMigration(Token[Departure]):
         return await self._reach().check(plan)
 
 
-class Cancellable(Protocol):
-    """Something under way that can be called off."""
-
-    def cancel(self, by: str) -> None:
-        """Call it off; returns at once. Without effect once the guest has been offered to the other side."""
-        ...
-
-
 @final
 class MayCancelMigration(Token[Cancellable]):
     """May call off a migration that is under way."""
@@ -654,14 +616,6 @@ class MayCancelMigration(Token[Cancellable]):
     def cancel(self, by: str) -> None:
         """Call the migration off."""
         self._reach().cancel(by)
-
-
-class DescriptorSender(Protocol):
-    """The sending half of a CPR channel."""
-
-    async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int]) -> None:
-        """Send one message with named descriptors."""
-        ...
 
 
 @final
@@ -676,14 +630,6 @@ class MaySendDescriptors(Token[DescriptorSender]):
         await self._reach().send(kind, body, descriptors)
 
 
-class StateSource(Protocol):
-    """Gives a whole machine's state, which stands still."""
-
-    def save(self) -> Mapping[str, Any]:
-        """Return every section's content."""
-        ...
-
-
 @final
 class MaySaveState(Token[StateSource]):
     """May read the machine's state; exists only while every vCPU is out and every queue is at rest."""
@@ -695,17 +641,9 @@ class MaySaveState(Token[StateSource]):
         """Return every section's content, by section name."""
         return self._reach().save()
 
-
-class OwnershipOffer(Protocol):
-    """The source's hold on the ownership cell."""
-
-    def offer(self) -> None:
-        """SOURCE -> OFFERED: from here on the successor may take the guest."""
-        ...
-
-    def take_back(self) -> bool:
-        """OFFERED -> SOURCE; False where the successor was quicker."""
-        ...
+    def ram(self) -> Any:
+        """Return the guest's RAM, which stands still, to be read."""
+        return self._reach().ram()
 
 
 @final
@@ -729,9 +667,9 @@ class MayReleaseGuest(Token[OwnershipOffer]):
 KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayQuery, MayQuit, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
-    MayListen, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
+    MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySendDescriptors,
-    MaySaveState, MayReleaseGuest,
+    MaySaveState, MayReleaseGuest, MayResumeHere,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 
@@ -748,12 +686,12 @@ class Grant:
 
 
 OBSERVE: Final = Grant("observe", frozenset({MayQuery}))
-OPERATE: Final = Grant("operate", OBSERVE.kinds | {MayQuit, MayRunVcpus, MayPlugDevice})
+OPERATE: Final = Grant("operate", OBSERVE.kinds | {MayQuit, MayRunVcpus, MayResumeHere, MayPlugDevice})
 MIGRATE: Final = Grant(
     "migrate",
     OPERATE.kinds | {MaySetMigrationCap, MaySetMigrationParam, MayListen, MayStartMigration, MayCancelMigration},
 )
 QTEST: Final = Grant("qtest", frozenset({MayInject}))
 ADMIN: Final = Grant("admin", frozenset(KINDS) - {MayAdoptDescriptor})
-REPLAY: Final = Grant("incoming-recipe", frozenset(KINDS) - {MayOpenHostFile, MayStartMigration})
+REPLAY: Final = Grant("incoming-recipe", frozenset(KINDS) - {MayOpenHostFile, MayStartMigration, MayRestoreGuest})
 """For a recipe that arrived in a stream: host resources are claimed from the predecessor, never opened by path."""

@@ -434,6 +434,15 @@ class StateRejected(MigrationError):
         return f"Section {self.section}: {'; '.join(self.faults)}"
 
 
+class MigrationPeerGone(MigrationError):
+    """The other side of a migration closed its channel, died, or did nothing for too long."""
+
+    text: ClassVar[str] = "The {peer} {what}; {outcome}"
+    peer: str
+    what: str
+    outcome: str
+
+
 class MigrationCancelled(MigrationError):
     """Somebody asked for the end of the migration."""
 

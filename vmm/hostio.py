@@ -445,10 +445,42 @@ def open_output_file(path: str, append: bool) -> int:
     return fd
 
 
-def _open(action: str, path: str, flags: int) -> int:
+def open_state_file(path: str, offset: int) -> int:
+    """Open or create regular file `path`, readable by its owner alone, for a guest's state; stand at byte `offset`.
+
+    Its content stays until `cut_off`.
+
+    Raises:
+        HostFileRefused: it may not be written, or is of another kind.
+    """
+    fd = _open("write", path, os.O_RDWR | os.O_CREAT, 0o600)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+    os.lseek(fd, offset, os.SEEK_SET)
+    return fd
+
+
+def open_saved_state(path: str, offset: int) -> int:
+    """Open regular file `path` for reading, and stand at byte `offset`. Raises as `open_input_file`."""
+    fd = open_input_file(path)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return fd
+
+
+def cut_off(fd: int) -> None:
+    """Cut the regular file `fd` off at its position. Raises `HostFileRefused`."""
+    try:
+        os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
+    except OSError as error:
+        raise refused("write", os.readlink(f"/proc/self/fd/{fd}"), error) from error
+
+
+def _open(action: str, path: str, flags: int, mode: int = 0o666) -> int:
     # Not to block on a pipe without a peer, and never to get a terminal that sends us its signals.
     try:
-        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o666)
+        return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, mode)
     except OSError as error:
         raise refused(action, path, error) from error
     except ValueError as error:  # a NUL in the path

@@ -114,12 +114,16 @@ class Inbox(Generic[ValueT]):
     def post(self, value: ValueT, *, until: str | None = None) -> Turn[ValueT]:
         """Post `value`. Never blocks."""
         turn = Turn(value, until=until)
+        self.post_turn(turn)
+        return turn
+
+    def post_turn(self, turn: Turn[ValueT]) -> None:
+        """Post a turn that was made before. Never blocks."""
         if self._closed:
             turn.fail(_left(self._phase))
-            return turn
+            return
         self._turns.append(turn)
         self._arrived.set()
-        return turn
 
     async def take(self) -> Turn[ValueT]:
         """Wait for the next decision."""
@@ -365,11 +369,14 @@ class Phase:
         """Wait for a decision that `carry_out` can carry out; return its result, and close the inbox.
 
         A decision that fails is answered with its `VmmError` and leaves the phase as it was. One that succeeds is
-        answered when the window that it leads to has opened. What the phase was cancelled in the middle of, fails.
+        answered when the window that it leads to has opened. What the phase was cancelled in the middle of, fails. One
+        that was settled before its turn came is not carried out.
         """
         try:
             while True:
                 turn = await inbox.take()
+                if turn.settled:
+                    continue
                 try:
                     await self.tree.drain(turn, f"after {self.path}")
                     result = carry_out(turn.value)

@@ -48,6 +48,7 @@ def run_process(recipe: Recipe, options: argparse.Namespace, allowed_resources: 
         options.x_cpr_stop_at,
         limits=limits,
         stderr=2 if sys.stderr is not None else None,
+        autostart=not options.stopped,
         allowed_resources=allowed_resources,
     )
     return trio.run(_run, start)

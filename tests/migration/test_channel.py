@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.errors import MigrationRefused, OptionInvalid, Unsupported, VmmError
-from vmm.migration.address import DescriptorAddress, InetAddress, SocketAddress, UnixAddress
+from vmm.migration.address import DescriptorAddress, FileAddress, InetAddress, SocketAddress, UnixAddress
 from vmm.migration.channel import (
     Channel,
     Channels,
     MigrationChannel,
-    incoming_channel,
+    incoming_channels,
     incoming_option,
     outgoing_channels,
 )
@@ -52,16 +52,17 @@ def test_a_uri_is_a_main_channel(uri: str, address: SocketAddress) -> None:
     assert Channel.parse(uri, "-incoming") == main(address)
 
 
-@pytest.mark.parametrize("uri", ["exec:cat", "file:/tmp/state,offset=0x1000", "rdma:host:1", "vsock:3:1"])
+@pytest.mark.parametrize("uri", ["exec:cat", "rdma:host:1", "vsock:3:1"])
 def test_other_transports_of_qemu_are_refused_by_name(uri: str) -> None:
     with pytest.raises(Unsupported) as caught:
         Channel.from_uri(uri, "migrate: uri")
     assert str(caught.value) == (
-        f"Migration transport {uri.split(':')[0]!r} is not supported here; use tcp:HOST:PORT, unix:PATH or fd:NAME"
+        f"Migration transport {uri.split(':')[0]!r} is not supported here; "
+        "use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
     )
 
 
-URI = "is not a migration URI; use tcp:HOST:PORT, unix:PATH or fd:NAME"
+URI = "is not a migration URI; use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
 TCP = "is not of the form tcp:HOST:PORT, an IPv6 address in brackets"
 FLAG = "is not one of numeric, ipv4, ipv6, each at most once, alone or with =on or =off"
 PATH = "is not a socket's path: 1 to 107 bytes, none of them NUL"
@@ -136,8 +137,8 @@ SOCKET = {"transport": "socket", "type": "fd", "str": "5"}
             "'channel-type' does not accept \"side\"; it accepts 'main', 'cpr'",
         ),
         (
-            {"channel-type": "main", "addr": {"transport": "file", "filename": "f", "offset": 0}},
-            "'addr.transport' does not accept \"file\"; it accepts 'socket'",
+            {"channel-type": "main", "addr": {"transport": "exec", "args": []}},
+            "'addr.transport' does not accept \"exec\"; it accepts 'socket', 'file'",
         ),
         (
             {"channel-type": "main", "addr": {"transport": "socket", "type": "vsock", "cid": "3", "port": "1"}},
@@ -221,20 +222,43 @@ def test_other_channels_of_migrate_are_refused(uri: str | None, channels: list[C
     assert str(caught.value) == reason
 
 
-def test_migrate_incoming_listens_on_one_main_channel() -> None:
-    assert incoming_channel("unix:/run/vm/main.sock", None) == UNIX
-    assert incoming_channel(None, as_json([main(UNIX)])) == UNIX
+def test_migrate_incoming_takes_a_uri_or_a_list() -> None:
+    assert incoming_channels("unix:/run/vm/main.sock", None) == [main(UNIX)]
+    assert incoming_channels(None, as_json([main(UNIX), cpr(UNIX)])) == [main(UNIX), cpr(UNIX)]
 
 
 @pytest.mark.parametrize(
-    ("channels", "given"),
-    [([], "none"), ([cpr(UNIX)], "cpr"), ([main(UNIX), cpr(UNIX)], "main, cpr")],
+    ("text", "filename", "offset"),
+    [
+        ("file:/tmp/state", "/tmp/state", 0),
+        ("file:/tmp/state,offset=0x1000", "/tmp/state", 0x1000),
+        ("file:/tmp/state,offset=010", "/tmp/state", 10),
+        ("file:a,b,offset=2M", "a,b", 2 << 20),
+        ("file:a,offset=1,offset=2", "a,offset=1", 2),
+    ],
 )
-def test_other_channels_of_migrate_incoming_are_refused(channels: list[Channel], given: str) -> None:
-    with pytest.raises(MigrationRefused) as caught:
-        incoming_channel(None, as_json(channels))
-    expected = f"migrate-incoming: channels must be one channel of type 'main'; given: {given}"
-    assert str(caught.value) == expected
+def test_a_file_is_a_path_and_an_offset(text: str, filename: str, offset: int) -> None:
+    channel = Channel.from_uri(text, "migrate: uri")
+    assert channel.address == FileAddress(filename, offset)
+    assert Channel.from_json(channel.to_json(), "migrate: channels[0]") == channel
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file:", "migrate: uri: filename: '' is not a path, which has no NUL"),
+        ("file:a,offset=-1", "migrate: uri: offset: '-1' is not a size such as 0x1000, 4096, 4K or 1M"),
+        ("file:a,offset=", "migrate: uri: offset: '' is not a size such as 0x1000, 4096, 4K or 1M"),
+        (
+            "file:a,offset=0x4000000000000000",
+            "migrate: uri: offset: 4611686018427387904 is not a number of bytes below 2^62",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(OptionInvalid) as caught:
+        Channel.from_uri(text, "migrate: uri")
+    assert str(caught.value) == reason
 
 
 def test_the_addresses_of_a_list_are_checked_by_position() -> None:

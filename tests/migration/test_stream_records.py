@@ -171,7 +171,7 @@ def test_extents_beyond_one_record_are_refused() -> None:
     [
         (b"", "0 bytes, expected 4 and 16 for each extent"),
         (bytes(5), "5 bytes, expected 4 and 16 for each extent"),
-        (b"\1\0\0\0", "content of kind 1, only 0 (in shared memory) is read here"),
+        (b"\2\0\0\0", "content of kind 2, only 0 (in shared memory) and 1 (in this stream) are read here"),
     ],
 )
 def test_malformed_extents_are_refused(payload: bytes, text: str) -> None:

@@ -731,9 +731,10 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert operate - observe == {"cont", "stop", "system_reset", "quit"}
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
+            *("x-cpr-check", "x-cpr-abandon", "x-allow-difference"),
         }
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
-        assert {command.name for command in COMMANDS} - admitted(table, REPLAY) == {"migrate"}
+        assert {command.name for command in COMMANDS} - admitted(table, REPLAY) == {"migrate", "loadvm", "x-cpr-check"}
 
 
 async def test_a_command_that_comes_too_early_is_told_the_token_the_phases_and_the_way() -> None:

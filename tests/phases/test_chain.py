@@ -307,7 +307,7 @@ WRONG = [
         "cont",
         "Command 'cont' needs may-run-vcpus, which phase boot/precreate does not grant; phases that grant it: "
         "preconfig (reached by accel-set), devices (reached by cpu-model-set or x-exit-preconfig), "
-        "running (reached by finish-machine-init or cont)",
+        "incoming (reached by an incoming migration), running (reached by finish-machine-init or cont)",
     ),
     (
         "precreate",

@@ -242,6 +242,12 @@ class Chardev(ABC):
         self._input[:0] = pending.input
         self._load(pending)
 
+    def take_bytes(self, pending: ChardevState) -> None:
+        """Take the bytes that another chardev had under way when its guest left. Call it at rest, before `resume`."""
+        assert self._quiesced, "its own bytes would mix with these"
+        self._output.load(pending.output)
+        self._input[:0] = pending.input
+
     def give_up(self) -> None:
         """Close our copies of the descriptors, and leave all else: it is the successor's now. `serve` returns."""
         assert self._quiesced, "a chardev that carries bytes can't be given up"

@@ -127,6 +127,50 @@ static void tv_advise_huge(uintptr_t address, uint64_t size)
     (void)madvise((void *)address, size, MADV_HUGEPAGE);
 }
 
+/* Gives the pages of a shared mapping back: they are zero afterwards, and cost nothing. 0, or an errno. */
+static int tv_forget(uintptr_t address, uint64_t size)
+{
+    return madvise((void *)address, size, MADV_REMOVE) ? errno : 0;
+}
+
+/* Whether a page of 4096 bytes is all zero. Most that are not say so in their first words. */
+static int tv_page_is_zero(const uint64_t *words)
+{
+    for (int line = 0; line < 512; line += 8) {
+        uint64_t any = 0;
+        for (int word = 0; word < 8; word++)
+            any |= words[line + word];
+        if (any)
+            return 0;
+    }
+    return 1;
+}
+
+/*
+ * Finds the runs of pages that are not zero among `pages` pages at `address`: number of the first page, and how many,
+ * of each. Returns how many runs there are; `runs` has room for two words a page.
+ */
+static uint32_t tv_data_runs(uintptr_t address, uint32_t pages, uint32_t *runs)
+{
+    uint32_t count = 0;
+    int within = 0;
+
+    for (uint32_t page = 0; page < pages; page++) {
+        if (tv_page_is_zero((const uint64_t *)(address + (uintptr_t)page * 4096))) {
+            within = 0;
+            continue;
+        }
+        if (!within) {
+            runs[2 * count] = page;
+            runs[2 * count + 1] = 0;
+            count++;
+            within = 1;
+        }
+        runs[2 * count - 1]++;
+    }
+    return count;
+}
+
 static uint64_t tv_read_tsc(void)
 {
     return __rdtsc();

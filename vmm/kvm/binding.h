@@ -123,6 +123,8 @@ int tv_route_gsis(int vm, uint32_t count, const uint32_t *gsis, const uint64_t *
 uintptr_t tv_map(int fd, uint64_t size, int *error);
 void tv_unmap(uintptr_t address, uint64_t size);
 void tv_advise_huge(uintptr_t address, uint64_t size);
+int tv_forget(uintptr_t address, uint64_t size);
+uint32_t tv_data_runs(uintptr_t address, uint32_t pages, uint32_t *runs);
 uint64_t tv_read_tsc(void);
 
 uint32_t cell_load(uint32_t *cell);

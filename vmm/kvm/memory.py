@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, final
 
@@ -11,12 +12,17 @@ from vmm.errors import DescriptorWrongKind, GuestAddressInvalid, HostFileRefused
 from vmm.kvm._kvm import ffi, lib
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmm.kvm._kvm import Buffer
 
 PAGE_SIZE = 4096
 LOW_RAM_END = 3 << 30
 """RAM above this starts again at `HIGH_RAM_START`: in between are the chips, PCI windows, KVM's own pages, firmware."""
 HIGH_RAM_START = 4 << 30
+
+_SCAN_PAGES = 256
+"""Pages that are looked through in one call."""
 
 
 @final
@@ -126,6 +132,73 @@ class GuestMemory:
             if not count:
                 raise _unreadable(fd, f"it ends {size - done} bytes early; it has changed since it was opened")
             done += count
+
+    # A guest that stands still is copied; from any thread, and other threads run meanwhile.
+
+    def data_runs(self) -> Iterator[tuple[int, int]]:
+        """Yield (guest-physical address, bytes) of what is not zero, in whole pages, ascending, 1 MiB at most each.
+
+        Memory that was never touched is not touched by this either.
+        """
+        runs = ffi.new("uint32_t[]", 2 * _SCAN_PAGES)
+        for region in self.regions:
+            for start, end in self._touched(region.offset, region.offset + region.size):
+                for at in range(start, end, _SCAN_PAGES * PAGE_SIZE):
+                    pages = min(_SCAN_PAGES, (end - at) // PAGE_SIZE)
+                    base = region.address + at - region.offset
+                    for run in range(lib.tv_data_runs(self._base + at, pages, runs)):
+                        yield base + runs[2 * run] * PAGE_SIZE, runs[2 * run + 1] * PAGE_SIZE
+
+    def _touched(self, at: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield first and last bytes of what may be other than zero between two offsets in the memfd."""
+        while at < end:
+            try:
+                start = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                return  # nothing but a hole is left
+            if start >= end:
+                return
+            at = min(os.lseek(self.fd, start, os.SEEK_HOLE), end)
+            yield start, at
+
+    def view(self, address: int, size: int) -> memoryview:
+        """Return `size` bytes at guest-physical `address` as they lie there, until `close`.
+
+        Raises:
+            GuestAddressInvalid: they are not all inside one region of RAM.
+        """
+        at = self._locate(address, size)
+        assert self._bytes is not None, "guest memory was used after close()"
+        view = memoryview(self._bytes).cast("B")  # type: ignore[arg-type]  # cffi's buffer has the protocol
+        return view[at : at + size]
+
+    def place(self, address: int, data: bytes | memoryview) -> None:
+        """Copy `data` in at guest-physical `address`, as `write` does, by system calls.
+
+        Raises:
+            GuestAddressInvalid: it would not all be inside one region of RAM; nothing was written.
+            HostFileRefused: the host has no memory left; a part may have been written.
+        """
+        at = self._locate(address, len(data))
+        done = 0
+        while done < len(data):
+            try:
+                done += os.pwrite(self.fd, data[done:], at + done)
+            except OSError as error:
+                raise HostFileRefused(
+                    action="fill", path="the guest's RAM", reason=os.strerror(error.errno or 0)
+                ) from error
+
+    def clear(self) -> None:
+        """Make all of it zero, as it was at first, and give it back to the host until it is used. No vCPU runs.
+
+        Raises:
+            KvmCallFailed: the host refused.
+        """
+        if error := lib.tv_forget(self._base, self.size):
+            raise KvmCallFailed(ioctl="madvise", errno=error, context=f"{self.size} bytes of guest RAM")
 
     def close(self) -> None:
         """Unmap, and close the descriptor. No VM may have slots in it any more. Closing twice is harmless."""

@@ -1,7 +1,8 @@
 """Where a migration goes or comes from: QEMU's MigrationAddress, as far as it is supported.
 
-An address is a socket: unix, inet or a descriptor. Resolving names, opening sockets and looking descriptors up is not
-done here. The annotations are those of `vmm.monitor.qapi`: they say what the wire has, `check_address` says the rest.
+An address is a socket (unix, inet or a descriptor) or a file. Resolving names, opening and looking descriptors up is
+not done here. The annotations are those of `vmm.monitor.qapi`: they say what the wire has, `check_address` says the
+rest.
 
 Source: QEMU qapi/migration.json (MigrationAddress), qapi/sockets.json (SocketAddress), util/qemu-sockets.c.
 """
@@ -13,7 +14,7 @@ from typing import Annotated, Final, Literal, TypeAlias, final
 import attrs
 
 from vmm.errors import OptionInvalid
-from vmm.monitor.qapi import Union
+from vmm.monitor.qapi import Size, Union
 
 SUN_PATH_SIZE: Final = 108  # bytes in sockaddr_un, one of them a NUL before or after the name
 UNIX_PATH_LIMIT: Final = SUN_PATH_SIZE - 1
@@ -83,10 +84,24 @@ class SocketTransport:
     address: SocketAddress = attrs.field(metadata={"inline": True})
 
 
-MigrationAddress: TypeAlias = Annotated[SocketTransport, Union("transport")]
+@final
+@attrs.frozen
+class FileAddress:
+    """A file that holds, or is to hold, a state stream."""
+
+    transport: Literal["file"] = attrs.field(default="file", kw_only=True)
+    filename: str
+    offset: Size = 0
+    """Bytes of the file before the stream, which are not touched."""
 
 
-def check_address(address: SocketAddress, where: str) -> None:
+MigrationAddress: TypeAlias = Annotated[SocketTransport | FileAddress, Union("transport")]
+
+ChannelAddress: TypeAlias = UnixAddress | InetAddress | DescriptorAddress | FileAddress
+"""Where one channel goes."""
+
+
+def check_address(address: ChannelAddress, where: str) -> None:
     """Check what the types of `address` leave open.
 
     Args:
@@ -99,6 +114,8 @@ def check_address(address: SocketAddress, where: str) -> None:
         _check_unix(address, where)
     elif isinstance(address, InetAddress):
         _check_inet(address, where)
+    elif isinstance(address, FileAddress):
+        _check_file(address, where)
     else:
         _check_descriptor(address, where)
 
@@ -120,6 +137,13 @@ def _check_inet(address: InetAddress, where: str) -> None:
         raise OptionInvalid(option=f"{where}: host", value=address.host, wanted=wanted)
     if address.ipv4 is False and address.ipv6 is False:
         raise OptionInvalid(option=f"{where}: ipv6", value=False, wanted="possible with ipv4 off too; leave one on")
+
+
+def _check_file(address: FileAddress, where: str) -> None:
+    if not address.filename or "\0" in address.filename:
+        raise OptionInvalid(option=f"{where}: filename", value=address.filename, wanted="a path, which has no NUL")
+    if not 0 <= address.offset < 1 << 62:
+        raise OptionInvalid(option=f"{where}: offset", value=address.offset, wanted="a number of bytes below 2^62")
 
 
 def _check_descriptor(address: DescriptorAddress, where: str) -> None:

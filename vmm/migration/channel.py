@@ -1,6 +1,7 @@
 """Migration channels: the forms that `-incoming`, `migrate` and `migrate-incoming` take them in.
 
     URI          unix:/run/vm/main.sock        tcp:192.0.2.1:4444        tcp:[2001:db8::1]:4444,ipv4=off        fd:main
+                 file:/var/lib/vm/state,offset=1M
     JSON         {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "/run/vm/cpr.sock"}}
     dotted keys  cpr,addr.transport=socket,addr.type=unix,addr.path=/run/vm/cpr.sock
 
@@ -18,10 +19,11 @@ import attrs
 
 from vmm.errors import InvalidArguments, MigrationRefused, OptionInvalid, Unsupported
 from vmm.migration.address import (
+    ChannelAddress,
     DescriptorAddress,
+    FileAddress,
     InetAddress,
     MigrationAddress,
-    SocketAddress,
     SocketTransport,
     UnixAddress,
     check_address,
@@ -36,8 +38,10 @@ ChannelType = Literal["main", "cpr"]
 
 TEXT_LIMIT: Final = 4096  # characters
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+-]*:")
-_UNSUPPORTED_SCHEMES: Final = ("exec", "file", "rdma", "vsock")
-_POSSIBLE: Final = "use tcp:HOST:PORT, unix:PATH or fd:NAME"
+_UNSUPPORTED_SCHEMES: Final = ("exec", "rdma", "vsock")
+_POSSIBLE: Final = "use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
+_SIZE: Final = re.compile(r"(0x[0-9a-f]{1,16}|\d{1,19})([bkmgt]?)", re.IGNORECASE)
+_SUFFIXES: Final[Mapping[str, int]] = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 _INET_FLAGS: Final = ("numeric", "ipv4", "ipv6")
 _FLAGS: Final = ("abstract", "tight", *_INET_FLAGS)
 _SWITCH: Final[Mapping[str, bool]] = {"on": True, "off": False}
@@ -58,7 +62,7 @@ class Channel:
     """One channel of a migration, and what it carries: the machine's state, or descriptors and the recipe (cpr)."""
 
     channel_type: ChannelType
-    address: SocketAddress
+    address: ChannelAddress
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Channel:
@@ -68,8 +72,9 @@ class Channel:
             OptionInvalid: it is none, or says something that cannot be.
         """
         channel = value if isinstance(value, MigrationChannel) else _structured(value, where)
-        check_address(channel.addr.address, where)
-        return cls(channel.channel_type, channel.addr.address)
+        address = channel.addr if isinstance(channel.addr, FileAddress) else channel.addr.address
+        check_address(address, where)
+        return cls(channel.channel_type, address)
 
     @classmethod
     def from_uri(cls, uri: str, where: str) -> Channel:
@@ -78,13 +83,15 @@ class Channel:
         scheme, colon, rest = uri.partition(":")
         if colon and scheme in _UNSUPPORTED_SCHEMES:
             raise Unsupported(what="Migration transport", name=scheme, instead=_POSSIBLE)
-        address: SocketAddress
+        address: ChannelAddress
         if colon and scheme == "unix":
             address = UnixAddress(rest)
         elif colon and scheme == "fd":
             address = DescriptorAddress(rest)
         elif colon and scheme == "tcp":
             address = _inet_of(rest, where)
+        elif colon and scheme == "file":
+            address = _file_of(rest, where)
         else:
             raise OptionInvalid(option=where, value=uri, wanted=f"a migration URI; {_POSSIBLE}")
         check_address(address, where)
@@ -108,7 +115,8 @@ class Channel:
 
     def to_json(self) -> dict[str, object]:
         """Return it as QEMU's MigrationChannel; `from_json` undoes it."""
-        addr = SocketTransport(address=self.address)
+        address = self.address
+        addr = address if isinstance(address, FileAddress) else SocketTransport(address=address)
         json = unstructure(MigrationChannel(channel_type=self.channel_type, addr=addr))
         assert isinstance(json, dict)
         return json
@@ -119,8 +127,8 @@ class Channel:
 class Channels:
     """Where one migration goes."""
 
-    main: SocketAddress
-    cpr: SocketAddress | None = None
+    main: ChannelAddress
+    cpr: ChannelAddress | None = None
 
 
 def outgoing_channels(uri: str | None, channels: Sequence[object] | None) -> Channels:
@@ -130,7 +138,7 @@ def outgoing_channels(uri: str | None, channels: Sequence[object] | None) -> Cha
         MigrationRefused: both or neither are given, or the list has no main channel or two of one type.
         OptionInvalid, Unsupported: one of them cannot be understood.
     """
-    by_type: dict[str, SocketAddress] = {}
+    by_type: dict[str, ChannelAddress] = {}
     for channel in _given(uri, channels, "migrate"):
         if channel.channel_type in by_type:
             reason = f"migrate: channels has more than one channel of type {channel.channel_type!r}; give one"
@@ -141,14 +149,9 @@ def outgoing_channels(uri: str | None, channels: Sequence[object] | None) -> Cha
     return Channels(by_type["main"], by_type.get("cpr"))
 
 
-def incoming_channel(uri: str | None, channels: Sequence[object] | None) -> SocketAddress:
+def incoming_channels(uri: str | None, channels: Sequence[object] | None) -> list[Channel]:
     """Return where `migrate-incoming` listens, from its arguments. Raises as `outgoing_channels` does."""
-    found = _given(uri, channels, "migrate-incoming")
-    if [channel.channel_type for channel in found] != ["main"]:
-        given = ", ".join(channel.channel_type for channel in found) or "none"
-        reason = f"migrate-incoming: channels must be one channel of type 'main'; given: {given}"
-        raise MigrationRefused(reason=reason)
-    return found[0].address
+    return _given(uri, channels, "migrate-incoming")
 
 
 def incoming_option(text: str) -> Channel | None:
@@ -200,6 +203,19 @@ def _typed(keys: dict[str, object]) -> dict[str, object]:
         return keys
     flags = {name: _SWITCH[addr[name]] for name in _FLAGS if addr.get(name) in ("on", "off")}
     return {**keys, "addr": {**addr, **flags}}
+
+
+def _file_of(text: str, where: str) -> FileAddress:
+    """Read `PATH[,offset=SIZE]`. Source: QEMU migration/file.c, file_parse_offset."""
+    path, comma, size = text.rpartition(",offset=")
+    if not comma:
+        return FileAddress(text)
+    match = _SIZE.fullmatch(size)
+    if match is None:
+        raise OptionInvalid(option=f"{where}: offset", value=size, wanted="a size such as 0x1000, 4096, 4K or 1M")
+    number = match[1]
+    value = int(number, 16) if number[:2] in ("0x", "0X") else int(number)
+    return FileAddress(path, value << _SUFFIXES[match[2].lower()])
 
 
 def _inet_of(text: str, where: str) -> InetAddress:

@@ -82,6 +82,19 @@ def _adopt(address: DescriptorAddress) -> trio.socket.SocketType:
     return trio.socket.from_stdlib_socket(socket.socket(fileno=_number(address)))
 
 
+def adopt_connected(address: DescriptorAddress) -> trio.socket.SocketType | None:
+    """Take the descriptor over as a socket, if it is one that is connected; else None, and it stays the caller's."""
+    fd = _number(address)
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.detach()
+        return None
+    return trio.socket.from_stdlib_socket(sock)
+
+
 @final
 @attrs.define(eq=False)
 class Listener:

@@ -3,7 +3,7 @@
     preamble   8 bytes magic, u16 format version, u16 zero
     record 0   header: machine name, digest of the recipe
     record 1   recipe, where it travels with the state
-    …          device sections, RAM extents
+    …          device sections; RAM extents; where the content of RAM is in the stream, it, after its extents
     last       end: number of records, checksum over their headers
 
 A record is a header of 20 bytes and a payload; all integers are little-endian:
@@ -13,7 +13,9 @@ A record is a header of 20 bytes and a payload; all integers are little-endian:
 The header has a checksum of its own so that a damaged length is noticed at once, not when that many bytes have been
 awaited. The number counts up from 0: what is missing, repeated or out of order cannot pass. CRC-32 finds damage, not
 malice: who may send is the channel's business. Whatever comes in, a reader allocates no more than the limits below
-and raises nothing but `StreamCorrupt`.
+and raises nothing but `StreamCorrupt`. The content of RAM is not limited by them but by its extents: it must lie in
+them, ascending, so that no more of it can come than they have. Whether they are RAM is for the reader's caller to check
+before it feeds more.
 
 Both classes are pure: `vmm.migration.stream_io` moves the bytes.
 """
@@ -26,7 +28,7 @@ from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import End, Header, RamExtents, Recipe, Section
+from vmm.migration.stream_records import End, Header, RamContent, RamExtents, Recipe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 MAGIC: Final = b"\x89TVMM\r\n\x1a"
 FORMAT_VERSION: Final = 1
 SECTIONS_LIMIT: Final = 4096
-STREAM_LIMIT: Final = 256 << 20  # bytes of a whole stream, unless a reader is told otherwise
+STREAM_LIMIT: Final = 256 << 20  # bytes of a whole stream but RAM content, unless a reader is told otherwise
 UNKNOWN_LIMIT: Final = 16 << 20  # bytes of payload in a record that is skipped
 
 SKIPPABLE: Final = 0x0001
@@ -48,15 +50,19 @@ _HEAD: Final = struct.Struct("<HHIII")
 _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
 
-_KINDS: Final[tuple[type[Record], ...]] = (Header, Recipe, Section, RamExtents, End)
+_KINDS: Final[tuple[type[Record], ...]] = (Header, Recipe, Section, RamExtents, RamContent, End)
 _HEADER_NUMBER: Final = 0
 _RECIPE_NUMBER: Final = 1
 
 
 def encode_record(kind: int, number: int, payload: bytes, flags: int = 0) -> tuple[bytes, bytes]:
     """Return a record's header and its payload."""
-    head = _HEAD.pack(kind, flags, number, len(payload), crc32(payload))
-    return head + _CRC.pack(crc32(head)), payload
+    return _encode_head(kind, number, len(payload), crc32(payload), flags), payload
+
+
+def _encode_head(kind: int, number: int, size: int, checksum: int, flags: int = 0) -> bytes:
+    head = _HEAD.pack(kind, flags, number, size, checksum)
+    return head + _CRC.pack(crc32(head))
 
 
 @final
@@ -69,7 +75,7 @@ class StreamWriter:
 
     def __init__(self, machine: str, recipe_digest: bytes = b"") -> None:
         preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, 0)
-        self._buffers = [preamble]
+        self._buffers: list[bytes | memoryview] = [preamble]
         self._checksum = crc32(preamble)
         self._number = 0
         self._names: Final[set[str]] = set()
@@ -91,16 +97,30 @@ class StreamWriter:
         self._add(Section(name, version, state))
         self._names.add(name)
 
-    def ram_extents(self, extents: Iterable[tuple[int, int]]) -> None:
-        """Add (guest-physical address, bytes) of RAM whose content belongs to this state."""
-        self._add(RamExtents(tuple(extents)))
+    def ram_extents(self, extents: Iterable[tuple[int, int]], *, in_stream: bool = False) -> None:
+        """Add (guest-physical address, bytes) of RAM whose content belongs to this state, and where that is."""
+        self._add(RamExtents(tuple(extents), in_stream))
 
-    def take(self) -> list[bytes]:
+    def ram_content(self, content: RamContent) -> None:
+        """Add content of RAM that lies in the extents before it and after all content before it.
+
+        Its data are not copied: they must stay as they are until what `take` returns has been sent.
+        """
+        table = content.table()
+        checksum = crc32(table)
+        for piece in content.data:
+            checksum = crc32(piece, checksum)
+        size = len(table) + sum(map(len, content.data))
+        head = _encode_head(RamContent.TYPE, self._number, size, checksum)
+        self._buffers += head, table, *content.data
+        self._count(head)
+
+    def take(self) -> list[bytes | memoryview]:
         """Return the buffers since the last call, to be sent while more is added."""
         buffers, self._buffers = self._buffers, []
         return buffers
 
-    def finish(self) -> list[bytes]:
+    def finish(self) -> list[bytes | memoryview]:
         """Add the end record and return the buffers since the last call. Nothing can be added afterwards."""
         self._add(End(self._number, self._checksum))
         self._finished = True
@@ -111,6 +131,9 @@ class StreamWriter:
             raise ValueError("the stream has its end record already")
         head, payload = encode_record(record.TYPE, self._number, record.payload())
         self._buffers += head, payload
+        self._count(head)
+
+    def _count(self, head: bytes) -> None:
         self._checksum = crc32(head, self._checksum)
         self._number += 1
 
@@ -131,6 +154,9 @@ class StreamReader:
         self._number = -1  # of the record that comes next; -1 before the preamble
         self._head: tuple[int, int, int] | None = None  # type, payload bytes, CRC of the record that is coming in
         self._names: Final[set[str]] = set()
+        self._ram = RamOrder()
+        self._content = 0  # bytes of records with RAM content so far, which the limit does not count
+        self._contents = 0  # such records
         self._ended = False
         self._failure: StreamCorrupt | None = None
 
@@ -171,8 +197,6 @@ class StreamReader:
         raise self._failure
 
     def _feed(self, data: bytes | bytearray | memoryview) -> list[Record]:
-        if self._offset + len(self._buffer) + len(data) > self._limit:
-            raise StreamCorrupt(reason=f"it has more than {self._limit} bytes, the most that is read here")
         self._buffer += data
         records: list[Record] = []
         at = 0
@@ -182,6 +206,9 @@ class StreamReader:
         finally:
             self._offset += at
             del self._buffer[:at]
+        under_way = 0 if self._head is not None and self._head[0] == RamContent.TYPE else len(self._buffer)
+        if self._offset + under_way - self._content > self._limit:
+            raise StreamCorrupt(reason=f"it has more than {self._limit} bytes, the most that is read here")
         if self._ended and self._buffer:
             raise StreamCorrupt(reason=f"it goes on after its end record, which ends at offset {self._offset}")
         return records
@@ -212,6 +239,9 @@ class StreamReader:
             self._checksum = crc32(view[at:start], self._checksum)
         if record is not None:
             records.append(record)
+        if kind == RamContent.TYPE:
+            self._content += HEAD_SIZE + size
+            self._contents += 1
         self._head = None
         self._number += 1
         return HEAD_SIZE + size
@@ -251,7 +281,7 @@ class StreamReader:
             raise self._corrupt(at, f"{self._noun(kind)}, expected the header as record 0 and nowhere else")
         if kind == Recipe.TYPE and self._number != _RECIPE_NUMBER:
             raise self._corrupt(at, "recipe, expected as record 1 or not at all")
-        if self._number > 3 * SECTIONS_LIMIT:
+        if self._number - self._contents > 3 * SECTIONS_LIMIT:
             raise self._corrupt(at, f"at most {3 * SECTIONS_LIMIT} records are read")
 
     def _decode(self, at: int, kind: int, payload: bytes) -> Record | None:
@@ -268,6 +298,11 @@ class StreamReader:
             if len(self._names) == SECTIONS_LIMIT:
                 raise self._corrupt(at, f"section {record.name!r}, at most {SECTIONS_LIMIT} sections are read")
             self._names.add(record.name)
+        elif isinstance(record, (RamExtents, RamContent)):
+            try:
+                self._ram.take(record)
+            except Misshapen as error:
+                raise self._corrupt(at, f"a misplaced {self._noun(kind)}: {error}") from error
         elif isinstance(record, End):
             if record != (expected := End(self._number, self._checksum)):
                 raise self._corrupt(at, f"the end of {_summary(record)}, expected {_summary(expected)}")
@@ -279,6 +314,40 @@ class StreamReader:
 
     def _corrupt(self, at: int, what: str) -> StreamCorrupt:
         return StreamCorrupt(reason=f"record {self._number} at offset {self._offset + at}: {what}")
+
+
+@final
+class RamOrder:
+    """Follows extents and content of RAM through a stream: no byte comes twice, or from outside the extents."""
+
+    def __init__(self) -> None:
+        self._extents: list[tuple[int, int]] = []
+        self._listed = 0  # end of the last extent
+        self._at = 0  # end of the last run of content
+
+    def take(self, record: RamExtents | RamContent) -> None:
+        """Follow one record. Raises `Misshapen` where it is out of place."""
+        if isinstance(record, RamContent):
+            for address, size in record.runs:
+                self._take_run(address, size)
+        elif record.in_stream:
+            for address, size in record.extents:
+                if address < self._listed:
+                    raise Misshapen(f"extent {address:#x} of {size:#x} bytes begins before the end of one before it")
+                self._extents.append((address, address + size))
+                self._listed = address + size
+
+    def _take_run(self, address: int, size: int) -> None:
+        while self._extents and self._extents[0][1] <= address:
+            self._extents.pop(0)
+        if address < self._at or not self._extents or not _inside(address, size, self._extents[0]):
+            raise Misshapen(f"{size:#x} bytes at {address:#x} are outside its extents, or not after what came before")
+        self._at = address + size
+
+
+def _inside(address: int, size: int, extent: tuple[int, int]) -> bool:
+    start, end = extent
+    return start <= address and address + size <= end
 
 
 def _differ(found: int, expected: int) -> str:

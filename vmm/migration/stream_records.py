@@ -32,6 +32,10 @@ _WHERE: Final = struct.Struct("<I")
 _END: Final = struct.Struct("<II")  # records before this one, checksum over their headers
 
 _IN_SHARED_MEMORY: Final = 0
+_IN_STREAM: Final = 1
+
+CONTENT_SIZE: Final = 1 << 20  # bytes of RAM in one record of content, at most
+CONTENT_RUNS: Final = CONTENT_SIZE // PAGE_SIZE  # runs in one record, at most: each a page at least
 
 
 @final
@@ -153,11 +157,7 @@ class Section:
 @final
 @attrs.frozen
 class RamExtents:
-    """Parts of the guest's RAM whose content belongs to this state.
-
-    In this format version the content is in the memory object whose descriptor was handed over: none of it is in the
-    stream.
-    """
+    """Parts of the guest's RAM whose content belongs to this state."""
 
     TYPE: ClassVar[int] = 4
     NOUN: ClassVar[str] = "list of RAM extents"
@@ -165,10 +165,14 @@ class RamExtents:
 
     extents: tuple[tuple[int, int], ...]
     """Guest-physical address and bytes of each: whole pages, ascending, apart from each other."""
+    in_stream: bool = False
+    """Whether the content is in the records of content that follow, zeros left out; else it is in the memory object
+    whose descriptor was handed over."""
 
     def payload(self) -> bytes:
         """Encode. Raises `ValueError` for extents that are none."""
-        payload = _WHERE.pack(_IN_SHARED_MEMORY) + b"".join(_EXTENT.pack(*extent) for extent in self.extents)
+        where = _IN_STREAM if self.in_stream else _IN_SHARED_MEMORY
+        payload = _WHERE.pack(where) + b"".join(_EXTENT.pack(*extent) for extent in self.extents)
         if len(payload) > EXTENTS_LIMIT:
             raise ValueError(f"{len(self.extents)} extents do not fit into one record; write several")
         self.decode(payload)
@@ -180,15 +184,68 @@ class RamExtents:
         if len(payload) < _WHERE.size or (len(payload) - _WHERE.size) % _EXTENT.size:
             raise Misshapen(f"{len(payload)} bytes, expected {_WHERE.size} and {_EXTENT.size} for each extent")
         (where,) = _WHERE.unpack_from(payload)
-        if where != _IN_SHARED_MEMORY:
-            raise Misshapen(f"content of kind {where}, only {_IN_SHARED_MEMORY} (in shared memory) is read here")
-        extents = tuple(_EXTENT.iter_unpack(memoryview(payload)[_WHERE.size :]))
-        end = 0
-        for address, size in extents:
-            if address < end or not size or (address | size) % PAGE_SIZE or address + size > 1 << 64:
-                raise Misshapen(f"extent {address:#x} of {size:#x} bytes is empty, misaligned or out of order")
-            end = address + size
-        return cls(extents)
+        if where not in (_IN_SHARED_MEMORY, _IN_STREAM):
+            raise Misshapen(
+                f"content of kind {where}, only {_IN_SHARED_MEMORY} (in shared memory) and {_IN_STREAM} (in this "
+                "stream) are read here"
+            )
+        return cls(_extents(memoryview(payload)[_WHERE.size :]), where == _IN_STREAM)
+
+
+@final
+@attrs.frozen
+class RamContent:
+    """What is in some pages of RAM: at most `CONTENT_SIZE` bytes, in runs of pages that lie together.
+
+    The record is a table (number of runs; of each its guest-physical address and bytes) and then the bytes. What no
+    record of a stream has is zero.
+    """
+
+    TYPE: ClassVar[int] = 5
+    NOUN: ClassVar[str] = "content of RAM"
+    LIMIT: ClassVar[int] = _WHERE.size + CONTENT_RUNS * _EXTENT.size + CONTENT_SIZE
+
+    runs: tuple[tuple[int, int], ...]
+    """As `RamExtents.extents`; at least one."""
+    data: tuple[bytes | memoryview, ...]
+    """Of each run."""
+
+    def table(self) -> bytes:
+        """Return what comes before the bytes."""
+        return _WHERE.pack(len(self.runs)) + b"".join(_EXTENT.pack(*run) for run in self.runs)
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for runs that are none."""
+        payload = b"".join((self.table(), *self.data))
+        self.decode(payload)
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamContent:
+        """Undo `payload`, or raise `Misshapen`. The data are views of it."""
+        view = memoryview(payload)
+        count = _WHERE.unpack_from(payload)[0] if len(payload) >= _WHERE.size else 0
+        at = _WHERE.size + count * _EXTENT.size
+        if not 1 <= count <= CONTENT_RUNS or at > len(payload):
+            raise Misshapen(f"no table of 1 to {CONTENT_RUNS} runs at its beginning")
+        runs = _extents(view[_WHERE.size : at])
+        if (size := sum(size for _, size in runs)) != len(payload) - at:
+            raise Misshapen(f"{len(payload) - at} bytes of content, its table says {size}")
+        data: list[memoryview] = []
+        for _, size in runs:
+            data.append(view[at : at + size])
+            at += size
+        return cls(runs, tuple(data))
+
+
+def _extents(table: memoryview) -> tuple[tuple[int, int], ...]:
+    extents = tuple(_EXTENT.iter_unpack(table))
+    end = 0
+    for address, size in extents:
+        if address < end or not size or (address | size) % PAGE_SIZE or address + size > 1 << 64:
+            raise Misshapen(f"extent {address:#x} of {size:#x} bytes is empty, misaligned or out of order")
+        end = address + size
+    return extents
 
 
 @final
@@ -217,7 +274,7 @@ class End:
         return cls(*_END.unpack(payload))
 
 
-Record: TypeAlias = Header | Recipe | Section | RamExtents | End
+Record: TypeAlias = Header | Recipe | Section | RamExtents | RamContent | End
 
 
 def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:

@@ -4,6 +4,7 @@ A handler is a module-level function. Each of its parameters is annotated with
 
 - a token kind, a union of kinds (any one of them will do), or `Annotated[kind, For("scope")]` for a narrowed one, or
   `Annotated[kind, ForEach("member", {...})]` where the scope goes by a member of the arguments;
+- `kind | None`, for a token that only some arguments need: it is None where there is none to be had;
 - `Caller`, for the commands that belong to a session (descriptors);
 - one attrs class, or an annotated union of such, the arguments.
 
@@ -21,6 +22,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Awaitable
+from contextlib import suppress
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Union, final, get_args, get_origin, get_type_hints
@@ -29,7 +31,7 @@ import attrs
 import trio
 
 from vmm.capabilities import Grant, MayAppendRecipe, MayQuery, MayQuit, Token
-from vmm.errors import CommandNotFound
+from vmm.errors import CommandNotFound, TokenError
 from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
 from vmm.monitor.ports import Caller
@@ -100,6 +102,8 @@ class Signature:
     """What a handler asks for, read off its annotations."""
 
     needs: tuple[Need, ...]
+    extras: tuple[Need, ...]
+    """Of tokens that may be absent."""
     caller: str | None
     arguments: tuple[str, object] | None
     returns: Any
@@ -136,13 +140,17 @@ class Command:
         """The handler's annotations; read at first use, for a quick start."""
         hints = get_type_hints(self.handler, include_extras=True)
         needs: list[Need] = []
+        extras: list[Need] = []
         caller: str | None = None
         arguments: tuple[str, object] | None = None
         for parameter in inspect.signature(self.handler).parameters:
             hint = hints[parameter]
             need = _need(parameter, hint)
+            extra = _need(parameter, _without_none(hint)) if need is None else None
             if need is not None:
                 needs.append(need)
+            elif extra is not None:
+                extras.append(extra)
             elif hint is Caller:
                 caller = parameter
             elif arguments is None and _is_object(hint):
@@ -153,7 +161,7 @@ class Command:
                 )
         if not needs:
             raise TypeError(f"{self.name}: a command needs at least one token")
-        return Signature(tuple(needs), caller, arguments, hints.get("return"))
+        return Signature(tuple(needs), tuple(extras), caller, arguments, hints.get("return"))
 
     @property
     def arguments(self) -> object:
@@ -200,6 +208,14 @@ def _is_object(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         return any(isinstance(extra, qapi.Union) for extra in get_args(hint)[1:])
     return isinstance(hint, type) and attrs.has(hint)
+
+
+def _without_none(hint: Any) -> Any:
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    if type(None) not in members:
+        return hint
+    left = tuple(member for member in members if member is not type(None))
+    return Union[left]  # noqa: UP007 - made at run time
 
 
 @final
@@ -254,11 +270,15 @@ class CommandTable:
         Without `arguments`: those without which it could not be run with any.
         """
         grant = self._grant_of(caller)
-        needs = [need.chosen(arguments) for need in command.signature.needs]
-        return {
-            need.parameter: self._tree.find(command.name, need.kinds, need.scope, grant, caller.name, self._hint)
-            for need in needs
-        }
+
+        def find(need: Need) -> tuple[AnyToken, Any]:
+            return self._tree.find(command.name, need.kinds, need.scope, grant, caller.name, self._hint)
+
+        found = {need.parameter: find(need.chosen(arguments)) for need in command.signature.needs}
+        for extra in command.signature.extras:
+            with suppress(TokenError):
+                found[extra.parameter] = find(extra)
+        return found
 
     def require_admitted(self, command: Command, caller: Caller) -> None:
         """Raise the `TokenError` that `caller` would get for `command` now, if any."""
@@ -304,7 +324,8 @@ class CommandTable:
             return {}
         found = self.admitted(command, caller, arguments)
         signature = command.signature
-        bound: dict[str, Any] = {parameter: token for parameter, (token, _) in found.items()}
+        bound: dict[str, Any] = {extra.parameter: None for extra in signature.extras}
+        bound.update({parameter: token for parameter, (token, _) in found.items()})
         if signature.arguments is not None:
             parameter, kind = signature.arguments
             bound[parameter] = structure(kind, arguments, name)
@@ -324,7 +345,7 @@ class CommandTable:
     async def _call(
         self, command: Command, caller: Caller, bound: dict[str, Any], given: Mapping[str, object]
     ) -> object:
-        kinds = tuple(type(bound[need.parameter]) for need in command.signature.needs)
+        kinds = tuple(type(token) for token in bound.values() if isinstance(token, Token))
         lending = Lending(command.name, caller.name, kinds, trio.current_time())
 
         async def run(**arguments: Any) -> object:
@@ -345,6 +366,7 @@ class CommandTable:
             if command.queues:
                 self._tree.leave_turnstile(lending)
             raise
+        bound.update({extra.parameter: None for extra in command.signature.extras})
         bound.update({parameter: token for parameter, (token, _) in found.items()})
         inner, *outer = sorted({window for _, window in found.values()}, key=self._tree.depth, reverse=True)
         # From here to the user's start nothing waits: the windows are open, and `run` leaves the turnstile.

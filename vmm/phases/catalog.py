@@ -81,6 +81,7 @@ COMMANDS: Final = (
     Command("query-migrate", f"{_MIGRATION}:query_migrate"),
     Command("migrate", f"{_MIGRATION}:migrate", moves_to="migrating"),
     Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
+    Command("loadvm", f"{_MIGRATION}:loadvm"),
     Command("migrate_cancel", f"{_MIGRATION}:migrate_cancel"),
     Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
     Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),

@@ -67,11 +67,13 @@ def chain() -> tuple[PhaseFacts, ...]:
     from vmm.phases.handover import HandoverGrants
     from vmm.phases.incoming import IncomingGrants
     from vmm.phases.migrating import WITHHELD, MigratingGrants
+    from vmm.phases.postmigrate import PostmigrateGrants
     from vmm.phases.preconfig import PreconfigGrants
     from vmm.phases.precreate import PrecreateGrants
     from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
     from vmm.phases.quiesced import QuiescedGrants
     from vmm.phases.running import RunningGrants
+    from vmm.phases.stream_receive import StreamReceiveGrants
 
     configure: Final = "may-configure-machine"
     return (
@@ -87,15 +89,20 @@ def chain() -> tuple[PhaseFacts, ...]:
             "fd_receive", "no-machine", FdReceiveGrants, lent=False,
             left_by="the change of owner",
         ),
+        PhaseFacts(
+            "stream_receive", "no-machine", StreamReceiveGrants, lent=False,
+            left_by="the stream's end",
+        ),
         PhaseFacts("accel", "machine-created", AccelGrants, left_by="`accel-set`", reach="machine-set"),
         PhaseFacts("backends", "accel-created", BackendsGrants, left_by="itself, once RAM is there", reach="accel-set"),
         PhaseFacts(
             "preconfig", "accel-created", PreconfigGrants, scopes={configure: ("cpu",)},
-            left_by="`cpu-model-set`, `x-exit-preconfig`, `cont`", reach="accel-set",
+            left_by="`cpu-model-set`, `x-exit-preconfig`, `cont`, `migrate-incoming`, `loadvm`", reach="accel-set",
         ),
         PhaseFacts(
             "devices", "machine-initialized", DevicesGrants, scopes={configure: ("board",)},
-            left_by="`finish-machine-init`, `cont`", reach="cpu-model-set or x-exit-preconfig",
+            left_by="`finish-machine-init`, `cont`, `migrate-incoming`, `loadvm`",
+            reach="cpu-model-set or x-exit-preconfig",
         ),
         PhaseFacts(
             "incoming", "machine-ready", IncomingGrants,
@@ -114,7 +121,10 @@ def chain() -> tuple[PhaseFacts, ...]:
             left_by="the end of the guest's pause", reach="migrate",
         ),
         PhaseFacts("handover", "machine-ready", HandoverGrants, left_by="the change of owner", reach="migrate"),
-        PhaseFacts("postmigrate", "machine-ready", None, left_by="`quit`", reach="a migration that completed"),
+        PhaseFacts(
+            "postmigrate", "machine-ready", PostmigrateGrants,
+            left_by="`quit`, or `cont` after a migration that copied", reach="a migration that completed",
+        ),
     )  # fmt: skip
 
 

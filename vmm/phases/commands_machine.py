@@ -13,6 +13,7 @@ from vmm.capabilities import (
     MayOpenHostFile,
     MayOpenKvm,
     MayQuery,
+    MayResumeHere,
     MayRunVcpus,
 )
 from vmm.monitor.command import For
@@ -62,9 +63,10 @@ def finish_machine_init(may: Annotated[MayConfigureMachine, For("board")]) -> Aw
     return may.decide("board", GoOn(start=False))
 
 
-def cont(may: MayRunVcpus) -> Awaitable[None]:
-    """Run the guest. In preconfig and devices: complete the machine first. While incoming: run it once it is here."""
-    return may.cont()
+def cont(may: MayRunVcpus | MayResumeHere) -> Awaitable[None]:
+    """Run the guest. In preconfig and devices: complete the machine first. While incoming: run it once it is here.
+    After a migration that copied it: run it here again; that it does not run there, too, is for the caller to know."""
+    return may.decide() if isinstance(may, MayResumeHere) else may.cont()
 
 
 def stop(may: MayRunVcpus) -> Awaitable[None]:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.capabilities import (
     MayCancelMigration,
     MayListen,
+    MayOpenHostFile,
     MayQuery,
+    MayRestoreGuest,
     MaySetMigrationCap,
     MaySetMigrationParam,
     MayStartMigration,
 )
 from vmm.errors import DescriptorError, MigrationRefused, Unsupported
-from vmm.migration.address import DescriptorAddress
+from vmm.migration.address import ChannelAddress, DescriptorAddress, FileAddress
 from vmm.migration.capability_table import MigrationCapabilityStatus, SetMigrationCapabilities
-from vmm.migration.channel import Channel, Channels, MigrationChannel, outgoing_channels
+from vmm.migration.channel import Channel, Channels, MigrationChannel, incoming_channels, outgoing_channels
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
 from vmm.migration.status import MigrationInfo
 from vmm.monitor.ports import Caller
 from vmm.phases.migration_state import MigrationState
+
+if TYPE_CHECKING:
+    from vmm.phases.copying import CopyPlan
 
 
 async def migrate_set_capabilities(may: MaySetMigrationCap, args: SetMigrationCapabilities) -> None:
@@ -64,24 +70,51 @@ class Migrate:
     resume: bool = False
 
 
-def migrate(may: MayStartMigration, query: MayQuery, caller: Caller, args: Migrate) -> Awaitable[None]:
-    """Hand the guest over to the process behind `channels`. Replies once the migration has begun.
+def migrate(
+    may: MayStartMigration, query: MayQuery, host: MayOpenHostFile | None, caller: Caller, args: Migrate
+) -> Awaitable[None]:
+    """Move the guest to the process behind `uri` or `channels`, or save it in a file. Replies once that has begun.
 
-    Parameter `mode` must be cpr-transfer, and a channel of type cpr be given beside the main one.
+    Parameter `mode` says how: `normal` copies it, which stands meanwhile; `cpr-transfer` hands it over on this host,
+    and needs a channel of type cpr beside the main one. A `file:` takes may-open-host-file besides.
     """
     if args.resume:
         raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
     channels = outgoing_channels(args.uri, args.channels)
     mode = query.view(MigrationState).parameters.mode
+    if mode == "normal":
+        if channels.cpr is not None:
+            reason = "migrate: a channel of type 'cpr' is for mode cpr-transfer; set parameter 'mode', or leave it out"
+            raise MigrationRefused(reason=reason)
+        return may.start(_copy_plan(channels.main, host, caller))
     if mode != "cpr-transfer":
-        instead = "set parameter 'mode' to 'cpr-transfer' for a live update on this host"
-        raise Unsupported(what="Migration mode", name=mode, instead=instead)
+        raise Unsupported(what="Migration mode", name=mode, instead="parameter 'mode' can be normal or cpr-transfer")
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
+    for kind, address in (("main", channels.main), ("cpr", channels.cpr)):
+        if isinstance(address, FileAddress):
+            raise MigrationRefused(reason=f"migrate: the {kind} channel of a live update must be a socket, not a file")
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
     main, cpr = resolved((channels.main, channels.cpr), caller)
     return may.start(TransferPlan(Channels(main, cpr)))
+
+
+def _copy_plan(address: ChannelAddress, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:
+    from vmm.phases.copying import CopyPlan  # Likewise.
+
+    if isinstance(address, FileAddress):
+        source = _required(host, "migrate")
+        file = source.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
+        return CopyPlan(address, file)
+    return CopyPlan(resolved((address,), caller)[0])
+
+
+def _required(host: MayOpenHostFile | None, command: str) -> MayOpenHostFile:
+    if host is None:
+        reason = f"{command}: a file takes may-open-host-file, which this session is not lent; use a socket"
+        raise MigrationRefused(reason=reason)
+    return host
 
 
 def resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
@@ -111,28 +144,50 @@ class MigrateIncoming:
     exit_on_error: bool = True
 
 
-async def migrate_incoming(may: MayListen, caller: Caller, args: MigrateIncoming) -> None:
-    """Bind the channels on which a live update comes in. Possible before there is a machine; `query-migrate` shows
-    the addresses, with the real port where port 0 was given."""
-    if args.channels is None:
-        given = "only a URI" if args.uri is not None else "nothing"
-        raise MigrationRefused(
-            reason="migrate-incoming: a live update needs 'channels', one of type main and one of type cpr; "
-            f"{given} was given"
-        )
-    if not args.exit_on_error:
-        instead = "leave it true: a destination whose source was refused has nothing to go on with"
-        raise Unsupported(what="migrate-incoming with exit-on-error", name="false", instead=instead)
-    channels = [
-        Channel.from_json(value, f"migrate-incoming: channels[{index}]") for index, value in enumerate(args.channels)
-    ]
+async def migrate_incoming(
+    may: MayListen, host: MayOpenHostFile | None, caller: Caller, args: MigrateIncoming
+) -> Awaitable[None]:
+    """Bind what a guest comes in on: a main channel for one that is copied, and one of type cpr for a live update.
+
+    Possible before there is a machine: then its recipe comes with it. In preconfig and devices the machine goes on to
+    phase incoming, and the reply is sent there. `query-migrate` shows the addresses, with the real port where port 0
+    was given. With `exit-on-error` false this process stays, and may await another guest, after one that was refused;
+    a live update cannot have that. A `file:` takes may-open-host-file besides.
+    """
+    channels = incoming_channels(args.uri, args.channels)
+    if any(isinstance(channel.address, FileAddress) for channel in channels):
+        _required(host, "migrate-incoming")
     addresses = resolved([channel.address for channel in channels], caller)
-    await may.listen(
-        [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
-    )
+    bound = [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
+    return await may.listen(bound, exit_on_error=args.exit_on_error)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class LoadVm:
+    """Arguments of `loadvm`."""
+
+    name: str
+    """Path of a file that `migrate` has written to a `file:`."""
+
+
+def loadvm(may: MayRestoreGuest, host: MayOpenHostFile, args: LoadVm) -> Awaitable[None]:
+    """Load the guest that is saved in a file into this machine, which must be the same. Replies once it is in force.
+
+    In preconfig and devices the machine goes on by itself, and its guest runs if it ran when it was saved (`stop`,
+    while it is loaded, and `-S` keep it standing). After a failure the machine is in phase incoming, where another file
+    can be loaded. In an empty process `migrate-incoming` with `file:` makes the machine as well.
+    """
+    from vmm.phases.building import SavedState
+
+    saved = SavedState(host.obtain("state", lambda: hostio.open_saved_state(args.name, 0)))
+    try:
+        return may.decide(saved)
+    finally:
+        saved.close()
 
 
 async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:
-    """Call a live update off; the guest stays here. Without effect once it has been offered to the other side."""
+    """Call a migration off; the guest stays here. Without effect once the other side has it, or has been offered it."""
     await trio.lowlevel.checkpoint()
     may.cancel(f"by {caller.name}")

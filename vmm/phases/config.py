@@ -130,3 +130,5 @@ class GoOn:
     """The decision to go on through the phases that remain: to a running guest, or to one that stands (`-S`)."""
 
     start: bool
+    to_incoming: bool = False
+    """Whether the guest's state comes in, and nothing is booted."""

@@ -12,18 +12,21 @@ from vmm.capabilities import (
     MayCreateBackend,
     MayDeclareState,
     MayInject,
+    MayListen,
     MayMapGuestMemory,
     MayOpenHostFile,
     MayPlugDevice,
+    MayRestoreGuest,
     MayRunVcpus,
     MaySetNuma,
     MayWriteGuestMemory,
 )
 from vmm.nursery_tree import Inbox
 from vmm.phases.board import BoardBuilder
-from vmm.phases.building import WishToRun
+from vmm.phases.building import Onward, WishToRun
 from vmm.phases.config import GoOn
 from vmm.phases.incoming import run_incoming
+from vmm.phases.incoming_stream import run_incoming_stream
 from vmm.phases.running import Run, run_running
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class DevicesGrants:
     open_host_file: MayOpenHostFile
     configure_machine: MayConfigureMachine
     set_numa: MaySetNuma
+    listen: MayListen
+    restore_guest: MayRestoreGuest
     run_vcpus: MayRunVcpus
     write_guest_memory: MayWriteGuestMemory | None
     inject: MayInject | None
@@ -92,7 +97,9 @@ async def run_devices(
                     open_host_file=mint(MayOpenHostFile, host.files),
                     configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"board"})),
                     set_numa=mint(MaySetNuma, made.definition.numa),
-                    run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
+                    listen=mint(MayListen, Onward(inbox, made.incoming)),
+                    restore_guest=mint(MayRestoreGuest, Onward(inbox, made.incoming)),
+                    run_vcpus=mint(MayRunVcpus, WishToRun(inbox, made.incoming)),
                     write_guest_memory=mint(MayWriteGuestMemory, memory) if owned else None,
                     inject=mint(MayInject, builder.access) if owned else None,
                 )
@@ -105,7 +112,10 @@ async def run_devices(
 
                 def carry_out(decision: GoOn) -> GoOn:
                     made.definition.complete()
-                    if window.grants.write_guest_memory is not None:
+                    # What comes in begins nowhere near the boot.
+                    comes_in = decision.to_incoming or made.incoming.streams.wait is not None
+                    decision = attrs.evolve(decision, to_incoming=comes_in)
+                    if window.grants.write_guest_memory is not None and not comes_in:
                         machine.power_on(window.grants.write_guest_memory)
                     host.recorder.record("finish-machine-init", {})
                     return decision
@@ -113,5 +123,7 @@ async def run_devices(
                 onward = carry_out(onward) if onward is not None else await phase.decided(inbox, carry_out)
             if made.incoming.arrival is not None:
                 await run_incoming(phase, machine, made.incoming.arrival)
+            elif onward.to_incoming:
+                await run_incoming_stream(phase, machine, start=onward.start)
             else:
                 await run_running(phase, Run(machine), start=onward.start)

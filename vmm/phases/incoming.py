@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayLoadState, MaySetMigrationCap, MaySetMigrationParam
+from vmm.capabilities import (
+    MayCancelMigration,
+    MayListen,
+    MayLoadState,
+    MayRestoreGuest,
+    MayRunVcpus,
+    MaySetMigrationCap,
+    MaySetMigrationParam,
+    MayWriteGuestMemory,
+)
 from vmm.cpr.urgency import Urgency
 from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError, leaves
 from vmm.migration.status import MigrationStatus
@@ -40,6 +49,14 @@ class IncomingGrants:
     load_state: MayLoadState
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
+    write_guest_memory: MayWriteGuestMemory | None = None
+    """Where the guest is copied: its RAM here is this process's own. So are the next ones there alone."""
+    run_vcpus: MayRunVcpus | None = None
+    """Says whether the guest shall run once it is here."""
+    listen: MayListen | None = None
+    restore_guest: MayRestoreGuest | None = None
+    """For another attempt after one that failed and did not end this process."""
+    cancel_migration: MayCancelMigration | None = None
 
 
 @final

@@ -1,4 +1,4 @@
-"""Where an incoming live update is awaited: bound in precreate, before there is a machine."""
+"""Where a live update or a state stream is awaited: bound in precreate, or later."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import trio
 
-from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, VmmError, leaves
+from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupported, VmmError, leaves
 from vmm.migration.status import MigrationStatus
 from vmm.phases.differences import FIXED
 from vmm.phases.host_resources import is_of
+from vmm.phases.stream_port import StreamPort, settled
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Collection, Iterable, Sequence
 
     from vmm.capabilities import HostResources
     from vmm.migration.channel import Channel
@@ -39,8 +40,11 @@ class IncomingPort:
         self._precreate = precreate
         self._host = host
         self._migration = migration
+        self.tree: Final = precreate.tree
         self._listeners: Final[list[Listener]] = []
         self.main: Listener | None = None
+        self.streams: Final = StreamPort(precreate, host, migration, self)
+        """For a guest that is copied."""
         self.progress: MigrationProgress | None = None
         self.awaits_cpr = False
         """Whether a CPR channel is bound and nothing has arrived yet."""
@@ -51,14 +55,36 @@ class IncomingPort:
         """Names of differences that are admitted though the guest could tell."""
         self._residents: Final[list[Resident]] = []
 
-    async def listen(self, channels: Sequence[Channel]) -> None:
-        """Bind the channels, and await CPR state in a task beside precreate.
+    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool = True) -> Awaitable[None]:
+        """Bind the channels, and await what comes in a task beside precreate.
 
         Raises:
-            MigrationRefused: the channels make no incoming live update, or one is awaited already.
+            MigrationRefused: the channels make nothing that can come in, or something is awaited already.
         """
+        self.require_idle()
+        if [channel.channel_type for channel in channels] == ["main"]:
+            await self.streams.listen(channels[0].address, exit_on_error=exit_on_error)
+            return settled()
+        if not exit_on_error:
+            instead = "leave it true: a destination whose source was refused has nothing to go on with"
+            raise Unsupported(what="exit-on-error of a live update", name="false", instead=instead)
+        await self._listen_for_update(channels)
+        return settled()
+
+    def require_idle(self) -> None:
+        """Raise `MigrationRefused` if something is awaited, or coming in."""
         if self.progress is not None and self.progress.under_way:
             raise MigrationRefused(reason="migrate-incoming: channels are bound already; query-migrate shows them")
+
+    def brings_recipe(self) -> bool:
+        """Say whether a recipe that came in is being replayed."""
+        return self.arrival is not None or self.streams.replays()
+
+    def leads_to(self) -> str:
+        """Return the phase in which a machine that is complete finds itself."""
+        return "running" if self.streams.wait is None and self.arrival is None else "incoming"
+
+    async def _listen_for_update(self, channels: Sequence[Channel]) -> None:
         if self._precreate.tree.machine_phase != "no-machine":
             raise InvalidState(
                 what="migrate-incoming",
@@ -71,16 +97,20 @@ class IncomingPort:
         if set(by_type) != {"main", "cpr"}:
             given = ", ".join(sorted(by_type)) or "none"
             raise MigrationRefused(
-                reason="migrate-incoming: a live update needs one channel of type main and one of type cpr; "
+                reason="migrate-incoming: give a channel of type main, and for a live update one of type cpr besides; "
                 f"given: {given}"
             )
         # Only now: most machines await nothing, and both bring what a monitor can start without.
+        from vmm.migration.address import FileAddress
         from vmm.migration.connect import listen
         from vmm.phases.fd_receive import run_fd_receive
 
         bound: dict[str, Listener] = {}
         try:
             for kind, channel in by_type.items():
+                if isinstance(channel.address, FileAddress):
+                    reason = f"migrate-incoming: the {kind} channel of a live update must be a socket, not a file"
+                    raise MigrationRefused(reason=reason)
                 bound[kind] = await listen(channel.address)
         except BaseException:
             for listener in bound.values():

@@ -13,7 +13,7 @@ from vmm.migration.stream_io import StateStream
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vmm.capabilities import GuestRam
+    from vmm.facets import GuestRam
     from vmm.hw.codec import DeviceSection
     from vmm.hw.device import Device
     from vmm.kvm.memory import GuestMemory

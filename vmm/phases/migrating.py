@@ -28,7 +28,7 @@ from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
 from vmm.errors import CprPeerGone, MigrationCancelled, MigrationRefused, VmmError, leaves
-from vmm.migration.address import DescriptorAddress
+from vmm.migration.address import DescriptorAddress, FileAddress
 from vmm.migration.connect import connect, connect_stream
 from vmm.migration.status import MigrationStatus
 from vmm.phases.quiesced import Transfer, run_quiesced
@@ -73,6 +73,7 @@ class TransferPlan:
         """
         address = self.channels.cpr
         assert address is not None, "checked by the command"
+        assert not isinstance(address, FileAddress), "checked by the command"
         sock = await connect(address, within=_CONNECTING)
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             sock.close()
@@ -96,7 +97,8 @@ class MigratingGrants:
     """Tokens of this phase."""
 
     cancel_migration: MayCancelMigration
-    send_descriptors: MaySendDescriptors
+    send_descriptors: MaySendDescriptors | None
+    """None where the guest is copied."""
 
 
 @final
@@ -115,7 +117,7 @@ class _Canceller:
             self.scope.cancel()
 
 
-async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn[TransferPlan]) -> bool:
+async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn[Any]) -> bool:
     """Hand the guest over as `plan` says. Return whether it is gone; if not, it goes on here.
 
     Raises:
@@ -146,7 +148,9 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                 try:
                     with canceller.scope:
                         may = window.grants.send_descriptors
+                        assert may is not None, "minted above"
                         await _describe(may, channel, steps, machine, cell, limits)
+                        assert not isinstance(plan.channels.main, FileAddress), "checked by the command"
                         main = await connect_stream(plan.channels.main, within=limits.building)
                         async with main:
                             await run_quiesced(phase, run, Transfer(channel, cell, main, steps, limits, progress, may))

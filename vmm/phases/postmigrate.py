@@ -1,16 +1,70 @@
-"""Phase ``postmigrate``: the guest lives in another process. This one answers its monitor until it is told to quit."""
+"""Phase ``postmigrate``: the guest lives in another process. This one answers its monitor until it is told to quit.
+
+A guest that was copied is whole here too: may-resume-here runs it again, for those who know that it does not run there.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
+import attrs
 import trio
 
+from vmm.capabilities import MayResumeHere
+from vmm.errors import InvalidState
+from vmm.nursery_tree import Inbox
+from vmm.phases.run_state import NEEDS_RESET
+
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
+    from vmm.phases.quiesced import Pause
 
 
-async def run_postmigrate(running: Phase) -> None:
-    """Wait for the end. All that the successor has was let go when it took the guest; nothing here can run it."""
-    async with running.child("postmigrate"):
-        await trio.sleep_forever()
+@final
+@attrs.frozen
+class PostmigrateGrants:
+    """Tokens of this phase."""
+
+    resume_here: MayResumeHere | None
+    """Only after a migration that copied the guest."""
+
+
+@final
+class _Resumption:
+    """The facet of `may-resume-here`."""
+
+    def __init__(self, inbox: Inbox[None], left: Pause) -> None:
+        self._inbox = inbox
+        self._left = left
+
+    def decide(self, _decision: object) -> Awaitable[None]:
+        """Post the wish. Raises `InvalidState` for a guest that had failed before it was copied."""
+        if self._left.run_state in NEEDS_RESET:
+            raise InvalidState(
+                what="cont",
+                state=f"for a guest that went in run state {self._left.run_state}: {self._left.failure}",
+                instead="system_reset where it went",
+            )
+        return self._inbox.post(None, until="running")
+
+
+async def run_postmigrate(running: Phase, left: Pause | None) -> None:
+    """Wait until the guest, which `left` says how it stands here, is to run here again; else for the end.
+
+    With None it was handed over: all that the successor has was let go, and nothing here can run it.
+    """
+    async with running.child("postmigrate") as phase:
+        inbox: Inbox[None] = Inbox("postmigrate")
+
+        def grants(mint: Mint) -> PostmigrateGrants:
+            return PostmigrateGrants(
+                resume_here=mint(MayResumeHere, _Resumption(inbox, left)) if left is not None else None
+            )
+
+        async with phase.window(grants):
+            if left is None:
+                await trio.sleep_forever()
+            await phase.decided(inbox, lambda wish: wish)

@@ -12,13 +12,14 @@ from vmm.capabilities import (
     MayCreateBackend,
     MayListen,
     MayOpenHostFile,
+    MayRestoreGuest,
     MayRunVcpus,
     MaySetMigrationCap,
     MaySetMigrationParam,
     MaySetNuma,
 )
 from vmm.nursery_tree import Inbox
-from vmm.phases.building import WishToRun
+from vmm.phases.building import Onward, WishToRun
 from vmm.phases.config import CpuOptions, GoOn
 from vmm.phases.cpus import CpuOffer
 from vmm.phases.devices import run_devices
@@ -47,6 +48,7 @@ class PreconfigGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     listen: MayListen
+    restore_guest: MayRestoreGuest
     cancel_migration: MayCancelMigration
     run_vcpus: MayRunVcpus
 
@@ -71,8 +73,8 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
     async with backends.child("preconfig") as phase:
         inbox: Inbox[CpuOptions | GoOn] = Inbox("preconfig")
         # A predecessor's recipe says itself how it goes on.
-        onward = host.start.after_preconfig if made.incoming.arrival is None else None
-        until = "devices" if onward is None else "running"
+        onward = host.start.after_preconfig if not made.incoming.brings_recipe() else None
+        until = "devices" if onward is None else made.incoming.leads_to()
         offer = CpuOffer.of(accelerator, made.definition)
         phase.publish(offer)
 
@@ -84,9 +86,10 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
                 open_host_file=mint(MayOpenHostFile, host.files),
                 set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
-                listen=mint(MayListen, made.incoming),
+                listen=mint(MayListen, Onward(inbox, made.incoming)),
+                restore_guest=mint(MayRestoreGuest, Onward(inbox, made.incoming)),
                 cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
-                run_vcpus=mint(MayRunVcpus, WishToRun(inbox)),
+                run_vcpus=mint(MayRunVcpus, WishToRun(inbox, made.incoming)),
             )
 
         def carry_out(decision: CpuOptions | GoOn) -> tuple[CpuModel, GoOn | None]:

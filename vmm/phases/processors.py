@@ -54,6 +54,9 @@ class Processors(Protocol):
     def note_pause(self) -> None:
         """Tell the guest's watchdogs that it stood."""
 
+    def let_time_stand(self, stood_still: bool) -> None:
+        """Say whether the clocks of a state that is loaded go on where they stood, as if no time had passed since."""
+
 
 @final
 class KvmProcessors:
@@ -67,6 +70,7 @@ class KvmProcessors:
         self._fds: Final = [vcpu.fd for vcpu in vcpus]
         self._reset_state: Final = save_machine(vm, self._fds)
         """What KVM had made of vCPUs and chips before anything ran."""
+        self._kernel: Final = KernelState(vm, self._fds)
 
     @classmethod
     def make(
@@ -89,7 +93,7 @@ class KvmProcessors:
 
     def declare(self, may: MayDeclareState) -> None:
         """Declare section `kvm`."""
-        kernel = KernelState(self._vm, self._fds)
+        kernel = self._kernel
         may.register("kvm", KernelState.VERSION, save=kernel.save, load=kernel.load)
 
     def begin_at(self, start: CpuStart) -> None:
@@ -106,6 +110,10 @@ class KvmProcessors:
         for fd in self._fds:
             fd.note_pause()
 
+    def let_time_stand(self, stood_still: bool) -> None:
+        """Choose the time of the next load."""
+        self._kernel.stood_still = stood_still
+
 
 @final
 class KernelState:
@@ -116,6 +124,8 @@ class KernelState:
     def __init__(self, vm: Vm, vcpus: Sequence[VcpuFd]) -> None:
         self._vm = vm
         self._vcpus = vcpus
+        self.stood_still = False
+        """Whether the clocks of what is loaded next stood from its save on."""
 
     def save(self) -> Mapping[str, Any]:
         """Read it all. Every vCPU is out."""
@@ -130,7 +140,8 @@ class KernelState:
         states = [_structure(VcpuState, vcpu, f"vcpus[{index}]") for index, vcpu in enumerate(vcpus)]
         chips = _structure(ChipState, state["chips"], "chips")
         check_machine(self._vm, self._vcpus, states, chips)
-        return lambda: load_machine(self._vm, self._vcpus, states, chips)
+        stood_still = self.stood_still
+        return lambda: load_machine(self._vm, self._vcpus, states, chips, stood_still=stood_still)
 
 
 def _fields(state: VcpuState | ChipState) -> dict[str, Any]:

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from vmm.cpr.channel import CprChannel
     from vmm.cpr.limits import CprLimits
     from vmm.cpr.steps import Steps
+    from vmm.kvm.memory import GuestMemory
+    from vmm.migration.registry import StateRegistry
     from vmm.migration.status import MigrationProgress
+    from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
 
@@ -53,6 +56,23 @@ class QuiescedGrants:
     """Tokens of this phase."""
 
     save_state: MaySaveState
+
+
+@final
+@attrs.frozen
+class StandingGuest:
+    """The facet of `may-save-state`."""
+
+    _state: StateRegistry
+    _memory: GuestMemory
+
+    def save(self) -> Mapping[str, Section]:
+        """Return every section's content."""
+        return self._state.save()
+
+    def ram(self) -> GuestMemory:
+        """Return the RAM, to be read."""
+        return self._memory
 
 
 @final
@@ -158,7 +178,8 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                 run.status.stands("finish-migrate")
 
             def grants(mint: Mint) -> QuiescedGrants:
-                return QuiescedGrants(save_state=mint(MaySaveState, run.machine.state))
+                guest = StandingGuest(run.machine.state, run.machine.memory)
+                return QuiescedGrants(save_state=mint(MaySaveState, guest))
 
             async with phase.window(grants, withholds=WITHHELD) as window:
                 transfer.steps.reach("paused")

@@ -23,7 +23,8 @@ from vmm.cpr.handover import take
 from vmm.errors import CprError, InvalidState, MigrationRefused, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
-from vmm.phases.guest_requests import GuestRequests
+from vmm.phases.copying import CopyPlan, run_copying
+from vmm.phases.guest_requests import GuestRequests, GuestWishes
 from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
 from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.postmigrate import run_postmigrate
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
+    from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine
+    from vmm.phases.quiesced import Pause
     from vmm.phases.vcpus import GuestCpu
 
 
@@ -139,7 +142,7 @@ class Run:
 class _Departure:
     """The facet of `may-start-migration`."""
 
-    def __init__(self, inbox: Inbox[TransferPlan], run: Run) -> None:
+    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan], run: Run) -> None:
         self._inbox = inbox
         self._run = run
 
@@ -148,7 +151,7 @@ class _Departure:
         with closing(plan):
             return await ask_destination(self._run.machine, plan)
 
-    def start(self, plan: TransferPlan) -> Awaitable[None]:
+    def start(self, plan: TransferPlan | CopyPlan) -> Awaitable[None]:
         """Post `plan`, whose descriptors are closed if it is not carried out.
 
         Raises:
@@ -163,10 +166,13 @@ class _Departure:
         return turn
 
 
-async def run_running(parent: Phase, run: Run, *, start: bool, loaded: Loaded | None = None) -> None:
+async def run_running(
+    parent: Phase, run: Run, *, start: bool, loaded: Loaded | None = None, copied: Copied | None = None
+) -> None:
     """Run the guest until the machine ends, or has gone to another process; then go on to phase postmigrate.
 
-    With `loaded`, the guest is a predecessor's until it has been taken here; `start` is then what it was there.
+    With `loaded`, the guest is a predecessor's until it has been taken here; `start` is then what it was there. With
+    `copied` it is here already.
     """
     async with parent.child("running", machine_phase="machine-ready") as phase:
         await phase.residents.start("vcpus", run.gang.serve)
@@ -174,9 +180,41 @@ async def run_running(parent: Phase, run: Run, *, start: bool, loaded: Loaded | 
         if loaded is not None:
             await take_over(run, loaded)
             phase.tree.reserved_for = None
+        elif copied is not None:
+            copied.take_up(run, start=start)
         elif start:
             run.start_nowait()
-        await stay_in_running(phase, run)
+        while (left := await stay_in_running(phase, run)) is not None:
+            # It was copied, and is whole here: whoever says so runs it here again.
+            await run_postmigrate(phase, left)
+            run.here = True
+            run.machine.made.host.stores.resume_chardevs()
+            run.machine.bells.take_over(GuestWishes())
+            run.start_nowait()
+        await run_postmigrate(phase, None)
+
+
+@final
+@attrs.frozen(eq=False)
+class Copied:
+    """A guest whose state was loaded here, and which no other process runs."""
+
+    pause: Pause
+    progress: MigrationProgress
+
+    def take_up(self, run: Run, *, start: bool) -> None:
+        """Go on where it stood; run it if it ran and `start` says so."""
+        pause = self.pause
+        if pause.runs and start:
+            run.machine.processors.note_pause()
+            run.gang.start_nowait()
+        run.machine.made.host.stores.resume_chardevs()
+        run.machine.bells.take_over(pause.wishes)
+        if pause.runs and start:
+            run.status.runs()
+        else:
+            run.status.stands("paused" if pause.runs else pause.run_state, failure=pause.failure)
+        self.progress.advance(MigrationStatus.COMPLETED)
 
 
 async def take_over(run: Run, loaded: Loaded) -> None:
@@ -217,11 +255,15 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     arrival.over.set()
 
 
-async def stay_in_running(phase: Phase, run: Run) -> None:
-    """Hold the phase's window open until the guest is gone from this process."""
+async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
+    """Hold the phase's window open until the guest is gone from this process.
+
+    Return how it stands here if it was copied, None if it was handed over.
+    """
     machine = run.machine
     made = machine.made
-    inbox: Inbox[TransferPlan] = Inbox("running")
+    inbox: Inbox[TransferPlan | CopyPlan] = Inbox("running")
+    left: Pause | None = None
 
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
@@ -242,10 +284,14 @@ async def stay_in_running(phase: Phase, run: Run) -> None:
             with closing(turn.value) as plan:
                 try:
                     await phase.tree.drain(turn, "migrating")
-                    gone = await run_migrating(phase, run, plan, turn)
+                    if isinstance(plan, CopyPlan):
+                        left = await run_copying(phase, run, plan, turn)
+                        gone = left is not None
+                    else:
+                        gone = await run_migrating(phase, run, plan, turn)
                 except VmmError as error:
                     if turn.settled:
                         raise
                     turn.fail(error)
         inbox.close()
-    await run_postmigrate(phase)
+    return left

@@ -51,6 +51,8 @@ class Start:
     stderr: int | None = None
     """Descriptor of this process's standard error: handed to a successor, and replaced by a predecessor's. None where
     it is not the machine's alone, as in an embedding program."""
+    autostart: bool = True
+    """Whether a guest that comes in, and ran where it was, runs here at once (`-S`: not before `cont`)."""
     allowed_resources: Mapping[str, str] = attrs.Factory(dict)
     """Host resources that a recipe which comes in may have although no descriptor came with it: by the resource's name
     a path, `fd:N` for a descriptor that this process was started with, or nothing for the path that the recipe says."""

@@ -181,6 +181,19 @@ class BootStores:
             if not held.chardev.surrendered and (held.user is None or not held.user.startswith(MONITOR)):
                 held.chardev.resume()
 
+    async def quiesce_chardevs(self) -> None:
+        """Bring the chardevs of devices to rest; monitors, and whoever else uses one, go on."""
+        for held in self._of_devices():
+            await held.chardev.quiesce()
+
+    def resume_chardevs(self) -> None:
+        """Undo `quiesce_chardevs`."""
+        for held in self._of_devices():
+            held.chardev.resume()
+
+    def _of_devices(self) -> list[Held]:
+        return [held for held in self.chardevs.values() if held.user is None or held.user.startswith(PORT)]
+
     def give_up(self) -> None:
         """Let go of all that the successor has; sessions stay until they hang up."""
         for monitor, _ in self.monitors.values():
@@ -249,6 +262,18 @@ class BootStores:
         for name, owner in self.sections():
             state.register(name, owner.version, save=owner.save, load=owner.load)
 
+    def declare_ports(self, state: StateRegistry) -> None:
+        """Give each chardev of a device its section by the device's port, whatever its label and its kind.
+
+        So a guest goes from one machine to another whose chardevs are its own. `declare_again` undoes it.
+        """
+        for name in state.order():
+            if name.startswith(_SECTION):
+                state.unregister(name)
+        for held in self.chardevs.values():
+            if held.user is not None and held.user.startswith(PORT):
+                state.register(f"{_SECTION}{held.user}", 1, save=_byte_saver(held.chardev), load=_byte_loader(held))
+
     def _loader(self, label: str, chardev: Chardev) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
         def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
             from vmm.backends.chardev_state import ChardevState
@@ -284,6 +309,34 @@ _SECTION: Final = "chardev/"
 
 MONITOR: Final = "monitor "
 """How the user of a chardev begins that a monitor has."""
+
+
+PORT: Final = "COM"
+"""How the user of a chardev begins that is a serial port."""
+
+
+def _byte_saver(chardev: Chardev) -> Callable[[], Mapping[str, Any]]:
+    def save() -> Mapping[str, Any]:
+        pending = chardev.pending()
+        return {"output": pending.output, "input": pending.input}
+
+    return save
+
+
+def _byte_loader(held: Held) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
+    def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
+        from vmm.backends.chardev_state import ChardevState
+
+        name = f"{_SECTION}{held.user}"
+        if set(section) != {"output", "input"} or not all(isinstance(value, bytes) for value in section.values()):
+            raise StateRejected(section=name, faults=("it must have members output and input, both bytes",))
+        try:
+            state = ChardevState(**section)
+        except ValueError as error:
+            raise StateRejected(section=name, faults=(str(error),)) from error
+        return lambda: held.chardev.take_bytes(state)
+
+    return load
 
 
 def _saver(chardev: Chardev) -> Callable[[], Mapping[str, Any]]:

@@ -80,3 +80,6 @@ class IdleProcessors:
 
     def note_pause(self) -> None:
         """Do nothing."""
+
+    def let_time_stand(self, stood_still: bool) -> None:
+        """Do nothing."""

@@ -1,0 +1,138 @@
+"""What the tokens for a machine's parts and for a guest lead to, as protocols. The tokens are in `vmm.capabilities`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Iterable, Mapping
+
+
+class Board(Protocol):
+    """The machine's buses."""
+
+    def plug(self, device: Any) -> None:
+        """Put `device` at its addresses. `AddressConflict`, `NameTaken`."""
+        ...
+
+
+class MemoryMap(Protocol):
+    """The guest's physical address space."""
+
+    def map(self) -> None:
+        """Give every RAM region its KVM memory slot."""
+        ...
+
+
+class StateIndex(Protocol):
+    """The sections that travel when the machine moves."""
+
+    def register(
+        self, name: str, version: int, *, save: Any, load: Any, accepts: int | None = None, after: Iterable[str] = ()
+    ) -> None:
+        """Add a section; a duplicate name is a bug. See `vmm.migration.registry`."""
+        ...
+
+
+class GuestRam(Protocol):
+    """Write access to the guest's RAM."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store `data` at guest-physical `address`."""
+        ...
+
+    def fill(self, address: int, fd: int, offset: int, size: int) -> None:
+        """Read `size` bytes at `offset` of `fd` straight into guest RAM."""
+        ...
+
+    def place(self, address: int, data: bytes | memoryview) -> None:
+        """Store `data` at guest-physical `address`, from any thread, without holding up the others."""
+        ...
+
+    def clear(self) -> None:
+        """Make all of it zero."""
+        ...
+
+
+class CheckedSections(Protocol):
+    """A whole machine's state, checked and not yet in force."""
+
+    def apply(self) -> None:
+        """Put it in force."""
+        ...
+
+
+class StateSink(Protocol):
+    """Takes a whole machine's state."""
+
+    def check(self, sections: Iterable[Any]) -> CheckedSections:
+        """Check every section (`StateRejected`); change nothing."""
+        ...
+
+
+class RunControl(Protocol):
+    """Starts and stops the vCPUs. Before the machine is ready, records what is to be done when it is."""
+
+    def cont(self) -> Awaitable[None]:
+        """Run the guest."""
+        ...
+
+    def stop(self) -> Awaitable[None]:
+        """Take every vCPU out of the guest."""
+        ...
+
+    def reset(self) -> Awaitable[None]:
+        """Put the machine into its power-on state."""
+        ...
+
+
+class Departure(Protocol):
+    """Starts an outgoing migration, or asks what would become of it."""
+
+    def start(self, plan: Any) -> Awaitable[None]:
+        """Post `plan`; settles when phase `migrating` has opened, or with what kept it shut."""
+        ...
+
+    async def check(self, plan: Any) -> Mapping[str, Any]:
+        """Ask the other side of `plan`, and return its answer; nothing else happens."""
+        ...
+
+
+class Cancellable(Protocol):
+    """Something under way that can be called off."""
+
+    def cancel(self, by: str) -> None:
+        """Call it off; returns at once. Without effect once the guest has been offered to the other side."""
+        ...
+
+
+class DescriptorSender(Protocol):
+    """The sending half of a CPR channel."""
+
+    async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int]) -> None:
+        """Send one message with named descriptors."""
+        ...
+
+
+class StateSource(Protocol):
+    """Gives a whole machine's state, which stands still."""
+
+    def save(self) -> Mapping[str, Any]:
+        """Return every section's content."""
+        ...
+
+    def ram(self) -> Any:
+        """Return the guest's RAM, which stands still, to be read."""
+        ...
+
+
+class OwnershipOffer(Protocol):
+    """The source's hold on the ownership cell."""
+
+    def offer(self) -> None:
+        """SOURCE -> OFFERED: from here on the successor may take the guest."""
+        ...
+
+    def take_back(self) -> bool:
+        """OFFERED -> SOURCE; False where the successor was quicker."""
+        ...

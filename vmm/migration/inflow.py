@@ -1,0 +1,134 @@
+"""A state stream that comes in, record by record, over a socket or from a file."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, final
+
+import trio
+
+from vmm.errors import StreamCorrupt, VmmError
+from vmm.migration.pump import Bulk, ChannelBroken, in_thread
+from vmm.migration.stream import StreamReader
+from vmm.migration.stream_records import Header, Recipe, recipe_digest
+from vmm.migration.words import Word, hear, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.hw.doorbell import Doorbell
+    from vmm.migration.stream_records import Record
+
+_PIECE: Final = 1 << 20
+"""Bytes read at once."""
+
+_LAST_WORDS: Final = 1.0
+"""Seconds for a source to hear that it was refused, while it still sends."""
+
+
+@final
+class Inflow:
+    """One stream, and the connection that it comes over. Owns the descriptor."""
+
+    def __init__(self, source: trio.socket.SocketType | int) -> None:
+        """Read from a connected socket, or from a file at its present position."""
+        self._channel = None if isinstance(source, int) else trio.SocketStream(source)
+        self._fd = source if isinstance(source, int) else source.fileno()
+        self._reader = StreamReader()
+        self._records: deque[Record] = deque()
+
+    @property
+    def from_file(self) -> bool:
+        """Whether nobody is at the other end."""
+        return self._channel is None
+
+    async def read_head(self) -> tuple[Header, Recipe]:
+        """Read what a stream begins with. `StreamCorrupt` if it is none, or its recipe is not the one it was of."""
+        head: list[Record] = []
+
+        def take(record: Record) -> bool:
+            head.append(record)
+            return len(head) == _HEAD
+
+        await self.read(take)
+        header, recipe = head[0], head[-1]
+        assert isinstance(header, Header), "the reader lets no stream begin otherwise"
+        if not isinstance(recipe, Recipe):
+            raise StreamCorrupt(reason="it has no recipe: it does not say what machine it is of")
+        if header.recipe_digest != recipe_digest(recipe.commands):
+            raise StreamCorrupt(reason="its recipe is not the one whose digest is in its header")
+        return header, recipe
+
+    async def read(self, take: Callable[[Record], bool]) -> None:
+        """Call `take`, in a thread, for each record that comes, until it returns true or the stream has ended.
+
+        A cancellation stops between two pieces; what was read and not taken is kept.
+
+        Raises:
+            VmmError: what `take` raises; `StreamCorrupt` for what is no stream, or ends early.
+        """
+
+        def work(bell: Doorbell) -> None:
+            bulk = Bulk(self._fd, bell, peer=self._channel is not None)
+            buffer = memoryview(bytearray(_PIECE))
+            while True:
+                while self._records:
+                    if take(self._records.popleft()):
+                        return
+                if self._reader.ended:
+                    return
+                count = bulk.read_into(buffer)
+                if not count:
+                    self._reader.close()
+                self._records.extend(self._reader.feed(buffer[:count]))
+
+        try:
+            await in_thread(work)
+        except ChannelBroken as error:
+            raise StreamCorrupt(reason="the connection broke before its end record") from error
+
+    async def invite(self) -> None:
+        """Say that the machine is here, and that its state may come. Nothing with a file."""
+        if self._channel is not None:
+            with suppress(trio.BrokenResourceError):  # what it has sent before it left is told by `read`
+                await say(self._channel, Word("ready"))
+
+    async def confirm(self) -> None:
+        """Say that all is in force here, and wait until the source lets go of the guest. At once with a file.
+
+        Raises:
+            VmmError: it did not, and the guest is the source's.
+        """
+        if self._channel is None:
+            return
+        with suppress(trio.BrokenResourceError):  # what it has said before it left is told next
+            await say(self._channel, Word("loaded"))
+        word = await hear(self._channel, "source", "the guest stays there")
+        if word.name != "yours":
+            raise StreamCorrupt(reason=f"the source says {word.name!r}, expected 'yours'")
+
+    async def refuse(self, error: VmmError) -> None:
+        """Tell the source, if there is one, why it keeps its guest. Waits, at most a second, until it has heard it."""
+        if self._channel is None:
+            return
+        # Shielded: the reason may be that this process is being ended. Bounded by the time.
+        with trio.move_on_after(_LAST_WORDS, shield=True), suppress(trio.BrokenResourceError):
+            await say(self._channel, Word("refused", str(error)))
+            await self._channel.send_eof()
+            # To close with something unread would be a reset, which may overtake what was said.
+            while await self._channel.receive_some(_PIECE):
+                pass
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        if self._channel is not None:
+            self._channel.socket.close()
+        elif self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+_HEAD: Final = 2
+"""Records that a stream begins with: header and recipe."""

@@ -1,0 +1,156 @@
+"""Moving bulk over a descriptor from a thread, so that the loop answers meanwhile.
+
+A thread works in bounded pieces and waits for the peer with `poll`; a cancellation on the loop rings a bell that every
+such wait listens to, and that is looked at between pieces. So a cancelled transfer ends within one piece.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from typing import TYPE_CHECKING, Final, TypeVar, final
+
+import trio
+
+from vmm.errors import HostFileRefused, VmmError
+from vmm.hw.doorbell import open_doorbell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmm.hw.doorbell import Doorbell
+
+ResultT = TypeVar("ResultT")
+
+_IOV_MAX: Final = 1024  # pieces of one writev; Source: sysconf(3)
+_BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH)
+
+
+class ChannelBroken(Exception):
+    """The peer is gone, or has said something while it should listen. For the caller, who knows what that means."""
+
+
+class _Stopped(Exception):
+    """The bell has rung."""
+
+
+@final
+class Bulk:
+    """A descriptor, read and written by one thread that can be stopped. The descriptor stays the caller's.
+
+    Args:
+        fd: a socket that does not block, or a file.
+        peer: whether somebody is at its other end, who may speak.
+    """
+
+    def __init__(self, fd: int, bell: Doorbell, *, peer: bool) -> None:
+        self._fd = fd
+        self._bell = bell
+        self._peer = peer
+        self.bytes = 0
+        """Read or written so far."""
+
+    def write(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Write all of `buffers`.
+
+        Raises:
+            ChannelBroken: the peer is gone, or has said something: it refused.
+            HostFileRefused: a file could not be written.
+        """
+        left = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        while left:
+            self._look(select.POLLIN if self._peer else 0)
+            try:
+                count = os.writev(self._fd, left[:_IOV_MAX])
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+                continue
+            except OSError as error:
+                raise self._failure("write", error) from error
+            self.bytes += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read what there is, waiting for the first byte; return how many bytes, 0 at the end.
+
+        Raises:
+            ChannelBroken: the peer is gone.
+            HostFileRefused: a file could not be read.
+        """
+        while True:
+            self._look(0)
+            try:
+                count = os.readv(self._fd, [buffer])
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+                continue
+            except OSError as error:
+                raise self._failure("read", error) from error
+            self.bytes += count
+            return count
+
+    def _failure(self, action: str, error: OSError) -> Exception:
+        if self._peer and error.errno in _BROKEN:
+            return ChannelBroken(os.strerror(error.errno or 0))
+        return HostFileRefused(action=action, path=_path_of(self._fd), reason=os.strerror(error.errno or 0))
+
+    def _look(self, unwanted: int) -> None:
+        """Raise if the bell has rung, or the peer has done what is `unwanted`. Does not wait."""
+        self._poll(unwanted, 0, unwanted)
+
+    def _wait(self, event: int) -> None:
+        self._poll(event | (select.POLLIN if self._peer else 0), None, select.POLLIN & ~event if self._peer else 0)
+
+    def _poll(self, events: int, timeout: int | None, unwanted: int) -> None:
+        poll = select.poll()
+        poll.register(self._bell.fd, select.POLLIN)
+        if events:
+            poll.register(self._fd, events)
+        for fd, found in poll.poll(timeout):
+            if fd == self._bell.fd:
+                raise _Stopped
+            if found & unwanted:
+                raise ChannelBroken("it spoke first")
+
+
+async def in_thread(work: Callable[[Doorbell], ResultT]) -> ResultT:
+    """Run `work` in a thread and return its result; it makes a `Bulk` of the bell that it is given.
+
+    A cancellation stops it at its next piece, and is raised once it has ended.
+    """
+    results: list[ResultT] = []
+    failures: list[VmmError | ChannelBroken] = []
+    with open_doorbell() as bell:
+
+        def run() -> None:
+            try:
+                results.append(work(bell))
+            except _Stopped:
+                return
+            except (VmmError, ChannelBroken) as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_ring_at_cancel, bell)
+            await trio.to_thread.run_sync(run)
+            nursery.cancel_scope.cancel()
+    if failures:
+        raise failures[0]
+    if not results:
+        await trio.lowlevel.checkpoint_if_cancelled()
+    return results[0]
+
+
+async def _ring_at_cancel(bell: Doorbell) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        bell.ring()
+
+
+def _path_of(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")

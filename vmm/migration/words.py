@@ -1,0 +1,77 @@
+"""What the two sides of a migration say to each other, on the connection that the state takes.
+
+    destination   ready                  in answer to the recipe: the machine is here, and the guest may be stopped
+                  loaded                 in answer to the rest: all of it is in force, and the guest stands
+                  refused, and why       at any time before; nothing of it is in force
+    source        yours                  in answer to loaded: run it; from here on it does not run in the source
+
+A word is a line of JSON. So a guest never runs on both sides: the destination runs it only after `yours`, and the
+source says that only once it has let go of it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final, Literal, final
+
+import attrs
+import trio
+
+from vmm.errors import MigrationPeerGone, StreamCorrupt
+
+if TYPE_CHECKING:
+    from trio.abc import ReceiveStream, SendStream
+
+WordName = Literal["ready", "loaded", "refused", "yours"]
+
+_NAMES: Final = ("ready", "loaded", "refused", "yours")
+_LIMIT: Final = 16384  # bytes of a line
+_REASON_LIMIT: Final = 2048  # characters; an escaped one has six bytes
+
+
+@final
+@attrs.frozen
+class Word:
+    """One word."""
+
+    name: WordName
+    reason: str = ""
+    """Of `refused`: a sentence."""
+
+
+async def say(channel: SendStream, word: Word) -> None:
+    """Say `word`. Raises `trio.BrokenResourceError` where nobody listens any more."""
+    body = {"word": word.name} | ({"reason": word.reason[:_REASON_LIMIT]} if word.reason else {})
+    await channel.send_all(json.dumps(body).encode() + b"\n")
+
+
+async def hear(channel: ReceiveStream, peer: str, outcome: str) -> Word:
+    """Wait for a word of `peer`. `outcome` is what its silence leads to, for the text of the error.
+
+    Raises:
+        MigrationPeerGone: it closed the connection instead.
+        StreamCorrupt: it said something else.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        try:
+            data = await channel.receive_some(_LIMIT)
+        except trio.BrokenResourceError:
+            data = b""
+        if not data:
+            raise MigrationPeerGone(peer=peer, what="closed the connection", outcome=outcome)
+        line += data
+        if len(line) > _LIMIT:
+            raise StreamCorrupt(reason=f"the {peer} says more than {_LIMIT} bytes where a word was expected")
+    return _parse(line, peer)
+
+
+def _parse(line: bytes, peer: str) -> Word:
+    try:
+        body = json.loads(line)
+        name, reason = body["word"], body.get("reason", "")
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        name, reason = None, ""
+    if name not in _NAMES or not isinstance(reason, str):
+        raise StreamCorrupt(reason=f"the {peer} says {line[:40]!r}, expected one of {', '.join(_NAMES)}")
+    return Word(name, reason)

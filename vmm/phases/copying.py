@@ -1,0 +1,221 @@
+"""A migration that copies the guest: it stands while its state and its RAM are sent, or saved, and is whole afterwards.
+
+The phases are those of a live update, `migrating` and `quiesced`, without the change of owner: what goes is a copy, and
+the two sides agree by words which of the two runs (`vmm.migration.words`).
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.capabilities import MayCancelMigration, MaySaveState
+from vmm.errors import MigrationPeerGone, VmmError, leaves
+from vmm.migration.address import DescriptorAddress, FileAddress
+from vmm.migration.connect import connect
+from vmm.migration.outflow import Outflow
+from vmm.migration.status import MigrationStatus
+from vmm.migration.stream_records import Section
+from vmm.phases.migrating import WITHHELD, MigratingGrants
+from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
+from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vmm.capabilities import Mint
+    from vmm.migration.address import ChannelAddress
+    from vmm.migration.status import MigrationProgress
+    from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.running import Run
+    from vmm.recipe import Recipe
+
+PAUSE: Final = "pause"
+PAUSE_VERSION: Final = 1
+"""The section that says how the guest was when it was stopped: what a live update sends as a message."""
+
+_CONNECTING: Final = 10.0
+"""Seconds for the channel to be connected."""
+
+_ANSWERING: Final = 60.0
+"""Seconds for a destination that has been sent everything to say that it is in force."""
+
+
+@final
+@attrs.define(eq=False)
+class CopyPlan:
+    """Where a guest is copied to. Owns the descriptor among its address, and the file."""
+
+    address: ChannelAddress
+    file: int = -1
+    """Of a `FileAddress`: the file, open and at its offset."""
+
+    async def open(self) -> Outflow:
+        """Connect. Raises `HostFileRefused`: nobody listens there, or the file cannot be written."""
+        if isinstance(self.address, FileAddress):
+            hostio.cut_off(self.file)
+            file, self.file = self.file, -1
+            return Outflow(file)
+        return Outflow(await connect(self.address, within=_CONNECTING))
+
+    def close(self) -> None:
+        """Close what has not become the stream's. Idempotent."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1
+        if isinstance(self.address, DescriptorAddress) and self.address.number is not None:
+            os.close(self.address.number)
+            self.address = FileAddress("")
+
+
+@final
+class _Canceller:
+    """The facet of `may-cancel-migration`."""
+
+    def __init__(self) -> None:
+        self.scope: Final = trio.CancelScope()
+        self.let_go = False
+        """Whether the guest is the destination's: nothing can be called off any more."""
+
+    def cancel(self, by: str) -> None:
+        """Call the migration off, unless the guest has been let go."""
+        if not self.let_go:
+            self.scope.cancel()
+
+
+@final
+@attrs.frozen(eq=False)
+class _Copy:
+    """A migration under way."""
+
+    flow: Outflow
+    progress: MigrationProgress
+    canceller: _Canceller
+
+
+def travelling(recipe: Recipe) -> Recipe:
+    """Return what of a machine's recipe is the machine's: all but its monitors and the chardevs of these."""
+    monitors = [step for step in recipe if step.execute == "object-add" and _is_monitor(step.arguments)]
+    chardevs = {step.arguments.get("chardev") for step in monitors} - {None}
+    return attrs.evolve(
+        recipe,
+        steps=tuple(
+            step
+            for step in recipe
+            if step not in monitors and not (step.execute == "chardev-add" and step.arguments.get("id") in chardevs)
+        ),
+    )
+
+
+def _is_monitor(arguments: Mapping[str, Any]) -> bool:
+    return str(arguments.get("qom-type")).startswith("monitor-")
+
+
+async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Pause | None:
+    """Copy the guest to where `plan` says. Return how it stands here if it has gone; if not, None: it goes on here.
+
+    Raises:
+        VmmError: only before the phase has opened; later failures are in `query-migrate`.
+    """
+    migration = run.machine.made.migration
+    gone: Pause | None = None
+    with closing(await plan.open()) as flow:
+        async with running.child("migrating") as phase:
+            canceller = _Canceller()
+
+            def grants(mint: Mint) -> MigratingGrants:
+                may = mint(MayCancelMigration, canceller)
+                return MigratingGrants(cancel_migration=may, send_descriptors=None)
+
+            running.tree.move(turn)
+            progress = migration.begin("source")
+            async with phase.window(grants, withholds=WITHHELD):
+                try:
+                    with canceller.scope:
+                        progress.advance(MigrationStatus.ACTIVE)
+                        await _announce(run, flow)
+                        gone = await _copy(phase, run, _Copy(flow, progress, canceller))
+                except* VmmError as group:
+                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                    migration.failed(progress, str(failure))
+                if canceller.scope.cancelled_caught:
+                    progress.advance(MigrationStatus.CANCELLING)
+                    progress.advance(MigrationStatus.CANCELLED)
+    return gone
+
+
+async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
+    """Stop the guest, send it, and let it go. On every other way out it is as it was before. Raises `VmmError`."""
+    machine = run.machine
+    host = machine.made.host
+    progress = copy.progress
+    # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
+    async with run.control:
+        ran = False
+        try:
+            async with migrating.child("quiesced") as phase:
+                progress.pause_begins()
+                ran = run.gang.running
+                # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
+                with trio.CancelScope(shield=True):
+                    await run.gang.stop()
+                    await host.stores.quiesce_chardevs()
+                # A vCPU may have failed in the moment of the stop: then the guest runs on nowhere.
+                ran = ran and run.status.running
+                pause = Pause(ran, run.status.name, run.status.failure, machine.bells.pending())
+                if ran:
+                    run.status.stands("finish-migrate")
+                host.stores.declare_ports(machine.state)
+                guest = StandingGuest(machine.state, machine.memory)
+
+                def grants(mint: Mint) -> QuiescedGrants:
+                    return QuiescedGrants(save_state=mint(MaySaveState, guest))
+
+                async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
+                    await _send(run, copy, window.grants.save_state, pause)
+                    # From here on it is the destination's, unless that is known to be gone.
+                    copy.canceller.let_go = True
+                    # Shielded: whether it was told must be known. Not a moment's wait: it has read all before.
+                    with trio.CancelScope(shield=True):
+                        await copy.flow.let_go()
+                    run.here = False
+        finally:
+            progress.pause_ends()
+            if run.here:
+                host.stores.resume_chardevs()
+                if ran:
+                    run.start_nowait()
+            else:
+                run.status.stands("postmigrate")
+                progress.advance(MigrationStatus.COMPLETED)
+    return pause
+
+
+async def _announce(run: Run, flow: Outflow) -> None:
+    from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
+
+    host = run.machine.made.host
+    recipe = travelling(host.recorder.recipe()).ordered(rank).to_json()
+    await flow.announce(host.start.identity.name or "trio-vmm", recipe)
+
+
+async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
+    progress = copy.progress
+    sections = [Section(PAUSE, PAUSE_VERSION, pause.to_json()), *may.save().values()]
+
+    def report(statistics: Any) -> None:
+        # From the thread that sends; whole, so that the loop sees all of it or nothing.
+        progress.ram = statistics
+
+    await copy.flow.send(sections, may.ram(), report)
+    progress.advance(MigrationStatus.DEVICE)
+    with trio.move_on_after(_ANSWERING) as patience:
+        await copy.flow.wait_loaded()
+    if patience.cancelled_caught:
+        what = f"did not load the state within {_ANSWERING:g} s"
+        raise MigrationPeerGone(peer="destination", what=what, outcome="the guest goes on in the source")

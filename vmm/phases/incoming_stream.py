@@ -1,0 +1,204 @@
+"""Phase ``incoming`` for a guest that is copied: its state and its RAM are loaded into a machine that has not run.
+
+All of the stream is checked before any of its state is put in force. RAM is the exception: it is written as it comes,
+into memory that nobody has used, and is made zero again if the stream is refused.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+import trio
+
+from vmm.capabilities import (
+    MayCancelMigration,
+    MayListen,
+    MayLoadState,
+    MayRestoreGuest,
+    MayRunVcpus,
+    MaySetMigrationCap,
+    MaySetMigrationParam,
+    MayWriteGuestMemory,
+)
+from vmm.errors import InvalidState, MigrationRefused, StateRejected, StreamCorrupt, VmmError, leaves
+from vmm.migration.ram import RamWriter
+from vmm.migration.status import MigrationStatus
+from vmm.migration.stream_records import RamContent, RamExtents, Section
+from vmm.nursery_tree import Turn
+from vmm.phases.building import SavedState
+from vmm.phases.copying import PAUSE, PAUSE_VERSION
+from vmm.phases.incoming import IncomingGrants
+from vmm.phases.migration_state import NothingUnderWay
+from vmm.phases.quiesced import Pause
+from vmm.phases.running import Copied, Run, run_running
+from vmm.phases.stream_port import Admission, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
+    from vmm.capabilities import Mint
+    from vmm.migration.channel import Channel
+    from vmm.migration.stream_records import Record
+    from vmm.nursery_tree import Phase
+    from vmm.phases.incoming_port import IncomingPort
+    from vmm.phases.machine import Machine
+    from vmm.phases.stream_receive import StreamWait
+
+
+@final
+class _Autostart:
+    """The facet of `may-run-vcpus` while there is no guest yet."""
+
+    def __init__(self, *, on: bool) -> None:
+        self.on = on
+
+    async def cont(self) -> None:
+        """Have the guest run once it is here, if it ran where it was."""
+        await trio.lowlevel.checkpoint()
+        self.on = True
+
+    async def stop(self) -> None:
+        """Have the guest stand once it is here."""
+        await trio.lowlevel.checkpoint()
+        self.on = False
+
+    async def reset(self) -> None:
+        """Refuse: there is no state to reset."""
+        await trio.lowlevel.checkpoint()
+        raise InvalidState(
+            what="system_reset", state="while the guest's state is awaited", instead="wait until it is here"
+        )
+
+
+@final
+class _Again(Admission):
+    """The facet of `may-listen` and `may-restore-guest`: another attempt, after one that failed."""
+
+    def __init__(self, port: IncomingPort) -> None:
+        super().__init__(port)
+        self.awaited = trio.Event()
+
+    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool) -> Awaitable[None]:
+        """Bind `channels`."""
+        if any(channel.channel_type != "main" for channel in channels):
+            raise MigrationRefused(reason="migrate-incoming: this machine is complete; a live update brings its own")
+        await self._port.listen(channels, exit_on_error=exit_on_error)
+        self.awaited.set()
+        return settled()
+
+    def decide(self, saved: object) -> Awaitable[None]:
+        """Load what is in the file; settles once it is in force."""
+        turn = Turn[None](None, until="running")
+        assert isinstance(saved, SavedState)
+        self._port.streams.restore(saved.take(), tell=turn.fail)
+        self._port.streams.tree.move(turn)
+        self.awaited.set()
+        return turn
+
+
+async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) -> None:
+    """Load the state that comes, and go on to running. After a refusal that does not end the process await another."""
+    made = machine.made
+    host, port = made.host, made.incoming
+    autostart = _Autostart(on=start or host.start.autostart)
+    async with devices.child("incoming", machine_phase="machine-ready") as phase:
+        again = _Again(port)
+
+        def grants(mint: Mint) -> IncomingGrants:
+            return IncomingGrants(
+                load_state=mint(MayLoadState, machine.state),
+                set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
+                set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
+                write_guest_memory=mint(MayWriteGuestMemory, machine.memory),
+                run_vcpus=mint(MayRunVcpus, autostart),
+                listen=mint(MayListen, again),
+                restore_guest=mint(MayRestoreGuest, again),
+                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
+            )
+
+        async with phase.window(grants) as window:
+            host.status.stands("inmigrate")
+            # Nothing is read before there is somebody to read it.
+            await host.stores.quiesce_chardevs()
+            host.stores.declare_ports(machine.state)
+            copied: Copied | None = None
+            while copied is None:
+                wait = port.streams.wait
+                if wait is None:
+                    again.awaited = trio.Event()
+                    await again.awaited.wait()
+                else:
+                    copied = await _attempt(machine, wait, window.grants)
+        await run_running(phase, Run(machine), start=autostart.on, copied=copied)
+
+
+async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> Copied | None:
+    """Load one stream. Return None if it was refused, and nothing of it is left; or raise, if the process ends so."""
+    made = machine.made
+    port, progress = made.incoming.streams, made.incoming.progress
+    await wait.arrived.wait()
+    if wait.arrival is None or wait.failure is not None or progress is None:
+        return None  # whoever awaited it has said why
+    failure: VmmError | None = None
+    try:
+        pause = await _load(machine, wait, grants)
+    except* VmmError as group:
+        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    if failure is None:
+        port.forget(wait)
+        wait.over.set()
+        return Copied(pause, progress)
+    port.failed(wait, failure)
+    await wait.arrival.flow.refuse(failure)
+    if wait.exit_on_error:
+        raise failure
+    assert grants.write_guest_memory is not None, "minted above"
+    grants.write_guest_memory.clear()
+    wait.fail(failure)
+    made.host.complain(str(failure))
+    return None
+
+
+async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> Pause:
+    made, arrival = machine.made, wait.arrival
+    assert arrival is not None
+    assert grants.write_guest_memory is not None
+    assert made.incoming.progress is not None
+    made.incoming.streams.require_same(arrival.recipe)
+    await arrival.flow.invite()
+    made.incoming.progress.advance(MigrationStatus.ACTIVE)
+    ram = RamWriter(grants.write_guest_memory, machine.memory.regions)
+    sections: list[Section] = []
+
+    def take(record: Record) -> bool:
+        match record:
+            case Section():
+                sections.append(record)
+            case RamExtents():
+                ram.list_extents(record)
+            case RamContent():
+                ram.store(record)
+        return False
+
+    await arrival.flow.read(take)
+    ram.require_complete()
+    pause = _pause_of(sections)
+    # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
+    machine.processors.let_time_stand(arrival.flow.from_file)
+    checked = grants.load_state.check(section for section in sections if section.name != PAUSE)
+    checked.apply()
+    await arrival.flow.confirm()
+    return pause
+
+
+def _pause_of(sections: Sequence[Section]) -> Pause:
+    found = next((section for section in sections if section.name == PAUSE), None)
+    if found is None:
+        raise StateRejected(section=PAUSE, faults=(f"{PAUSE!r} is missing from the stream",))
+    if found.version != PAUSE_VERSION:
+        fault = f"it has version {found.version}, read here: {PAUSE_VERSION}"
+        raise StateRejected(section=PAUSE, faults=(fault,))
+    try:
+        return Pause.from_json(found.state)
+    except StreamCorrupt as error:
+        raise StateRejected(section=PAUSE, faults=(error.reason,)) from error

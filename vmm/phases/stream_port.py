@@ -1,0 +1,143 @@
+"""Where a guest that is copied is awaited: on a socket, or in a file."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, final
+
+from vmm.errors import DifferencesVisible, MigrationRefused
+from vmm.nursery_tree import Turn
+from vmm.phases.differences import compare, visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import trio
+
+    from vmm.errors import VmmError
+    from vmm.migration.address import ChannelAddress, SocketAddress
+    from vmm.migration.connect import Listener
+    from vmm.nursery_tree import Phase
+    from vmm.phases.foundation import Host
+    from vmm.phases.incoming_port import IncomingPort
+    from vmm.phases.migration_state import MigrationState
+    from vmm.phases.stream_receive import StreamWait
+    from vmm.recipe import Recipe
+
+
+def settled() -> Turn[None]:
+    """Return a turn that leads nowhere: what was asked for is done."""
+    turn = Turn[None](None)
+    turn.succeed()
+    return turn
+
+
+class Admission:
+    """What of the facet of `may-listen` is the same in every phase that grants it."""
+
+    def __init__(self, port: IncomingPort) -> None:
+        self._port: Final = port
+
+    async def abandon(self) -> None:
+        """As `IncomingPort.abandon`."""
+        await self._port.abandon()
+
+    def allow(self, names: Iterable[str]) -> None:
+        """As `IncomingPort.allow`."""
+        self._port.allow(names)
+
+
+@final
+class StreamPort:
+    """What of the incoming port is about state streams. One is awaited at a time."""
+
+    def __init__(self, precreate: Phase, host: Host, migration: MigrationState, port: IncomingPort) -> None:
+        self._precreate = precreate
+        self._host = host
+        self._migration = migration
+        self._port = port
+        self.tree: Final = precreate.tree
+        self.wait: StreamWait | None = None
+        """The stream that is awaited, or coming in; None where there is none."""
+
+    async def listen(self, address: ChannelAddress, *, exit_on_error: bool) -> None:
+        """Bind `address`, and await a stream there. Raises `HostFileRefused`, `SocketInUse`."""
+        # Only now: most machines await nothing, and these bring what a monitor can start without.
+        from vmm import hostio
+        from vmm.migration.address import DescriptorAddress, FileAddress
+        from vmm.migration.connect import adopt_connected, listen
+
+        origin: Listener | trio.socket.SocketType | int
+        addresses: tuple[SocketAddress, ...] = ()
+        if isinstance(address, FileAddress):
+            origin = hostio.open_saved_state(address.filename, address.offset)
+        else:
+            connected = adopt_connected(address) if isinstance(address, DescriptorAddress) else None
+            if connected is None:
+                listener = await listen(address)
+                origin, addresses = listener, (listener.address,)
+            else:
+                origin, addresses = connected, (address,)
+        self._await(origin, addresses, exit_on_error=exit_on_error)
+
+    def restore(self, file: int, *, tell: Callable[[VmmError], None]) -> None:
+        """Await the stream in `file`, which is taken over. A failure ends nothing here, and is told to `tell`.
+
+        Raises:
+            MigrationRefused: something is awaited already.
+        """
+        try:
+            self._port.require_idle()
+        except MigrationRefused:
+            os.close(file)
+            raise
+        self._await(file, (), exit_on_error=False, tell=tell)
+
+    def _await(
+        self,
+        origin: Listener | trio.socket.SocketType | int,
+        addresses: tuple[SocketAddress, ...],
+        *,
+        exit_on_error: bool,
+        tell: Callable[[VmmError], None] | None = None,
+    ) -> None:
+        from vmm.phases.stream_receive import StreamWait, run_stream_receive
+
+        wait = StreamWait(origin, exit_on_error=exit_on_error, tell=tell)
+        progress = self._migration.begin("target")
+        progress.addresses = addresses
+        self._port.progress, self.wait = progress, wait
+        self._precreate.residents.start_soon(
+            "stream_receive", run_stream_receive, self._precreate, self._host, self._port, wait
+        )
+
+    def failed(self, wait: StreamWait, error: VmmError) -> None:
+        """Note that nothing comes of `wait`: another may be awaited."""
+        assert self._port.progress is not None
+        self._migration.failed(self._port.progress, str(error))
+        self.forget(wait)
+
+    def forget(self, wait: StreamWait) -> None:
+        """Note that `wait` is over, one way or the other."""
+        if self.wait is wait:
+            self.wait = None
+
+    def give_up(self) -> None:
+        """Await the stream no more: what should have led to phase incoming did not."""
+        if self.wait is not None:
+            self.wait.scope.cancel()
+            self.forget(self.wait)
+            self._port.progress = self._migration.progress = None
+
+    def replays(self) -> bool:
+        """Say whether the machine is being made from a stream's recipe."""
+        return self.wait is not None and self.wait.replays
+
+    def require_same(self, source: Recipe) -> None:
+        """Raise `DifferencesVisible` unless the source's machine is, as far as its guest can tell, this one."""
+        from vmm.phases.copying import travelling
+
+        self._port.differences = compare(source, travelling(self._host.recorder.recipe()))
+        refused = visible(self._port.differences, self._port.allowed)
+        if refused:
+            raise DifferencesVisible(items=tuple(item.describe() for item in refused))

@@ -1,0 +1,165 @@
+"""Phase ``stream_receive``: beside the chain, a state stream is awaited, and its recipe read.
+
+Where no machine has been defined yet the recipe is replayed: an empty process becomes the machine. Where there is one
+it is left alone, and phase incoming compares the two. What follows the recipe is read by phase incoming, which both
+ways lead to.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from typing import TYPE_CHECKING, final
+
+import attrs
+import trio
+
+from vmm.capabilities import MayAdoptDescriptor
+from vmm.errors import VmmError, leaves
+from vmm.migration.connect import Listener
+from vmm.migration.inflow import Inflow
+from vmm.phases.arriving import checked
+from vmm.phases.host import Inheritance
+from vmm.phases.replay import SUCCESSOR, replay_incoming
+from vmm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.capabilities import Mint
+    from vmm.nursery_tree import Phase
+    from vmm.phases.foundation import Host
+    from vmm.phases.incoming_port import IncomingPort
+
+
+@final
+@attrs.frozen
+class StreamReceiveGrants:
+    """Tokens of this phase; lent to the incoming recipe alone."""
+
+    adopt_descriptor: MayAdoptDescriptor
+
+
+@final
+@attrs.frozen(eq=False)
+class StreamArrival:
+    """A state stream whose head is here, and whose source waits."""
+
+    flow: Inflow
+    recipe: Recipe
+
+
+@final
+class StreamWait:
+    """One incoming state stream, from the moment that it is awaited. Owns its listener, or its file."""
+
+    def __init__(
+        self,
+        origin: Listener | trio.socket.SocketType | int,
+        *,
+        exit_on_error: bool,
+        tell: Callable[[VmmError], None] | None = None,
+    ) -> None:
+        """Await it on a listener, a socket that is connected already, or a file."""
+        self._origin = origin
+        self.exit_on_error = exit_on_error
+        """Whether this process ends if the stream is refused."""
+        self.inheritance = Inheritance()
+        self.arrival: StreamArrival | None = None
+        self.replays = False
+        """Whether the machine is made from the stream's recipe."""
+        self.arrived = trio.Event()
+        """Set once `arrival` is there, or `failure` is known."""
+        self.failure: VmmError | None = None
+        """Why none came, or why it was refused."""
+        self.over = trio.Event()
+        """Set by whoever has loaded the stream, or refused it."""
+        self.scope = trio.CancelScope()
+        """Of the task that awaits it."""
+        self._tell = tell
+
+    async def accept(self) -> Inflow:
+        """Wait for whoever connects. Nobody else is admitted from then on."""
+        await trio.lowlevel.checkpoint()
+        if not isinstance(self._origin, Listener):
+            taken, self._origin = self._origin, -1
+            return Inflow(taken)
+        sock = await self._origin.accept()
+        self._origin.close()
+        return Inflow(sock)
+
+    def come(self, arrival: StreamArrival) -> None:
+        """Note that its head is here."""
+        self.arrival = arrival
+        self.arrived.set()
+
+    def fail(self, error: VmmError) -> None:
+        """Note why nothing came of it."""
+        self.failure = error
+        self.arrived.set()
+        self.over.set()
+        if self._tell is not None:
+            self._tell(error)
+
+    def close(self) -> None:
+        """Close what is still open. Idempotent."""
+        if not isinstance(self._origin, int):
+            self._origin.close()
+        elif self._origin >= 0:
+            os.close(self._origin)
+            self._origin = -1
+
+
+async def run_stream_receive(
+    precreate: Phase,
+    host: Host,
+    port: IncomingPort,
+    wait: StreamWait,
+) -> None:
+    """Await the stream of `wait`, and replay its recipe if there is no machine. Ends with it, loaded or refused.
+
+    Raises:
+        VmmError: why it was refused, where that ends the process.
+    """
+    async with precreate.child("stream_receive", aside=True) as phase:
+        with closing(wait.inheritance), closing(wait):
+
+            def grants(mint: Mint) -> StreamReceiveGrants:
+                return StreamReceiveGrants(adopt_descriptor=mint(MayAdoptDescriptor, wait.inheritance))
+
+            async with phase.window(grants):
+                with wait.scope, closing(await wait.accept()) as flow:
+                    failure = await _receive(phase, host, port, wait, flow)
+                    if failure is not None:
+                        port.streams.failed(wait, failure)
+                        await flow.refuse(failure)
+                        wait.fail(failure)
+                        if wait.exit_on_error:
+                            raise failure
+
+
+async def _receive(phase: Phase, host: Host, port: IncomingPort, wait: StreamWait, flow: Inflow) -> VmmError | None:
+    """See one stream through; return why it was refused before phase incoming had it."""
+    failure: VmmError | None = None
+    try:
+        _, record = await flow.read_head()
+        source = Recipe.from_json("of the source", [dict(command) for command in record.commands])
+        await phase.tree.wait_begun("migrate-incoming", SUCCESSOR.name)
+        if phase.tree.machine_phase != "no-machine":
+            source = checked(source, host.table)
+            wait.come(StreamArrival(flow, source))
+        else:
+            arriving = port.consider(source, ())
+            wait.inheritance.add_copies(arriving.given)
+            wait.inheritance.open_here(arriving.here, {})
+            wait.replays = True
+            wait.come(StreamArrival(flow, arriving.recipe))
+            try:
+                await replay_incoming(host, phase.tree, arriving.recipe)
+            finally:
+                phase.tree.reserved_for = None
+    except* VmmError as group:
+        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    if failure is None:
+        await wait.over.wait()
+    return failure
