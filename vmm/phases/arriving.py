@@ -43,6 +43,10 @@ class Arriving:
     given: Mapping[str, int]
     """Descriptors that the operator gave this process for what the source sent none for, by name. They stay open."""
 
+    def with_more(self, differences: Iterable[Difference]) -> Arriving:
+        """Return this with `differences` besides those of the recipes."""
+        return attrs.evolve(self, differences=(*self.differences, *differences))
+
     def require_same_guest(self, allowed: Iterable[str]) -> None:
         """Raise `DifferencesVisible` for what the guest could tell and nobody has `allowed` by name."""
         refused = visible(self.differences, allowed)

@@ -88,6 +88,7 @@ class BoardBuilder:
             made,
             self._accelerator,
             self._memory,
+            self._cpu,
             processors,
             tuple(self._devices),
             self.access,

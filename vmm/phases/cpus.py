@@ -23,12 +23,12 @@ class CpuModel:
 
     options: CpuOptions
     """As recorded: every feature under its one name, and those named that are off because of another."""
-    _offer: CpuOffer
+    offer: CpuOffer
     _off: tuple[str, ...] = ()
 
     def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
         """Return what vCPU `index` answers to CPUID."""
-        leaves = self._offer.leaves(index)
+        leaves = self.offer.leaves(index)
         if not self._off:
             return leaves
         from vmm.kvm.cpu_features import without  # Most machines have the host's CPU as it is.
@@ -44,18 +44,23 @@ class CpuOffer:
     what: ClassVar[str] = "What KVM offers of the host's CPU"
     phase: ClassVar[str] = "preconfig"
 
-    definition: Definition
     supported: tuple[CpuidEntry, ...]
     tsc_deadline: bool
+    cpus: int
+    """How many vCPUs the machine has."""
+    starts_in_long_mode: str = ""
+    """The image that wants to be started in 64-bit mode; empty where none does."""
 
     @classmethod
     def of(cls, accelerator: Accelerator, definition: Definition) -> CpuOffer:
         """Ask the accelerator."""
-        return cls(definition, accelerator.supported_cpuid(), accelerator.has_tsc_deadline)
+        plan = definition.plan
+        image = plan.image if plan is not None and plan.start.mode == "long" else ""
+        return cls(accelerator.supported_cpuid(), accelerator.has_tsc_deadline, definition.options.smp.cpus, image)
 
     def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
         """Return what vCPU `index` answers to CPUID with nothing switched off."""
-        return guest_cpuid(self.supported, index, self.definition.options.smp.cpus, self.tsc_deadline)
+        return guest_cpuid(self.supported, index, self.cpus, self.tsc_deadline)
 
     def choose(self, options: CpuOptions) -> CpuModel:
         """Find out what `options` come to.
@@ -74,9 +79,9 @@ class CpuOffer:
         offered = shown(self.leaves(0))
         props = resolve(canonical(options.props), offered, shown(self.supported), bare=bare)
         off = tuple(name for name, wanted in props.items() if not wanted)
-        plan = self.definition.plan
-        if plan is not None and plan.start.mode == "long" and "lm" in off:
-            raise OptionInvalid(option="props.lm", value=False, wanted=f"possible: {plan.image} starts in 64-bit mode")
+        if self.starts_in_long_mode and "lm" in off:
+            wanted = f"possible: {self.starts_in_long_mode} starts in 64-bit mode"
+            raise OptionInvalid(option="props.lm", value=False, wanted=wanted)
         recorded: dict[str, object] = {name: wanted for name, wanted in props.items() if wanted or not bare}
         return CpuModel(CpuOptions(model=options.model, props=recorded), self, off)
 

@@ -19,7 +19,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprError, RecipeInvalid, RequestError, VmmError
+from vmm.errors import CprError, RecipeInvalid, VmmError
 from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
@@ -148,9 +148,9 @@ def _verdict(message: Message, port: IncomingPort) -> dict[str, Any]:
     sent = message.body.get("descriptors")
     names = [name for name in sent if isinstance(name, str)] if isinstance(sent, list) else []
     try:
-        port.consider(Recipe.from_json("of the source", message.body.get("recipe")), names)
+        port.consider(Recipe.from_json("of the source", message.body.get("recipe")), names, message.body.get("cpu"))
         reason = ""
-    except RequestError as error:
+    except VmmError as error:
         reason = str(error)
     return {"reason": reason, "differences": unstructure(port.differences)}
 
@@ -163,7 +163,7 @@ def _arrival_of(
     run_state = message.body.get("run-state")
     if run_state_named(run_state) is None:
         raise RecipeInvalid(source=source.source, where="as a whole", reason=f"run state {run_state!r} is none")
-    arriving = port.consider(source, message.descriptors.keys())
+    arriving = port.consider(source, message.descriptors.keys(), message.body.get("cpu"))
     inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
     stderr = message.descriptors.pop(STDERR, -1)

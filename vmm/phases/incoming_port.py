@@ -162,13 +162,17 @@ class IncomingPort:
             )
         self.allowed.update(wanted)
 
-    def consider(self, source: Recipe, sent: Collection[str]) -> Arriving:
+    def consider(self, source: Recipe, sent: Collection[str], cpu: object = None) -> Arriving:
         """Check a recipe that came, and what was `sent` with it; nothing is carried out yet.
 
+        Args:
+            cpu: what the source said of its processor (`vmm.phases.cpu_differences`); None where it said nothing.
+
         Raises:
-            RecipeInvalid, DifferencesVisible, ResourcesMissing: why it is not admitted.
+            VmmError: why it is not admitted.
         """
         from vmm.phases.arriving import arrive
+        from vmm.phases.cpu_differences import compare_cpus
 
         host = self._host
         self.differences = ()
@@ -176,6 +180,9 @@ class IncomingPort:
             name: path for name, path in host.start.allowed_resources.items() if not any(is_of(s, name) for s in sent)
         }
         arriving = arrive(source, host.table, host.overrides.recipe(), here)
+        if cpu is not None:
+            # By the source's own recipe: what an override changes is an item of its own.
+            arriving = arriving.with_more(compare_cpus(cpu, source))
         self.differences = arriving.differences
         arriving.require_same_guest(self.allowed)
         arriving.require_resources(sent)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.migration.registry import StateRegistry
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
+    from vmm.phases.cpus import CpuModel
     from vmm.phases.guest_requests import GuestBells
     from vmm.phases.processors import Processors
     from vmm.phases.vcpus import GuestCpu
@@ -37,6 +38,7 @@ class Machine:
     made: Precreated
     accelerator: Accelerator
     memory: GuestMemory
+    cpu: CpuModel
     processors: Processors
     devices: tuple[Device, ...]
     access: MachineAccess

@@ -31,6 +31,7 @@ from vmm.errors import CprPeerGone, MigrationCancelled, MigrationRefused, VmmErr
 from vmm.migration.address import DescriptorAddress, FileAddress
 from vmm.migration.connect import connect, connect_stream
 from vmm.migration.status import MigrationStatus
+from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.quiesced import Transfer, run_quiesced
 
 if TYPE_CHECKING:
@@ -179,7 +180,11 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
         with trio.move_on_after(limits.checking):
             await channel.hello(host.start.version.package)
             channel.step = "checking"
-            body = {"recipe": _recipe(machine), "descriptors": sorted(machine.descriptors())}
+            body = {
+                "recipe": _recipe(machine),
+                "cpu": cpu_to_json(machine.cpu),
+                "descriptors": sorted(machine.descriptors()),
+            }
             await channel.send("check", body)
             with closing(await channel.receive("checked")) as message:
                 return message.body
@@ -207,6 +212,7 @@ async def _describe(
         await channel.hello(host.start.version.package)
         body: Mapping[str, Any] = {
             "recipe": _recipe(machine),
+            "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
         }
         descriptors = {**machine.descriptors(), "owner": cell.fd}
