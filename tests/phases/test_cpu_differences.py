@@ -70,11 +70,11 @@ from vmm.phases import cpus
 
 original = cpus.guest_cpuid
 
-def without_sse3(supported, *rest):
+def without_fpu(supported, *rest):
     leaves = original(supported, *rest)
-    return tuple(attrs.evolve(leaf, ecx=leaf.ecx & ~1) if leaf.function == 1 else leaf for leaf in leaves)
+    return tuple(attrs.evolve(leaf, edx=leaf.edx & ~1) if leaf.function == 1 else leaf for leaf in leaves)
 
-cpus.guest_cpuid = without_sse3
+cpus.guest_cpuid = without_fpu
 sys.exit(main())
 """
 """A program that hides a feature which the one before it shows."""
