@@ -327,7 +327,7 @@ async def test_a_token_that_no_phase_grants_is_refused_with_a_hint_for_kind_and_
                 "vcpu0",
                 OPERATE,
                 "qmp0/1",
-                lambda kind, scope: f"; {kind.wire_name} for {scope} is granted elsewhere",
+                lambda kinds, scope: f"; {kinds[0].wire_name} for {scope} is granted elsewhere",
             )
     assert str(caught.value) == (
         "Command 'cont' needs may-run-vcpus:vcpu0, which phase boot does not grant; "

@@ -358,9 +358,9 @@ class MayAppendRecipe(Token[RecipeSink]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-append-recipe"
 
-    def append(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Note `command` with `arguments`, to be carried out later."""
-        self._reach().append(command, arguments)
+    def append(self, subject: str, command: str, arguments: Mapping[str, Any]) -> None:
+        """Note `command` with `arguments`, to be carried out later. `subject`: `devices` or `overrides`."""
+        self._reach(subject).append(command, arguments)
 
 
 class NumaNodes(Protocol):
@@ -471,14 +471,22 @@ class MayRestoreGuest(_Decides):
 
 @final
 class MayPlugDevice(Token[Board]):
-    """May add devices to the machine's buses."""
+    """May add devices to the machine's buses, and take them off."""
 
     __slots__ = ()
     wire_name: ClassVar[str] = "may-plug-device"
 
-    def plug(self, device: Any) -> None:
-        """Put `device` on the bus at its addresses."""
-        self._reach().plug(device)
+    def fix(self, device: Any) -> None:
+        """Put `device`, which is part of the board, on the bus at its addresses."""
+        self._reach().fix(device)
+
+    async def plug(self, request: Any) -> Any:
+        """Plug in what `request` asks for, and return it with all that was left open."""
+        return await self._reach().plug(request)
+
+    async def unplug(self, name: str) -> None:
+        """Take device `name` off."""
+        await self._reach().unplug(name)
 
 
 @final

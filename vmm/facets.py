@@ -11,8 +11,16 @@ if TYPE_CHECKING:
 class Board(Protocol):
     """The machine's buses."""
 
-    def plug(self, device: Any) -> None:
-        """Put `device` at its addresses. `AddressConflict`, `NameTaken`."""
+    def fix(self, device: Any) -> None:
+        """Put `device`, which is part of the board, at its addresses. `AddressConflict`, `NameTaken`."""
+        ...
+
+    async def plug(self, request: Any) -> Any:
+        """Plug in what `request` asks for, and return it with all that was left open. `NameTaken` and others."""
+        ...
+
+    async def unplug(self, name: str) -> None:
+        """Take device `name` off; returns when nothing of it is left. `DeviceNotFound`."""
         ...
 
 

@@ -474,7 +474,7 @@ class Tree:
         scope: str | None,
         grant: Grant,
         holder: str,
-        hint: Callable[[type[AnyToken], str | None], str] = lambda kind, scope: "",
+        hint: Callable[[Sequence[type[AnyToken]], str | None], str] = lambda kinds, scope: "",
     ) -> tuple[AnyToken, Window[Any]]:
         """Find a token of one of `kinds` that covers `scope`, from the innermost open window outwards.
 
@@ -503,7 +503,7 @@ class Tree:
         if withheld is not None:
             raise withheld
         kind = allowed[0]
-        raise TokenNotGranted(command=command, kind=_asked(kind, scope), phase=self.path, hint=hint(kind, scope))
+        raise TokenNotGranted(command=command, kind=_asked(kind, scope), phase=self.path, hint=hint(allowed, scope))
 
     def depth(self, window: Window[Any]) -> int:
         """How far inside `window` lies; the innermost of a command's windows is where it runs."""

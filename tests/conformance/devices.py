@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tests.hw.fakes import Calls, FakeClock, FakeLine, FakeSink
+from tests.hw.virtio.driver import Driver, FakeRam
 from vmm.hw.acpi_pm import AcpiPm
-from vmm.hw.board import COM1_PORTS
+from vmm.hw.board import COM1_PORTS, virtio_addresses
 from vmm.hw.debug_exit import DebugExit
 from vmm.hw.i8042 import I8042
 from vmm.hw.legacy import PostCode, SystemControlA
 from vmm.hw.rtc import Rtc
 from vmm.hw.uart import Uart
+from vmm.hw.virtio.mmio import VirtioMmio
+from vmm.hw.virtio.rng import VirtioRng
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +33,7 @@ class Bench:
     sink: FakeSink = attrs.Factory(lambda: FakeSink(free=5))
     clock: FakeClock = attrs.Factory(FakeClock)
     callback: Calls = attrs.Factory(Calls)
+    ram: FakeRam = attrs.Factory(FakeRam)
 
 
 @attrs.frozen
@@ -95,6 +99,31 @@ def busy_port(device: Device) -> None:
     device.write(0, 1, 0x01)
 
 
+def virtio_rng(bench: Bench) -> VirtioMmio:
+    return VirtioMmio(
+        name="virtio-mmio-bus.0",
+        addresses=(virtio_addresses(0),),
+        irq=bench.line,
+        ram=bench.ram,
+        function=VirtioRng(),
+        kick=bench.callback,
+        held=False,
+    )
+
+
+def busy_virtio(device: Device) -> None:
+    """One of two requests is answered, and the guest has not acknowledged the interrupt."""
+    assert isinstance(device, VirtioMmio)
+    ram = device.ram
+    assert isinstance(ram, FakeRam)
+    driver = Driver(device, ram)
+    driver.start()
+    driver.request(0)
+    driver.request(1)
+    device.answer(0, b"0123456789abcdef")
+    driver.write(0x14, 1)
+
+
 CASES: Final = (
     Case("uart", uart, busy_uart),
     Case("i8042", lambda bench: I8042(irq=bench.line, request_reset=bench.callback), busy_i8042),
@@ -102,5 +131,6 @@ CASES: Final = (
     Case("debug-exit", lambda bench: DebugExit(request_exit=bench.callback), busy_port),
     Case("post-code", lambda bench: PostCode(), busy_port),
     Case("acpi-pm", lambda bench: AcpiPm(request_power_off=bench.callback), busy_acpi_pm),
+    Case("virtio-rng", virtio_rng, busy_virtio),
     Case("system-control-a", lambda bench: SystemControlA(request_reset=bench.callback), busy_port),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from vmm.hw.codec import StateCodec
 from vmm.hw.state import Fields, Integer, Octets, declared_fields, describe, rule_of, undeclared_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vmm.hw.device import Device
 
 every_device = pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,10 +63,12 @@ class Subject:
     def access(self, chance: random.Random) -> int | None:
         """Make one access that a guest could make; return what it read."""
         addresses = chance.choice(self.device.addresses)
-        offset = chance.choice(addresses) - self.device.addresses[0].start
+        size = self.device.widest if chance.random() < 0.8 else 1
+        offset = (chance.choice(addresses) - self.device.addresses[0].start) // size * size
         if chance.random() < 0.4:
-            return self.device.read(offset, 1)
-        self.device.write(offset, 1, chance.choice((0x00, 0x01, 0x03, 0x0F, 0x80, 0xFF, chance.randrange(256))))
+            return self.device.read(offset, size)
+        value = chance.choice((0x00, 0x01, 0x03, 0x0F, 0x80, 0xFF, chance.randrange(1 << 8 * size)))
+        self.device.write(offset, size, value)
         return None
 
 
@@ -174,10 +179,29 @@ def test_after_load_can_be_called_again(case: Case) -> None:
 # --- hostile sections -----------------------------------------------------------------------------------------------
 
 
+def places(kind: type) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every field, those of nested classes too: the way to it, and its kind."""
+    for field, declared in declared_fields(kind).items():
+        yield (field,), declared
+        if isinstance(declared, type) and attrs.has(declared):
+            for way, inner in places(declared):
+                yield (field, *way), inner
+
+
+def inside(section: Fields, way: tuple[str, ...]) -> Fields:
+    """The fields among which the last one of `way` is."""
+    for field in way[:-1]:
+        section = section[field]
+    return section
+
+
 def wrong_values(kind: object) -> list[object]:
     """Values of the wrong type, and values just out of range."""
     rule = rule_of(kind)
-    values: list[object] = [None, 1.5, "1", [], {}, [0], {"0": 0}]
+    values: list[object] = [None, 1.5, "1", [], [0]]
+    if isinstance(kind, type) and attrs.has(kind):
+        return [*values, 0, b"", True]
+    values += [{}, {"0": 0}]
     if isinstance(rule, Integer):
         return [*values, rule.first - 1, rule.last + 1, True, b"\0", 1 << 100]
     if isinstance(rule, Octets):
@@ -195,21 +219,23 @@ def wrong_values(kind: object) -> list[object]:
 @every_device
 def test_a_value_of_the_wrong_kind_is_refused_by_name(case: Case) -> None:
     subject = busy(case)
-    for field, kind in declared_fields(state_of(case)).items():
+    for way, kind in places(state_of(case)):
         for value in wrong_values(kind):
-            (fault,) = subject.faults({**subject.save(), field: value})
-            assert fault.startswith(f"{subject.device.name}.{field} is ")
+            section = copy.deepcopy(subject.save())
+            inside(section, way)[way[-1]] = value
+            (fault,) = subject.faults(section)
+            assert fault.startswith(f"{subject.device.name}.{'.'.join(way)} is ")
             assert ", not " in fault
 
 
 @every_device
 def test_a_missing_field_is_refused_by_name(case: Case) -> None:
     subject = busy(case)
-    for field in subject.save():
-        section = subject.save()
-        del section[field]
+    for way, _ in places(state_of(case)):
+        section = copy.deepcopy(subject.save())
+        del inside(section, way)[way[-1]]
         (fault,) = subject.faults(section)
-        assert fault.startswith(f"{subject.device.name}.{field} is missing; it should be ")
+        assert fault.startswith(f"{subject.device.name}.{'.'.join(way)} is missing; it should be ")
 
 
 @every_device
@@ -238,6 +264,8 @@ def test_another_version_is_refused_by_number(case: Case) -> None:
 def some_value(kind: object, chance: random.Random) -> object:
     """Any value that fits."""
     rule = rule_of(kind)
+    if isinstance(kind, type) and attrs.has(kind):
+        return {field: some_value(declared, chance) for field, declared in declared_fields(kind).items()}
     if isinstance(rule, Integer):
         return chance.choice((rule.first, rule.last, chance.randint(rule.first, rule.last)))
     if isinstance(rule, Octets):
@@ -251,11 +279,10 @@ def test_no_state_that_fits_and_no_access_makes_a_device_fail(case: Case) -> Non
     """Fields that fit one by one need not fit together; and the guest is hostile too."""
     subject, chance = busy(case), random.Random(2)
     for _ in range(100):
-        section = {field: some_value(kind, chance) for field, kind in declared_fields(state_of(case)).items()}
-        subject.load(section)
+        subject.load(some_value(state_of(case), chance))
         for _ in range(50):
             value = subject.access(chance)
-            assert value is None or 0 <= value <= 0xFF
+            assert value is None or 0 <= value < 1 << 8 * subject.device.widest
             subject.bench.clock.pass_seconds(0.7)
         subject.codec.load(subject.save())  # what it made of it fits the declaration still
 

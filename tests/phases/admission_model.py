@@ -61,7 +61,7 @@ DESIGN: Final[Mapping[str, Row]] = {
     "backends": _row(f"{_ACCEL}/backends", "accel-created", "create-backend open-host-file"),
     "preconfig": _row(
         _PRECONFIG, "accel-created",
-        "create-backend open-host-file set-numa append-recipe configure-machine:cpu set-migration-cap "
+        "create-backend open-host-file set-numa append-recipe:devices configure-machine:cpu set-migration-cap "
         "set-migration-param listen",
     ),
     "devices": _row(
@@ -110,12 +110,11 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 DEVIATIONS: Final = (
     _but("precreate", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
-    _but("precreate", "what a machine that is awaited shall have otherwise is noted", more="append-recipe"),
+    _but("precreate", "what a machine that is awaited shall have otherwise is noted", more="append-recipe:overrides"),
     _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
     _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
-    _but("preconfig", "no device can be added yet", less="append-recipe"),
     _but(
         "devices",
         "cont leads on from here; back ends may be opened for devices, and nodes made until the machine is complete",
@@ -127,7 +126,7 @@ DEVIATIONS: Final = (
     ),
     _but(
         "running", "a machine with a guest awaits none; nothing is plugged or injected yet",
-        less="listen plug-device inject",
+        less="listen inject",
     ),
     _but("migrating", "no dirty log is read: RAM is shared", less="read-dirty-log"),
     _but("postmigrate", "after a live update the guest comes back by a hand-over only", less="resume-here"),
@@ -165,7 +164,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
             "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
             "query-cpu-definitions", "query-cpu-model-expansion", "query-kvm", "query-machines",
             "query-current-machine", "query-target", "query-hotpluggable-cpus", "query-memory-size-summary",
-            "query-accelerators",
+            "query-accelerators", "device-list-properties",
         ),
         ("may-query",),
     ),
@@ -181,6 +180,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "cpu-model-set": ("may-configure-machine:cpu",),
     "x-exit-preconfig": ("may-configure-machine:cpu",),
     "set-numa-node": ("may-set-numa",),
+    **dict.fromkeys(("device_add", "device_del"), ("may-plug-device|may-append-recipe:devices", "may-query")),
     "finish-machine-init": ("may-configure-machine:board",),
     **dict.fromkeys(("cont", "stop", "system_reset"), ("may-run-vcpus",)),
     "migrate-set-capabilities": ("may-set-migration-cap",),
@@ -199,7 +199,9 @@ OBJECTS: Final[Mapping[str, str]] = {
 }  # fmt: skip
 """Type of an object -> what `object-add` must be allowed to create."""
 
-NOTED: Final = frozenset({"chardev-add", "object-add", "machine-set", "accel-set", "set-numa-node", "cpu-model-set"})
+NOTED: Final = frozenset(
+    {"chardev-add", "object-add", "machine-set", "accel-set", "set-numa-node", "cpu-model-set", "device_add"}
+)
 """Commands that are noted only, while a machine is awaited from another process."""
 
 
@@ -272,13 +274,14 @@ def _refusal(need: str, phase: str, grant: str, reserved: bool) -> Refusal | Non
     if held_by:
         kind, window = next(iter(held_by.items()))
         return Refusal(f"{kind}{suffix}", "withheld", DESIGN[window].path)
-    return Refusal(f"{allowed[0]}{suffix}", "phase", DESIGN[phase].path, tuple(granting(f"{allowed[0]}{suffix}")))
+    where = tuple(granting(f"{'|'.join(allowed)}{suffix}"))
+    return Refusal(f"{allowed[0]}{suffix}", "phase", DESIGN[phase].path, where)
 
 
 def granting(need: str) -> Iterable[str]:
     """Yield the phases, outermost first, whose own windows grant `need` to a session."""
-    (kind, *_), scope = _parse(need)
-    return (phase for phase, row in DESIGN.items() if row.lent and _grants(phase, kind, scope))
+    kinds, scope = _parse(need)
+    return (phase for phase, row in DESIGN.items() if row.lent and any(_grants(phase, kind, scope) for kind in kinds))
 
 
 def refusals(
@@ -301,7 +304,7 @@ def refusals(
     if noting and command in NOTED:
         # A session must be allowed the command itself, although it is not carried out now.
         found = [refusal for refusal in found if refusal is not None and refusal.by == "session"]
-        found.append(_refusal("may-append-recipe", phase, grant, reserved))
+        found.append(_refusal("may-append-recipe:overrides", phase, grant, reserved))
     return [refusal for refusal in found if refusal is not None]
 
 

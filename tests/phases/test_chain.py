@@ -307,7 +307,8 @@ WRONG = [
         "cont",
         "Command 'cont' needs may-run-vcpus, which phase boot/precreate does not grant; phases that grant it: "
         "preconfig (reached by accel-set), devices (reached by cpu-model-set or x-exit-preconfig), "
-        "incoming (reached by an incoming migration), running (reached by finish-machine-init or cont)",
+        "incoming (reached by an incoming migration), running (reached by finish-machine-init or cont), "
+        "postmigrate (reached by a migration that completed)",
     ),
     (
         "precreate",

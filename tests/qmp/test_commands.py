@@ -124,7 +124,15 @@ QUERIES = [
     wrong("query-migrate-parameters", NONE_TAKEN, x=1),
     good("migrate_cancel"),
     wrong("migrate_cancel", NONE_TAKEN, x=1),
-]
+    good(
+        "device-list-properties", lambda v: {"name": "rng", "type": "str"} in v, typename="virtio-rng-device",
+    ),
+    wrong("device-list-properties", "'typename' is missing"),
+    bad(
+        "device-list-properties", "Device type 'x' does not exist; there are: virtio-rng-device", "DeviceNotFound",
+        typename="x",
+    ),
+]  # fmt: skip
 
 
 def precreate(directory: Path) -> list[Step]:
@@ -184,7 +192,7 @@ def precreate(directory: Path) -> list[Step]:
         ),
         wrong(
             "object-add", "'qom-type' does not accept \"rng\"; "
-            "it accepts 'monitor-qmp', 'monitor-websocket', 'rng-builtin', 'rng-random'",
+            "it accepts 'monitor-qmp', 'monitor-websocket', 'qtest', 'rng-builtin', 'rng-random'",
             qom_type="rng", id="r",
         ),
         bad(
@@ -324,6 +332,11 @@ def running() -> list[Step]:
         bad("chardev-remove", "Chardev 's' is in use by COM1", id="s"),
         good("chardev-add", EMPTY, id="late", backend=NULL),
         good("chardev-remove", EMPTY, id="late"),
+        good("device_add", EMPTY, driver="virtio-rng-device", id="d"),
+        good("device_del", EMPTY, id="d"),
+        wrong("device_add", "'driver' is missing"),
+        wrong("device_del", "'id' is missing"),
+        bad("device_del", "Device 'd' does not exist; there are: none", "DeviceNotFound", id="d"),
         good("migrate_cancel"),
         wrong("migrate", "'resume' must be a boolean, not 1", resume=1),
         bad(

@@ -1,6 +1,6 @@
 """The `microvm` machine's fixed addresses and interrupt lines.
 
-Those of a PC, as far as the machine has the device. Lines are GSIs, which are pins of both PICs and of the IOAPIC.
+Those of a PC, as far as the machine has the device. Lines are GSIs: pins of both PICs (0 to 15) and of the IOAPIC.
 Source: IBM PC/AT Technical Reference, I/O address map; Intel MultiProcessor Specification 1.4 §3.6 (APICs).
 """
 
@@ -42,5 +42,22 @@ PM1_CONTROL: Final = range(0x604, 0x606)
 SCI_GSI: Final = 9
 """ACPI's fixed hardware. QEMU's PIIX4 has it here too, until firmware moves it."""
 
+VIRTIO_SLOTS: Final = 8
+VIRTIO_SLOT_SIZE: Final = 0x200
+VIRTIO_MMIO: Final = 0xFEB0_0000
+VIRTIO_GSI: Final = 16
+"""Of slot 0; each slot has the next. These are pins of the IOAPIC alone, which nothing else uses."""
+
 IOAPIC_BASE: Final = 0xFEC0_0000
 LAPIC_BASE: Final = 0xFEE0_0000
+
+
+def virtio_addresses(slot: int) -> range:
+    """Return where the registers of a virtio-mmio slot are."""
+    start = VIRTIO_MMIO + VIRTIO_SLOT_SIZE * slot
+    return range(start, start + VIRTIO_SLOT_SIZE)
+
+
+def virtio_bus(slot: int) -> str:
+    """Return the name of a virtio-mmio slot."""
+    return f"virtio-mmio-bus.{slot}"

@@ -115,13 +115,33 @@ class Bus:
 
         Waits for an access that is under way. Raises `DeviceNotFound`.
         """
+        gone = self._held_by(name)
+        self._map = AddressMap.of([slot for slot in self._map.slots if slot.name != name])
+        self._cut_off(gone)
+
+    def exchange(self, device: Addressable) -> None:
+        """Put `device` in the place of the one that has its name and its addresses.
+
+        Waits for an access that is under way; when this returns, no vCPU is in the other one, and none will enter it.
+        One that came at that very moment finds nobody. Raises `DeviceNotFound`.
+        """
+        gone = self._held_by(device.name)
+        wanted = _slots(device)
+        assert [slot.addresses for slot in gone] == [slot.addresses for slot in wanted]
+        self._map = AddressMap.of([*(slot for slot in self._map.slots if slot.name != device.name), *wanted])
+        self._cut_off(gone)
+
+    def _held_by(self, name: str) -> list[Slot]:
         held = self._map.slots
-        gone = [slot for slot in held if slot.name == name]
-        if not gone:
+        found = [slot for slot in held if slot.name == name]
+        if not found:
             known = ", ".join(sorted({slot.name for slot in held})) or "none"
             raise DeviceNotFound(what="Device", name=name, known=f"; there are: {known}")
-        self._map = AddressMap.of([slot for slot in held if slot.name != name])
-        for slot in gone:
+        return found
+
+    @staticmethod
+    def _cut_off(slots: list[Slot]) -> None:
+        for slot in slots:
             # A vCPU may have found the slot and wait for the lock.
             with slot.lock:
                 slot.read, slot.write = _read_nothing, _write_nothing

@@ -113,6 +113,14 @@ class GuestMemory:
         assert self._bytes is not None, "guest memory was used after close()"
         self._bytes[at : at + size] = data
 
+    def check(self, address: int, size: int) -> None:
+        """Find out whether `size` bytes from guest-physical `address` are inside one region of RAM.
+
+        Raises:
+            GuestAddressInvalid: they are not.
+        """
+        self._locate(address, size)
+
     def fill(self, address: int, fd: int, offset: int, size: int) -> None:
         """Read `size` bytes at `offset` of regular file `fd` to guest-physical `address`, in one copy.
 

@@ -38,7 +38,7 @@ from vmm.monitor.ports import Caller
 from vmm.nursery_tree import Lending, Turn, require_granted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from vmm.capabilities import AnyToken
     from vmm.nursery_tree import Tree
@@ -188,6 +188,9 @@ class Command:
         return not (self.moves_to or self.harmless or self.oob)
 
 
+OVERRIDES: Final = "overrides"
+"""What may-append-recipe must cover, to note a command that is to be laid over a machine that comes from elsewhere."""
+
 _HARMLESS: Final = frozenset({MayQuery, MayQuit})
 
 
@@ -228,7 +231,7 @@ class CommandTable:
         tree: Tree,
         *,
         grant_of: Callable[[Caller], Grant],
-        hint: Callable[[type[AnyToken], str | None], str],
+        hint: Callable[[Sequence[type[AnyToken]], str | None], str],
         record: Callable[[str, Mapping[str, object]], None],
         notes: Callable[[Caller], bool] = lambda caller: False,
     ) -> None:
@@ -298,7 +301,7 @@ class CommandTable:
         for need in (need.chosen(arguments) for need in command.signature.needs):
             require_granted(command.name, need.kinds, need.scope, grant)
         kinds = (MayAppendRecipe,)
-        token, _ = self._tree.find(command.name, kinds, None, grant, caller.name, self._hint)
+        token, _ = self._tree.find(command.name, kinds, OVERRIDES, grant, caller.name, self._hint)
         assert isinstance(token, MayAppendRecipe)
         return token
 
@@ -320,7 +323,7 @@ class CommandTable:
         if self._is_noted(command, caller):
             token = self._note_token(command, caller, arguments)
             structure(command.arguments or _NoArguments, arguments, name)
-            token.append(name, arguments)
+            token.append(OVERRIDES, name, arguments)
             return {}
         found = self.admitted(command, caller, arguments)
         signature = command.signature

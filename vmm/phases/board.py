@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 from vmm.hw import board
 from vmm.hw.acpi_pm import AcpiPm
@@ -18,6 +18,7 @@ from vmm.hw.uart import Uart
 from vmm.migration.registry import StateRegistry
 from vmm.phases.guest_requests import GuestBells
 from vmm.phases.machine import Machine
+from vmm.phases.slots import Slots, Wiring
 from vmm.qtest.access import MachineAccess
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from vmm.capabilities import MayDeclareState, MayMapGuestMemory, MayPlugDevice
     from vmm.hw.device import Device
     from vmm.kvm.memory import GuestMemory
+    from vmm.nursery_tree import Residents
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
     from vmm.phases.cpus import CpuModel
+    from vmm.phases.slot_plan import SlotPlan
 
 
 SECOND: Final = 1_000_000_000  # ns
@@ -36,10 +39,17 @@ SECOND: Final = 1_000_000_000  # ns
 
 @final
 class BoardBuilder:
-    """Builds the board. The facet of `may-plug-device` and `may-map-guest-memory` while it does."""
+    """Builds the board, with its slots as yet empty. The facet of `may-map-guest-memory`."""
 
     def __init__(
-        self, made: Precreated, accelerator: Accelerator, memory: GuestMemory, cpu: CpuModel, stack: ExitStack
+        self,
+        made: Precreated,
+        accelerator: Accelerator,
+        memory: GuestMemory,
+        cpu: CpuModel,
+        plan: SlotPlan,
+        residents: Residents,
+        stack: ExitStack,
     ) -> None:
         self._made = made
         self._accelerator = accelerator
@@ -48,19 +58,18 @@ class BoardBuilder:
         self._stack = stack
         self._ports = Bus()
         self._mmio = Bus()
-        self._devices: list[Device] = []
-        self.access = MachineAccess(self._ports, self._mmio, memory, accelerator, self._devices)
+        self._codecs = Codecs()
         self.state = StateRegistry()
+        wiring = Wiring(
+            made.host, accelerator, memory, self._ports, self._mmio, self.state, self._codecs, residents,
+        )  # fmt: skip
+        self.slots = Slots(plan, wiring, held=made.incoming.arrival is not None)
+        self.access = MachineAccess(self._ports, self._mmio, memory, accelerator, self.slots.all_devices)
 
     def map(self) -> None:
         """Give every RAM region its KVM memory slot."""
         for slot, region in enumerate(self._memory.regions):
             self._accelerator.vm.set_memory_slot(slot, region.address, self._memory.hva(region.offset), region.size)
-
-    def plug(self, device: Any) -> None:
-        """Put `device` on the port bus."""
-        self._ports.plug(device)
-        self._devices.append(device)
 
     def build(self, may_map: MayMapGuestMemory, may_plug: MayPlugDevice, may_declare: MayDeclareState) -> Machine:
         """Build it all. What is built is closed by the stack that the builder was given."""
@@ -69,11 +78,12 @@ class BoardBuilder:
         leaves = [self._cpu.leaves(index) for index in range(made.definition.options.smp.cpus)]
         processors = self._accelerator.make_processors(leaves, self._ports, self._mmio, self._stack)
         bells = self._stack.enter_context(closing(GuestBells()))
-        codecs = Codecs()
+        self.slots.after = processors.sections
         sections: list[DeviceSection] = []
-        for device in self._make_devices(bells):
-            may_plug.plug(device)
-            section = DeviceSection(device, codecs)
+        devices = self._make_devices(bells)
+        for device in devices:
+            may_plug.fix(device)
+            section = DeviceSection(device, self._codecs)
             sections.append(section)
             schema = device.state.SCHEMA
             may_declare.register(
@@ -90,7 +100,8 @@ class BoardBuilder:
             self._memory,
             self._cpu,
             processors,
-            tuple(self._devices),
+            tuple(devices),
+            self.slots,
             self.access,
             bells,
             self.state,

@@ -26,6 +26,7 @@ _NUMA: Final = "vmm.phases.commands_numa"
 _MIGRATION: Final = "vmm.phases.commands_migration"
 _UPDATE: Final = "vmm.phases.commands_update"
 
+_DEVICES: Final = "vmm.phases.commands_devices"
 _OBJECTS: Final = "vmm.phases.commands_objects"
 
 LATE_OBJECTS: Final = frozenset({"rng-builtin", "rng-random"})
@@ -52,6 +53,9 @@ COMMANDS: Final = (
     Command("query-chardev", f"{_BACKENDS}:query_chardev"),
     Command("object-add", f"{_OBJECTS}:object_add", overrides=True),
     Command("object-del", f"{_OBJECTS}:object_del"),
+    Command("device_add", f"{_DEVICES}:device_add", overrides=True),
+    Command("device_del", f"{_DEVICES}:device_del"),
+    Command("device-list-properties", f"{_DEVICES}:device_list_properties"),
     Command("query-monitors", f"{_MONITORS}:query_monitors"),
     Command("machine-set", f"{_MACHINE}:machine_set", moves_to="accel", overrides=True),
     Command("x-exit-precreate", f"{_MACHINE}:x_exit_precreate", moves_to="accel"),
@@ -134,6 +138,15 @@ class VcpuFailed:
 
 @final
 @attrs.frozen(kw_only=True)
+class DeviceDeleted:
+    """A device has been taken off."""
+
+    device: str | None = None
+    path: str
+
+
+@final
+@attrs.frozen(kw_only=True)
 class MigrationChanged:
     """A migration has entered a status (with migration capability `events`)."""
 
@@ -149,6 +162,7 @@ EVENTS: Final = (
     Event("RESET", Shutdown),
     Event("SHUTDOWN", Shutdown),
     Event("VCPU_FAILED", VcpuFailed),
+    Event("DEVICE_DELETED", DeviceDeleted),
     Event("MIGRATION", MigrationChanged),
 )
 

@@ -11,7 +11,7 @@ from vmm.capabilities import Token
 from vmm.monitor.command import Need
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vmm.capabilities import AnyToken
 
@@ -76,13 +76,14 @@ def chain() -> tuple[PhaseFacts, ...]:
     from vmm.phases.stream_receive import StreamReceiveGrants
 
     configure: Final = "may-configure-machine"
+    append: Final = "may-append-recipe"
     return (
         PhaseFacts(
             "boot", "no-machine", BootGrants, scopes={"may-create-backend": ("chardev", "monitor")},
             left_by="the end of the process",
         ),
         PhaseFacts(
-            "precreate", "no-machine", PrecreateGrants, scopes={configure: ("machine",)},
+            "precreate", "no-machine", PrecreateGrants, scopes={configure: ("machine",), append: ("overrides",)},
             left_by="`machine-set`, `x-exit-precreate`, or the arrival of CPR state", reach="a start without a machine",
         ),
         PhaseFacts(
@@ -96,7 +97,7 @@ def chain() -> tuple[PhaseFacts, ...]:
         PhaseFacts("accel", "machine-created", AccelGrants, left_by="`accel-set`", reach="machine-set"),
         PhaseFacts("backends", "accel-created", BackendsGrants, left_by="itself, once RAM is there", reach="accel-set"),
         PhaseFacts(
-            "preconfig", "accel-created", PreconfigGrants, scopes={configure: ("cpu",)},
+            "preconfig", "accel-created", PreconfigGrants, scopes={configure: ("cpu",), append: ("devices",)},
             left_by="`cpu-model-set`, `x-exit-preconfig`, `cont`, `migrate-incoming`, `loadvm`", reach="accel-set",
         ),
         PhaseFacts(
@@ -165,9 +166,9 @@ def _met(need: Need, windows: list[PhaseFacts]) -> bool:
     return False
 
 
-def hint(kind: type[AnyToken], scope: str | None) -> str:
-    """Return what an error text adds about `kind` for `scope`: the phases that grant it, and how to get there."""
-    need = Need("", (kind,), scope)
+def hint(kinds: Sequence[type[AnyToken]], scope: str | None) -> str:
+    """Return what an error text adds about `kinds` for `scope`: the phases that grant one, and how to get there."""
+    need = Need("", tuple(kinds), scope)
     granting = [phase for phase in chain() if phase.lent and phase.grants_for(need)]
     if not granting:
         return ""

@@ -164,7 +164,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                 # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
                 with trio.CancelScope(shield=True):
                     await run.gang.stop()
-                    await host.stores.quiesce_chardevs()
+                    await machine.rest()
                 # A vCPU may have failed in the moment of the stop: then the guest runs on nowhere.
                 ran = ran and run.status.running
                 pause = Pause(ran, run.status.name, run.status.failure, machine.bells.pending())
@@ -187,7 +187,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
         finally:
             progress.pause_ends()
             if run.here:
-                host.stores.resume_chardevs()
+                machine.wake()
                 if ran:
                     run.start_nowait()
             else:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
     from vmm.phases.cpus import CpuModel
+    from vmm.phases.slot_plan import SlotPlan
 
 
 @final
@@ -78,6 +79,7 @@ async def run_devices(
     accelerator: Accelerator,
     memory: GuestMemory,
     cpu: CpuModel,
+    plan: SlotPlan,
     onward: GoOn | None,
 ) -> None:
     """Build the board; unless `onward` says so, wait for the wish to go on; then go on to incoming or running."""
@@ -85,12 +87,12 @@ async def run_devices(
     async with preconfig.child("devices", machine_phase="machine-initialized") as phase:
         with ExitStack() as stack:
             inbox: Inbox[GoOn] = Inbox("devices")
-            builder = BoardBuilder(made, accelerator, memory, cpu, stack)
+            builder = BoardBuilder(made, accelerator, memory, cpu, plan, phase.residents, stack)
             owned = made.incoming.arrival is None
 
             def grants(mint: Mint) -> DevicesGrants:
                 return DevicesGrants(
-                    plug_device=mint(MayPlugDevice, builder),
+                    plug_device=mint(MayPlugDevice, builder.slots),
                     map_guest_memory=mint(MayMapGuestMemory, builder),
                     declare_state=mint(MayDeclareState, builder.state),
                     create_backend=mint(MayCreateBackend, host.stores),
@@ -109,6 +111,7 @@ async def run_devices(
                     window.grants.map_guest_memory, window.grants.plug_device, window.grants.declare_state
                 )
                 phase.publish(machine)
+                await machine.slots.build_planned()
 
                 def carry_out(decision: GoOn) -> GoOn:
                     made.definition.complete()

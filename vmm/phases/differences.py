@@ -25,8 +25,8 @@ _HOST_ONLY_MEMBERS: Final = frozenset({"machine-set.name", "machine-set.reboot-a
 
 _HOST_ONLY_COMMANDS: Final = frozenset({"chardev-add", "object-add"})
 
-_HOST_ONLY_OF_DEVICES: Final = frozenset({"id", "rng"})
-"""Arguments of `device_add` that name things of the host."""
+_HOST_ONLY_OF_DEVICES: Final = frozenset({"id", "rng", "max-bytes", "period"})
+"""Arguments of `device_add` that name things of the host, or are its policy."""
 
 FIXED: Final = frozenset({"machine-set.type", "machine-set.memory", "machine-set.smp", "accel-set.accel"})
 """What the state that travels has the shape of: a difference in these cannot be allowed."""

@@ -119,7 +119,7 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
         async with phase.window(grants) as window:
             host.status.stands("inmigrate")
             # Nothing is read before there is somebody to read it.
-            await host.stores.quiesce_chardevs()
+            await machine.rest()
             host.stores.declare_ports(machine.state)
             copied: Copied | None = None
             while copied is None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.phases.cpus import CpuModel
     from vmm.phases.guest_requests import GuestBells
     from vmm.phases.processors import Processors
+    from vmm.phases.slots import Slots
     from vmm.phases.vcpus import GuestCpu
     from vmm.qtest.access import MachineAccess
 
@@ -41,10 +42,14 @@ class Machine:
     cpu: CpuModel
     processors: Processors
     devices: tuple[Device, ...]
+    """Those of the board itself."""
+    slots: Slots
+    """With the devices that are plugged in."""
     access: MachineAccess
     bells: GuestBells
     state: StateRegistry
     sections: tuple[DeviceSection, ...]
+    """Of `devices`."""
 
     @property
     def vcpus(self) -> tuple[GuestCpu, ...]:
@@ -59,7 +64,7 @@ class Machine:
     def prepare_to_move(self) -> None:
         """Do now what would else be done at the first save or load, inside the guest's pause: make the codecs."""
         self.made.host.stores.declare_again(self.state)
-        for section in self.sections:
+        for section in (*self.sections, *self.slots.sections):
             section.prepare()
 
     def rehearse_load(self) -> None:
@@ -96,9 +101,29 @@ class Machine:
     def power_on_again(self) -> None:
         """Put everything into its power-on state. No vCPU may be in the guest."""
         self.processors.power_on_again()
-        for device in self.devices:
+        for device in (*self.devices, *self.slots.devices):
             device.reset()
         self.power_on(self.memory)
+
+    async def quiesce(self) -> None:
+        """Come to rest: afterwards nothing here touches the guest's memory, or a chardev. No vCPU is in the guest."""
+        self.slots.hold()
+        await self.made.host.stores.quiesce()
+
+    def resume(self) -> None:
+        """Go on, here, with what came meanwhile: this process owns the guest, and what its descriptors stand for."""
+        self.made.host.stores.resume()
+        self.slots.go_on()
+
+    async def rest(self) -> None:
+        """Bring the devices and their chardevs to rest; monitors go on, as the process does not change."""
+        self.slots.hold()
+        await self.made.host.stores.quiesce_chardevs()
+
+    def wake(self) -> None:
+        """Undo `rest`, with what came meanwhile."""
+        self.made.host.stores.resume_chardevs()
+        self.slots.go_on()
 
     def descriptors(self) -> Mapping[str, int]:
         """Return the descriptors that a successor needs before the pause, by resource name."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 import attrs
 
 from vmm.capabilities import (
+    MayAppendRecipe,
     MayCancelMigration,
     MayConfigureMachine,
     MayCreateBackend,
@@ -24,6 +25,7 @@ from vmm.phases.config import CpuOptions, GoOn
 from vmm.phases.cpus import CpuOffer
 from vmm.phases.devices import run_devices
 from vmm.phases.migration_state import NothingUnderWay
+from vmm.phases.slot_plan import PlannedDevices, SlotPlan
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -42,6 +44,7 @@ class PreconfigGrants:
     """Tokens of this phase. `may-run-vcpus` only says here whether the guest shall run once it can."""
 
     configure_machine: MayConfigureMachine
+    append_recipe: MayAppendRecipe
     set_numa: MaySetNuma
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
@@ -77,10 +80,12 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
         until = "devices" if onward is None else made.incoming.leads_to()
         offer = CpuOffer.of(accelerator, made.definition)
         phase.publish(offer)
+        plan = SlotPlan(host.stores)
 
         def grants(mint: Mint) -> PreconfigGrants:
             return PreconfigGrants(
                 configure_machine=mint(MayConfigureMachine, _Decision(inbox, until), only=frozenset({"cpu"})),
+                append_recipe=mint(MayAppendRecipe, PlannedDevices(plan, host.recorder), only=frozenset({"devices"})),
                 set_numa=mint(MaySetNuma, made.definition.numa),
                 create_backend=mint(MayCreateBackend, host.stores),
                 open_host_file=mint(MayOpenHostFile, host.files),
@@ -103,4 +108,4 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
 
         async with phase.window(grants):
             cpu, decided = await phase.decided(inbox, carry_out)
-        await run_devices(phase, made, accelerator, memory, cpu, decided)
+        await run_devices(phase, made, accelerator, memory, cpu, plan, decided)

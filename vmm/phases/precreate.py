@@ -71,7 +71,7 @@ async def run_precreate(boot: Phase, host: Host) -> None:
         def grants(mint: Mint) -> PrecreateGrants:
             return PrecreateGrants(
                 configure_machine=mint(MayConfigureMachine, _Decision(inbox), only=frozenset({"machine"})),
-                append_recipe=mint(MayAppendRecipe, host.overrides),
+                append_recipe=mint(MayAppendRecipe, host.overrides, only=frozenset({"overrides"})),
                 set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, migration.parameters),
                 listen=mint(MayListen, incoming),

@@ -169,7 +169,7 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
             with trio.CancelScope(shield=True):
                 await run.gang.stop()
                 watch.lap("stop")
-                await host.stores.quiesce()
+                await run.machine.quiesce()
                 watch.lap("quiesce")
             # A vCPU may have failed in the moment of the stop: then the guest does not run on, neither here nor there.
             ran = ran and run.status.running
@@ -195,7 +195,7 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
         # Whichever way this is left, by a cancel too, this process's own swaps of the cell say whose the guest is.
         progress.pause_ends()
         if transfer.cell.ours:
-            host.stores.resume()
+            run.machine.resume()
             if ran:
                 run.start_nowait()
         else:

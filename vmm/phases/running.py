@@ -14,6 +14,7 @@ from vmm.capabilities import (
     MayCreateBackend,
     MayInject,
     MayOpenHostFile,
+    MayPlugDevice,
     MayRunVcpus,
     MaySetMigrationCap,
     MaySetMigrationParam,
@@ -50,6 +51,7 @@ class RunningGrants:
     """Tokens of this phase."""
 
     run_vcpus: MayRunVcpus
+    plug_device: MayPlugDevice
     inject: MayInject
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
@@ -188,7 +190,7 @@ async def run_running(
             # It was copied, and is whole here: whoever says so runs it here again.
             await run_postmigrate(phase, left)
             run.here = True
-            run.machine.made.host.stores.resume_chardevs()
+            run.machine.wake()
             run.machine.bells.take_over(GuestWishes())
             run.start_nowait()
         await run_postmigrate(phase, None)
@@ -208,7 +210,7 @@ class Copied:
         if pause.runs and start:
             run.machine.processors.note_pause()
             run.gang.start_nowait()
-        run.machine.made.host.stores.resume_chardevs()
+        run.machine.wake()
         run.machine.bells.take_over(pause.wishes)
         if pause.runs and start:
             run.status.runs()
@@ -239,7 +241,7 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     if pause.runs:
         run.gang.start_nowait()
     arrival.steps.reach("running")
-    made.host.stores.resume()
+    run.machine.resume()
     run.machine.bells.take_over(pause.wishes)
     arrival.adopt_standard_error(made.host.start)
     if pause.runs:
@@ -268,6 +270,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
             run_vcpus=mint(MayRunVcpus, run),
+            plug_device=mint(MayPlugDevice, machine.slots),
             inject=mint(MayInject, machine.access),
             create_backend=mint(MayCreateBackend, made.host.stores),
             open_host_file=mint(MayOpenHostFile, made.host.files),

@@ -8,7 +8,7 @@ import pytest
 from tests.hw.boot.images import MIB, bzimage, elf, memory_of, source
 from vmm.errors import BootError
 from vmm.hw.board import PM1_CONTROL, PM1_EVENT
-from vmm.hw.boot import layout
+from vmm.hw.boot import aml, layout
 from vmm.hw.boot.acpi import SCI, PciRoot, acpi_tables
 from vmm.hw.boot.image import plan_boot
 
@@ -71,8 +71,21 @@ def test_the_fadt_tells_power_and_reset_ports() -> None:
     assert fadt[116:129] == b"\x01\x08\x00\x01\x64\0\0\0\0\0\0\0\xfe"
 
 
-def test_the_dsdt_of_a_machine_without_pci_knows_power_off_alone() -> None:
-    assert tables(acpi_tables(1))[b"DSDT"][36:] == b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00"
+def virtio_slot(number: int) -> bytes:
+    """A device LNRO0005 with 512 bytes of registers, and a level-triggered interrupt of its own."""
+    named = b"VR0%d" % number + b"\x08_HID\x0dLNRO0005\0" + b"\x08_UID" + aml.integer(number)
+    memory = b"\x86\x09\x00\x01" + struct.pack("<II", 0xFEB0_0000 + 0x200 * number, 0x200)
+    interrupt = b"\x89\x06\x00\x01\x01" + struct.pack("<I", 16 + number)
+    crs = b"\x08_CRS\x11\x1a\x0a\x17" + memory + interrupt + b"\x79\x00"
+    body = named + crs
+    return b"\x5b\x82" + bytes([len(body) + 1]) + body
+
+
+def test_the_dsdt_of_a_machine_without_pci_knows_power_off_and_eight_virtio_slots() -> None:
+    slots = b"".join(map(virtio_slot, range(8)))
+    size = 5 + 2 + len(slots)  # the name and the length itself are counted
+    scope = b"\x10" + bytes([0x40 | size & 0xF, size >> 4]) + b"\\_SB_" + slots
+    assert tables(acpi_tables(1))[b"DSDT"][36:] == b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00" + scope
 
 
 def test_the_dsdt_describes_a_pci_root_with_its_window_and_interrupts() -> None:
@@ -97,4 +110,4 @@ def test_tables_that_do_not_fit() -> None:
     acpi_tables(255)
     with pytest.raises(BootError) as caught:
         acpi_tables(1, PciRoot((WINDOW,) * 3000))
-    assert str(caught.value) == ("Cannot boot the machine: its ACPI tables take 138692 bytes, there is room for 131072")
+    assert str(caught.value) == ("Cannot boot the machine: its ACPI tables take 139188 bytes, there is room for 131072")

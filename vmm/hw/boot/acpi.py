@@ -1,4 +1,4 @@
-"""ACPI tables: processors, IOAPIC, PCI root and power, for guests that do not read the MP tables.
+"""ACPI tables: processors, IOAPIC, virtio slots, PCI root and power, for guests that do not read the MP tables.
 
 Debian's cloud kernel is one (CONFIG_X86_MPPARSE is not set): without these it runs on one processor, without IOAPIC.
 It then looks for PCI devices only below a root that the DSDT describes.
@@ -139,7 +139,23 @@ def _madt(cpus: int) -> bytes:
 def _dsdt(pci: PciRoot | None) -> bytes:
     soft_off = aml.integer(SLEEP_TYPE_S5)
     objects = aml.name("_S5", aml.package(soft_off, soft_off, aml.integer(0), aml.integer(0)))
-    return objects if pci is None else objects + aml.scope("_SB", _pci_root(pci))
+    devices = [_virtio_slot(slot) for slot in range(board.VIRTIO_SLOTS)]
+    if pci is not None:
+        devices.append(_pci_root(pci))
+    return objects + aml.scope("_SB", *devices)
+
+
+def _virtio_slot(slot: int) -> bytes:
+    """Describe a place for a virtio device: whether there is one, the guest finds out by its registers."""
+    return aml.device(
+        f"VR{slot:02X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(slot)),
+        aml.name(
+            "_CRS",
+            aml.resources(aml.memory(board.virtio_addresses(slot)), aml.interrupt(board.VIRTIO_GSI + slot)),
+        ),
+    )
 
 
 def _pci_root(pci: PciRoot) -> bytes:

@@ -18,6 +18,11 @@ def integer(value: int) -> bytes:
     raise ValueError(f"{value:#x} does not fit into 64 bits")
 
 
+def string(text: str) -> bytes:
+    """A String of ASCII characters."""
+    return b"\x0d" + text.encode("ascii") + b"\0"
+
+
 def eisa_id(text: str) -> bytes:
     """A DWordConst that is the compressed identifier of a device, such as "PNP0A03"."""
     letters = [ord(letter) - 0x40 for letter in text[:3]]
@@ -58,6 +63,17 @@ def resources(*descriptors: bytes) -> bytes:
 def io_port(ports: range) -> bytes:
     """Fixed I/O ports, decoded on 16 bits."""
     return struct.pack("<BBHHBB", 0x47, 1, ports.start, ports.start, 1, len(ports))
+
+
+def memory(addresses: range) -> bytes:
+    """Fixed addresses below 4 GiB, read and written."""
+    return struct.pack("<BHBII", 0x86, 9, _READ_WRITE, addresses.start, len(addresses))
+
+
+def interrupt(gsi: int) -> bytes:
+    """An interrupt of the device's own, level-triggered and active high."""
+    consumer_level_active_high = 0x01
+    return struct.pack("<BHBBI", 0x89, 6, consumer_level_active_high, 1, gsi)
 
 
 _MEMORY, _IO, _BUS = 0, 1, 2

@@ -1,0 +1,1 @@
+"""Virtio devices: virtqueues, the transport, and one file a device."""

@@ -1,0 +1,136 @@
+"""The virtio entropy device: it fills the guest's buffers with the random bytes of a back end.
+
+A request stays in its queue until there are bytes for it. So at any moment the device may be held, saved, reset or
+taken off, and all that is lost is random bytes that nobody has seen.
+
+Source: Virtual I/O Device (VIRTIO) Version 1.3, 5.4 (entropy device).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, final
+
+import attrs
+import trio
+
+from vmm.errors import VmmError
+from vmm.hw.state import Schema
+from vmm.hw.virtio.mmio import TransportState
+from vmm.hw.virtio.queue import QueueState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.hw.doorbell import Doorbell
+    from vmm.hw.virtio.mmio import VirtioMmio
+
+REQUESTS: Final = 0
+"""The number of the only queue."""
+
+_MOST: Final = 4096
+"""Bytes for one request. A guest that wants more asks again; the loop serves others in between."""
+
+
+class Source(Protocol):
+    """Where random bytes come from."""
+
+    async def read(self, size: int) -> bytes:
+        """Return 1 to `size` of them. A checkpoint in every case. `VmmError` where there are none."""
+
+
+@attrs.define(kw_only=True)
+class VirtioRngState:
+    """All that there is: the device has no configuration space."""
+
+    SCHEMA: ClassVar[Schema] = Schema("virtio-rng", version=1, accepts=1)
+
+    transport: TransportState = attrs.Factory(TransportState)
+    requests: QueueState = attrs.Factory(QueueState)
+
+    @property
+    def queues(self) -> tuple[QueueState, ...]:
+        """The only queue."""
+        return (self.requests,)
+
+
+@final
+class VirtioRng:
+    """The function."""
+
+    device_id: ClassVar[int] = 4
+    features: ClassVar[int] = 0
+    largest: ClassVar[int] = 64
+
+    def new_state(self) -> VirtioRngState:
+        """Return the power-on state."""
+        return VirtioRngState()
+
+
+@final
+class Quota:
+    """How many bytes the guest gets in a period, which begins with the first byte after the last one has ended."""
+
+    def __init__(self, most: int | None, period: float) -> None:
+        """`most` bytes in `period` seconds; None for as many as it likes."""
+        self._most: Final = most
+        self._period: Final = period
+        self._left = most or 0
+        self._ends = -1.0
+
+    async def wait(self) -> int:
+        """Wait until there are bytes to be had; return how many."""
+        if self._most is None:
+            return _MOST
+        if trio.current_time() >= self._ends:
+            self._left = self._most
+        elif not self._left:
+            await trio.sleep_until(self._ends)
+            self._left = self._most
+        return self._left
+
+    def spend(self, count: int) -> None:
+        """Note that the guest has got so many."""
+        if self._most is not None and count:
+            if trio.current_time() >= self._ends:
+                self._left, self._ends = self._most, trio.current_time() + self._period
+            self._left -= count
+
+
+@final
+class RngWorker:
+    """The task that answers the requests."""
+
+    def __init__(
+        self, device: VirtioMmio, bell: Doorbell, source: Source, quota: Quota, complain: Callable[[str], None]
+    ) -> None:
+        self._device: Final = device
+        self._bell: Final = bell
+        self._source: Final = source
+        self._quota: Final = quota
+        self._complain: Final = complain
+        self._complaint = ""
+
+    async def serve(self) -> None:
+        """Answer requests for ever. A back end that fails is told the operator once; the guest waits."""
+        while True:
+            await self._bell.wait_rung()
+            try:
+                await self._answer_all()
+            except VmmError as error:
+                self._tell(f"{error}; the guest's request waits")
+
+    async def _answer_all(self) -> None:
+        while (chain := self._device.peek(REQUESTS)) is not None:
+            if chain.readable or not chain.room:
+                self._device.refuse("a request for random bytes must have room for some, and nothing to read")
+                return
+            size = min(chain.room, _MOST, await self._quota.wait())
+            data = await self._source.read(size)
+            self._complaint = ""
+            self._quota.spend(self._device.answer(REQUESTS, data))
+
+    def _tell(self, complaint: str) -> None:
+        # Each kick of the guest's tries again, and the guest is not to fill the operator's log.
+        if complaint != self._complaint:
+            self._complaint = complaint
+            self._complain(complaint)
