@@ -191,7 +191,9 @@ class MachineAccess:
     def _unknown(self, path: str, *, inputs: bool) -> DeviceNotFound:
         there = [IOAPIC] if inputs else sorted(self._outputs())
         what = "inputs" if inputs else "an output"
-        return DeviceNotFound(what=f"A device with {what}", name=path, known=f"; there are: {', '.join(there)}")
+        return DeviceNotFound(
+            what=f"A device with {what}", name=path, known=f"; there are: {', '.join(there) or 'none'}"
+        )
 
     # --- the clock ---
 
