@@ -31,7 +31,7 @@ MAX_LINE: Final = 2 * MAX_DATA + 256
 
 _NUMBER: Final = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*")
 _LONGEST_NUMBER: Final = 32  # digits; of 64 bits there are 22 in octal
-_HEX: Final = re.compile(r"0[xX]((?:[0-9a-fA-F]{2})*)")
+_HEX: Final = re.compile(r"0[xX]((?:[0-9a-fA-F]{2})+)")
 _SHOWN: Final = 40  # characters of a word that an answer repeats
 
 
@@ -126,10 +126,10 @@ class Words:
             raise OptionInvalid(option=f"{self.command}, {name}", value=word, wanted=wanted)
         return value
 
-    def extent(self) -> tuple[int, int]:
-        """Return ADDR and SIZE of a piece of memory, which ends within 64 bits of address."""
-        size = self.number("SIZE", 1, MAX_DATA)
-        return self.number("ADDR", 0, (1 << 64) - size), size
+    def extent(self, least: int = 1) -> tuple[int, int]:
+        """Return ADDR and SIZE of a piece of memory, of `least` bytes, which ends within 64 bits of address."""
+        size = self.number("SIZE", least, MAX_DATA)
+        return self.number("ADDR", 0, (1 << 64) - max(size, 1)), size
 
 
 def _shown(word: str) -> str:
@@ -227,7 +227,7 @@ def _fitting(command: str, data: bytes, size: int) -> bytes:
 
 
 def _memset(words: Words) -> Use:
-    address, size = words.extent()
+    address, size = words.extent(least=0)
     value = words.number("VALUE", 0, 0xFF)
     return lambda access, _: access.write(address, bytes((value,)) * size)
 
