@@ -93,6 +93,16 @@ async def test_it_does_not_move_to_another_process(tmp_path: Path) -> None:
             {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": str(tmp_path / kind)}}
             for kind in ("main", "cpr")
         ]
-        assert await failure(client, "migrate", channels=channels) == (
+        for command in ("migrate", "x-cpr-check"):
+            assert await failure(client, command, channels=channels) == (
+                f"{command}: a machine with accelerator qtest executes nothing that could go on elsewhere"
+            )
+
+
+async def test_it_is_not_copied_into_a_file(tmp_path: Path) -> None:
+    async with bare(tmp_path) as (_, client):
+        await build(client)
+        await client.execute("finish-machine-init")
+        assert await failure(client, "migrate", uri=f"file:{tmp_path}/copy") == (
             "migrate: a machine with accelerator qtest executes nothing that could go on elsewhere"
         )

@@ -11,6 +11,9 @@ import trio
 
 from tests.phases.machine import bare, failure, sockets_in
 from tests.qtest.client import PATIENCE, SIZE, QtestClient, before_machine, build, machine, qtest_object, unix
+from vmm.capabilities import MayInject
+from vmm.monitor.command import Need
+from vmm.phases.chain import phases_granting
 from vmm.recipe import Step
 
 if TYPE_CHECKING:
@@ -87,6 +90,11 @@ async def test_the_tree_shows_the_token_where_it_is_granted(tmp_path: Path) -> N
         await bench.qmp.execute("finish-machine-init")
         granted = [data["phase"] for name, data in bench.running.events() if data.get("token") == "may-inject"]
         assert granted == ["devices", "devices", "running"]  # granted, revoked, granted
+
+
+def test_the_token_is_withheld_while_a_guest_changes_hands() -> None:
+    granting = phases_granting([Need("access", (MayInject,), None)])
+    assert granting == ["devices", "running", "migrating"]
 
 
 async def test_it_is_listed_with_the_monitors(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def _open(phase: Phase, made: Precreated, options: AcceleratorOptions) -> Accele
         return KvmAccelerator.open()
     from vmm.qtest.accelerator import QtestAccelerator  # For tests of devices; no guest needs it.
 
-    if made.incoming.arrival is not None:
+    if made.incoming.brings_recipe():
         raise MigrationRefused(reason=f"accel-set: {QtestAccelerator.why_it_stays}, and none can come in")
     accelerator = QtestAccelerator()
     phase.residents.start_soon("irqfds", accelerator.vm.serve)

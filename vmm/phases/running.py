@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -149,8 +149,9 @@ class _Departure:
         self._run = run
 
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
-        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
+        """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
         with closing(plan):
+            self._require_movable("x-cpr-check")
             return await ask_destination(self._run.machine, plan)
 
     def start(self, plan: TransferPlan | CopyPlan) -> Awaitable[None]:
@@ -159,13 +160,18 @@ class _Departure:
         Raises:
             MigrationRefused: the machine cannot leave this process.
         """
-        reason = self._run.machine.why_it_stays
-        if reason:
-            plan.close()
-            raise MigrationRefused(reason=f"migrate: {reason}")
+        with ExitStack() as undo:
+            undo.callback(plan.close)
+            self._require_movable("migrate")
+            undo.pop_all()
         turn = self._inbox.post(plan, until="migrating")
         turn.on_settled(lambda: plan.close() if turn.failed else None)
         return turn
+
+    def _require_movable(self, command: str) -> None:
+        reason = self._run.machine.why_it_stays
+        if reason:
+            raise MigrationRefused(reason=f"{command}: {reason}")
 
 
 async def run_running(

@@ -1,0 +1,35 @@
+"""A machine with KVM and a qtest is handed to another process: the socket and the log go along, clients do not."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.phases.test_live_update import move
+from tests.phases.update_kit import due, open_bench
+from tests.qtest.client import QtestClient
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+
+async def test_the_socket_and_the_log_of_a_qtest_go_over() -> None:
+    async with open_bench() as bench, due("the whole of it"):
+        path, log = Path(bench.folder) / "qt", Path(bench.folder) / "log"
+        console = bench.console()
+        with closing(console):
+            process = bench.machine(console, "-qtest", f"unix:{path},server=on", "-qtest-log", str(log))
+            await console.beats(1)
+            async with await QtestClient.connect(path) as before:
+                assert await before.do("readl 0x0") != ""
+                await move(bench, process)
+                # The old process has ended, and with it its clients.
+                assert await before.line() is None
+            async with await QtestClient.connect(path) as after:
+                await after.do("outb 0x80 0x42")
+                assert await after.value("inb 0x80") == 0x42
+            text = await trio.Path(log).read_text()
+            assert "outb 0x80 0x42" in text
+            assert "readl 0x0" in text
