@@ -42,15 +42,18 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 DOCS: Final = ROOT / "docs"
 
 _COMMANDS: Final = """
-add-fd chardev-add chardev-remove closefd cont device-list-properties device_add device_del getfd migrate
-migrate-incoming migrate-pause migrate-recover migrate-set-capabilities migrate-set-parameters migrate_cancel
-object-add object-del qmp_capabilities qom-get qom-list qom-set query-accelerators query-chardev query-commands
-query-cpu-definitions query-cpu-model-expansion query-cpus-fast query-current-machine query-fdsets
-query-hotpluggable-cpus query-kvm query-machines query-memory-size-summary query-migrate query-migrate-capabilities
-query-migrate-parameters query-name query-qmp-schema query-status query-target query-uuid query-version quit remove-fd
-set-numa-node stop system_powerdown system_reset system_wakeup x-exit-preconfig
+add-fd chardev-add chardev-remove closefd cont device-list-properties device_add device_del getfd job-cancel
+job-dismiss migrate migrate-incoming migrate-pause migrate-recover migrate-set-capabilities migrate-set-parameters
+migrate_cancel object-add object-del qmp_capabilities qom-get qom-list qom-set query-accelerators query-chardev
+query-commands query-cpu-definitions query-cpu-model-expansion query-cpus-fast query-current-machine query-fdsets
+query-hotpluggable-cpus query-jobs query-kvm query-machines query-memory-size-summary query-migrate
+query-migrate-capabilities query-migrate-parameters query-name query-qmp-schema query-status query-target query-uuid
+query-version quit remove-fd set-numa-node stop system_powerdown system_reset system_wakeup x-exit-preconfig
 """
-_EVENTS: Final = "DEVICE_DELETED GUEST_PANICKED MIGRATION POWERDOWN RESET RESUME SHUTDOWN STOP SUSPEND WAKEUP"
+_EVENTS: Final = """
+DEVICE_DELETED GUEST_PANICKED JOB_STATUS_CHANGE MIGRATION POWERDOWN RESET RESUME SHUTDOWN STOP
+SUSPEND WAKEUP
+"""
 QEMU_COMMANDS: Final = frozenset(_COMMANDS.split())
 QEMU_EVENTS: Final = frozenset(_EVENTS.split())
 """Names that QEMU 11.0 has, as far as they are, or may be, ours too. All others are documented as extensions."""

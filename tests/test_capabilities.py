@@ -21,6 +21,7 @@ from vmm.capabilities import (
     MayCancelMigration,
     MayConfigureMachine,
     MayCreateBackend,
+    MayDismissJob,
     MayListen,
     MayOpenHostFile,
     MayPlugDevice,
@@ -310,6 +311,7 @@ def test_grants_are_what_they_are_called() -> None:
     assert OBSERVE.kinds == {MayQuery}
     assert OPERATE.kinds - OBSERVE.kinds == {MayQuit, MayRunVcpus, MayResumeHere, MayPlugDevice}
     assert MIGRATE.kinds - OPERATE.kinds == {
+        MayDismissJob,
         MaySetMigrationCap,
         MaySetMigrationParam,
         MayListen,

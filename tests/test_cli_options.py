@@ -321,7 +321,7 @@ def test_incoming_channels_come_in_every_form_and_any_order(text: str, cpr_first
 
 def test_the_main_channel_alone_goes_with_a_machine() -> None:
     names = [step["execute"] for step in requests("-incoming", "tcp:127.0.0.1:0", "-kernel", "k", "-serial", "none")]
-    assert names == ["migrate-incoming", "machine-set", "accel-set", "cpu-model-set", "finish-machine-init", "cont"]
+    assert names == ["migrate-incoming", "machine-set", "accel-set", "cpu-model-set", "finish-machine-init"]
 
 
 def test_with_incoming_defer_the_machine_waits_for_migrate_incoming() -> None:
@@ -331,9 +331,15 @@ def test_with_incoming_defer_the_machine_waits_for_migrate_incoming() -> None:
 
 def test_a_snapshot_takes_the_place_of_the_power_on_state() -> None:
     tail = [step["execute"] for step in requests("-kernel", "k", "-serial", "none", "-loadvm", "a")][3:]
-    assert tail == ["loadvm", "cont"]
-    assert [step["execute"] for step in requests("-kernel", "k", "-loadvm", "a", "-S")][-1] == "loadvm"
-    assert requests("-loadvm", "a") == [{"execute": "loadvm", "arguments": {"tag": "a"}}]
+    assert tail == ["loadvm"]
+    assert requests("-kernel", "k", "-loadvm", "a")[-1] == {"execute": "loadvm", "arguments": {"name": "a"}}
+
+
+def test_a_snapshot_without_a_machine_brings_its_own() -> None:
+    address = {"transport": "file", "filename": "a", "offset": 0}
+    assert requests("-loadvm", "a") == [
+        {"execute": "migrate-incoming", "arguments": {"channels": [{"channel-type": "main", "addr": address}]}}
+    ]
 
 
 def test_what_an_incoming_machine_may_have_is_named() -> None:

@@ -199,6 +199,26 @@ class MayQuit(Token[Ender]):
         self._reach().end(cause)
 
 
+class JobKeeper(Protocol):
+    """The machine's jobs."""
+
+    def dismiss(self, name: str) -> None:
+        """Forget a job that has concluded."""
+        ...
+
+
+@final
+class MayDismissJob(Token[JobKeeper]):
+    """May forget jobs that have concluded."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-dismiss-job"
+
+    def dismiss(self, name: str) -> None:
+        """Forget job `name`. `BackendNotFound`, or `InvalidState` while it has not concluded."""
+        self._reach().dismiss(name)
+
+
 class DescriptorSets(Protocol):
     """The machine's descriptor sets, as of `add-fd`."""
 
@@ -418,7 +438,7 @@ class MaySetMigrationParam(Token[Settings]):
 class IncomingPort(Protocol):
     """Where an incoming migration is awaited."""
 
-    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool) -> Awaitable[None]:
+    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool, wishes: Any) -> Awaitable[None]:
         """Bind every channel, then return what settles when that has led where it leads in this phase.
 
         `MigrationRefused` where one is bound already.
@@ -441,12 +461,12 @@ class MayListen(Token[IncomingPort]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-listen"
 
-    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool) -> Awaitable[None]:
+    async def listen(self, channels: Sequence[Any], *, exit_on_error: bool, wishes: Any) -> Awaitable[None]:
         """Bind `channels`; their real addresses are in `query-migrate` afterwards. Then move on, where that leads on.
 
         `exit_on_error`: whether this process ends if what comes in is refused.
         """
-        return await self._reach().listen(channels, exit_on_error=exit_on_error)
+        return await self._reach().listen(channels, exit_on_error=exit_on_error, wishes=wishes)
 
     async def abandon(self) -> None:
         """Give a bound CPR channel up, with all that was noted for the machine that would have come."""
@@ -673,7 +693,7 @@ class MayReleaseGuest(Token[OwnershipOffer]):
 # --- grants: what a session may be lent -----------------------------------------------------------------------
 
 KINDS: Final[tuple[type[AnyToken], ...]] = (
-    MayQuery, MayQuit, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
+    MayQuery, MayQuit, MayDismissJob, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySendDescriptors,
@@ -697,7 +717,8 @@ OBSERVE: Final = Grant("observe", frozenset({MayQuery}))
 OPERATE: Final = Grant("operate", OBSERVE.kinds | {MayQuit, MayRunVcpus, MayResumeHere, MayPlugDevice})
 MIGRATE: Final = Grant(
     "migrate",
-    OPERATE.kinds | {MaySetMigrationCap, MaySetMigrationParam, MayListen, MayStartMigration, MayCancelMigration},
+    OPERATE.kinds
+    | {MayDismissJob, MaySetMigrationCap, MaySetMigrationParam, MayListen, MayStartMigration, MayCancelMigration},
 )
 QTEST: Final = Grant("qtest", frozenset({MayInject}))
 ADMIN: Final = Grant("admin", frozenset(KINDS) - {MayAdoptDescriptor})

@@ -115,7 +115,8 @@ OPTIONS: Final = (
     Option("-incoming", "start", "await a migration or a live update: a URI, JSON, dotted keys, or defer; "
            "once for the main channel, once for cpr", metavar="CHANNEL", repeated=True, command="migrate-incoming",
            admitted=True),
-    Option("-loadvm", "start", "begin with the state of a snapshot", metavar="TAG|PATH", command="loadvm"),
+    Option("-loadvm", "start", "begin with the state that migrate saved in a file; without a machine, with that one",
+           metavar="PATH", command="loadvm"),
     Option("-allow-resource", "start", "let an incoming machine have this host resource under the name NAME",
            metavar="NAME[=PATH|fd:N]", repeated=True, admitted=True),
     Option("-allow-difference", "start", "let an incoming machine differ from its source's in NAME, though its guest "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from vmm.cli_options import ABSENT, OPTIONS, defines_machine, given
 from vmm.errors import OptionInvalid, Unsupported
@@ -50,9 +50,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     if awaits:
         steps += _overrides(options)
     elif defines_machine(options):
-        steps += _machine(options, steps, deferred=deferred)
+        steps += _machine(options, steps, "deferred" if deferred else "bound" if incoming else "")
     elif options.loadvm is not None:
-        steps.append(Step("loadvm", _snapshot(options.loadvm)))
+        # Without a machine to load it into, what was saved brings its own.
+        address = {"transport": "file", "filename": options.loadvm, "offset": 0}
+        steps.append(Step("migrate-incoming", {"channels": [{"channel-type": "main", "addr": address}]}))
     return Recipe(SOURCE, tuple(steps))
 
 
@@ -111,8 +113,13 @@ def _talking(options: argparse.Namespace, suffix: str) -> list[Step]:
     return steps
 
 
-def _machine(options: argparse.Namespace, talking: list[Step], *, deferred: bool) -> list[Step]:
-    """Return what builds the machine, as far as it goes by itself."""
+def _machine(
+    options: argparse.Namespace, talking: list[Step], incoming: Literal["", "bound", "deferred"]
+) -> list[Step]:
+    """Return what builds the machine, as far as it goes by itself.
+
+    A guest that comes in, or is loaded, runs by itself if it ran where it was, unless there is a `-S`.
+    """
     from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, numa_steps
     from vmm.cli_monitors import serial_steps, uses_stdio
 
@@ -130,13 +137,12 @@ def _machine(options: argparse.Namespace, talking: list[Step], *, deferred: bool
     if not options.preconfig:
         steps.append(cpu_step(options.cpu))
     steps += [device_step(text) for text in options.device]
-    if options.preconfig or deferred:
+    if options.preconfig or incoming == "deferred":
         return steps
     if options.loadvm is not None:
-        steps.append(Step("loadvm", _snapshot(options.loadvm)))
-    else:
-        steps.append(Step("finish-machine-init"))
-    if not options.stopped:
+        return [*steps, Step("loadvm", {"name": options.loadvm})]
+    steps.append(Step("finish-machine-init"))
+    if not (options.stopped or incoming):
         steps.append(Step("cont"))
     return steps
 
@@ -155,10 +161,6 @@ def _overrides(options: argparse.Namespace) -> list[Step]:
     if options.cpu is not None:
         steps.append(cpu_step(options.cpu))
     return steps + [device_step(text) for text in options.device]
-
-
-def _snapshot(where: str) -> dict[str, str]:
-    return {"tag": where}
 
 
 def _refuse_with_precreate(options: argparse.Namespace) -> None:

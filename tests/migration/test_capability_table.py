@@ -118,3 +118,41 @@ def test_arguments_and_reply_have_qemus_form() -> None:
     assert arguments.changes() == {"events": False}
     reply = unstructure(MigrationCapabilityStatus(capability="xbzrle", state=False))
     assert reply == {"capability": "xbzrle", "state": False}
+
+
+# --- for one migration alone ------------------------------------------------------------------------------
+
+
+def test_what_is_lent_is_given_back() -> None:
+    capabilities = all_supported()
+    capabilities.update({"events": True, "multifd": False})
+    capabilities.lend({"events": False, "multifd": True})
+    assert (capabilities["events"], capabilities["multifd"]) == (False, True)
+    capabilities.give_back()
+    assert (capabilities["events"], capabilities["multifd"]) == (True, False)
+
+
+def test_what_is_set_while_others_are_lent_stays() -> None:
+    capabilities = all_supported()
+    capabilities.lend({"events": True, "multifd": True})
+    capabilities.update({"multifd": True, "release-ram": True})
+    capabilities.give_back()
+    assert (capabilities["events"], capabilities["multifd"], capabilities["release-ram"]) == (False, True, True)
+
+
+def test_a_loan_is_all_or_nothing() -> None:
+    capabilities = MigrationCapabilities()
+    with pytest.raises(Unsupported):
+        capabilities.lend({"events": True, "xbzrle": True})
+    assert not capabilities["events"]
+    capabilities.lend({"events": True})
+    capabilities.give_back()
+
+
+def test_what_would_break_a_rule_when_the_loan_ends_is_refused() -> None:
+    capabilities = all_supported()
+    capabilities.update({"xbzrle": True})
+    capabilities.lend({"xbzrle": False})
+    with pytest.raises(MigrationRefused, match="exclude each other"):
+        capabilities.update({"multifd": True})
+    assert not capabilities["multifd"]

@@ -219,3 +219,36 @@ def test_arguments_come_by_wire_name_and_null_is_no_text() -> None:
     expected = {"tls-creds": "", "downtime-limit": 20, "x-checkpoint-delay": 20000, "mode": "cpr-transfer"}
     assert arguments.changes() == expected
     MigrationParameters().update(arguments.changes())
+
+
+# --- for one migration alone ------------------------------------------------------------------------------
+
+
+def test_what_is_lent_is_given_back_and_what_is_set_meanwhile_stays() -> None:
+    parameters = MigrationParameters()
+    parameters.update({"downtime-limit": 20})
+    parameters.lend({"downtime-limit": 30, "max-bandwidth": 5, "mode": "cpr-transfer"})
+    assert (parameters["downtime-limit"], parameters["max-bandwidth"], parameters.mode) == (30, 5, "cpr-transfer")
+    parameters.update({"max-bandwidth": 6})
+    parameters.give_back()
+    assert (parameters["downtime-limit"], parameters["max-bandwidth"], parameters.mode) == (20, 6, "normal")
+
+
+def test_a_loan_is_all_or_nothing() -> None:
+    parameters = MigrationParameters()
+    before = parameters.query()
+    for bad in ({"max-bandwidth": 1, "downtime-limit": -1}, {"max-bandwidth": 1, "direct-io": True}, {"no-such": 1}):
+        with pytest.raises((OptionInvalid, Unsupported)):
+            parameters.lend(bad)
+        assert parameters.query() == before
+    parameters.lend({"max-bandwidth": 1})
+    parameters.give_back()
+    assert parameters.query() == before
+
+
+def test_a_value_without_a_default_that_was_lent_is_unset_again() -> None:
+    parameters = MigrationParameters()
+    parameters.lend({"block-bitmap-mapping": []})
+    assert parameters["block-bitmap-mapping"] == []
+    parameters.give_back()
+    assert parameters.query().block_bitmap_mapping is None

@@ -735,7 +735,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert operate - observe == {"cont", "stop", "system_reset", "quit", "device_add", "device_del"}
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
-            *("x-cpr-check", "x-cpr-abandon", "x-allow-difference"),
+            *("x-cpr-check", "x-cpr-abandon", "x-allow-difference", "job-cancel", "job-dismiss"),
         }
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
         assert {command.name for command in COMMANDS} - admitted(table, REPLAY) == {"migrate", "loadvm", "x-cpr-check"}

@@ -157,7 +157,7 @@ _QUERIES: Final = (
     "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
     "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences", "query-kvm",
-    "query-machines", "query-target",
+    "query-machines", "query-target", "query-jobs",
 )  # fmt: skip
 _PLAIN: Final = (
     *_QUERIES, "query-cpus-fast", "query-cpu-definitions", "x-cpr-abandon",
@@ -300,6 +300,8 @@ CASES: Final = (
     ),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
+    Case("job-cancel", {"id": "none"}, lambda state, grant: False),
+    Case("job-dismiss", {"id": "none"}, lambda state, grant: False),
     # Live update.
     Case("x-cpr-check", _channels("@nowhere", "@nowhere"), _never),
     Case("x-cpr-check", {}, _never),

@@ -109,6 +109,7 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 
 DEVIATIONS: Final = (
+    _but("boot", "a job that has concluded is dismissed in whatever phase", more="dismiss-job"),
     _but("precreate", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("precreate", "what a machine that is awaited shall have otherwise is noted", more="append-recipe:overrides"),
     _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
@@ -164,7 +165,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
             "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
             "query-cpu-definitions", "query-cpu-model-expansion", "query-kvm", "query-machines",
             "query-current-machine", "query-target", "query-hotpluggable-cpus", "query-memory-size-summary",
-            "query-accelerators", "device-list-properties",
+            "query-accelerators", "query-jobs", "device-list-properties",
         ),
         ("may-query",),
     ),
@@ -186,8 +187,10 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate-set-capabilities": ("may-set-migration-cap",),
     "migrate-set-parameters": ("may-set-migration-param",),
     "migrate": ("may-start-migration", "may-query"),
-    "migrate-incoming": ("may-listen",),
+    "migrate-incoming": ("may-listen", "may-query"),
     "migrate_cancel": ("may-cancel-migration",),
+    "job-cancel": ("may-cancel-migration", "may-query"),
+    "job-dismiss": ("may-dismiss-job",),
     "x-cpr-check": ("may-start-migration",),
     "x-cpr-abandon": ("may-listen",),
     "x-allow-difference": ("may-listen",),
@@ -217,8 +220,11 @@ _OBSERVE: Final = frozenset({"may-query"})
 _OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-plug-device"}
 _MIGRATE: Final = _OPERATE | {
     "may-set-migration-cap", "may-set-migration-param", "may-listen", "may-start-migration", "may-cancel-migration",
+    "may-dismiss-job",
 }  # fmt: skip
-_ALL: Final = frozenset(name.split(":")[0] for row in DESIGN.values() for name in row.grants) - {"may-adopt-descriptor"}
+_ALL: Final = frozenset(
+    {name.split(":")[0] for row in DESIGN.values() for name in row.grants} | {"may-dismiss-job"}
+) - {"may-adopt-descriptor"}
 LENDABLE: Final[Mapping[str, frozenset[str]]] = {
     "observe": _OBSERVE, "operate": _OPERATE, "migrate": _MIGRATE, "admin": _ALL,
 }  # fmt: skip

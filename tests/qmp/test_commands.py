@@ -132,6 +132,12 @@ QUERIES = [
         "device-list-properties", "Device type 'x' does not exist; there are: virtio-rng-device", "DeviceNotFound",
         typename="x",
     ),
+    good("query-jobs", lambda v: v == []),
+    wrong("query-jobs", NONE_TAKEN, x=1),
+    bad("job-cancel", "Job 'j' does not exist; there are: none", id="j"),
+    wrong("job-cancel", "'id' is missing"),
+    bad("job-dismiss", "Job 'j' does not exist; there are: none", id="j"),
+    wrong("job-dismiss", "'id' must be a string, not 1", id=1),
 ]  # fmt: skip
 
 
@@ -428,8 +434,8 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     steps = [*precreate(tmp_path), *built("k"), *by_default()]
     answered = {step.name for step in steps if step.ok is not None}
     refused = {step.name for step in steps if step.error is not None}
-    # The first four need descriptors (test_protocol), the other two a second process (above).
-    elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming"}
+    # The first four need descriptors (test_protocol), the others a migration (above, and test_migration_jobs).
+    elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
     names = {command.name for command in COMMANDS}
     assert names - answered - elsewhere == set()
     assert names - refused == set()

@@ -121,6 +121,7 @@ class MigrationCapabilities:
     def __init__(self, *, supported: Collection[str] = SUPPORTED) -> None:
         self._supported: Final = frozenset(supported)
         self._enabled: frozenset[str] = frozenset()
+        self._former: Mapping[str, bool] = {}
 
     def update(self, changes: Mapping[str, bool]) -> None:
         """Check `changes` against the result as a whole, then apply all of them; on an error nothing has changed.
@@ -128,18 +129,33 @@ class MigrationCapabilities:
         Raises:
             OptionInvalid: a name is no migration capability of QEMU's.
             Unsupported: one that is not supported here is to be on.
-            MigrationRefused: the result breaks a rule of `RULES`.
+            MigrationRefused: the result breaks a rule of `RULES`, now or when what was lent is given back.
         """
+        enabled = self.check(changes)
+        former = {name: state for name, state in self._former.items() if name not in changes}
+        _obey_rules(_with(enabled, former))
+        self._enabled, self._former = enabled, former
+
+    def check(self, changes: Mapping[str, bool]) -> frozenset[str]:
+        """Return what would be on with `changes`. Raises as `update` does."""
         for name, state in changes.items():
             _known(name)
             if state and name not in self._supported:
                 raise Unsupported(what="Migration capability", name=name, instead=self._instead())
-        on = {name for name, state in changes.items() if state}
-        enabled = frozenset((self._enabled - changes.keys()) | on)
-        for rule in RULES:
-            if rule.broken_by(enabled):
-                raise MigrationRefused(reason=_conflict(rule))
+        enabled = _with(self._enabled, changes)
+        _obey_rules(enabled)
+        return enabled
+
+    def lend(self, changes: Mapping[str, bool]) -> None:
+        """Apply `changes` until `give_back`. What `update` sets meanwhile stays. Raises as `update` does."""
+        assert not self._former, "one migration is under way at a time"
+        enabled = self.check(changes)
+        self._former = {name: name in self._enabled for name in changes}
         self._enabled = enabled
+
+    def give_back(self) -> None:
+        """Undo `lend`."""
+        self._enabled, self._former = _with(self._enabled, self._former), {}
 
     def query(self) -> list[MigrationCapabilityStatus]:
         """Return every migration capability, in QEMU's order."""
@@ -151,6 +167,16 @@ class MigrationCapabilities:
 
     def _instead(self) -> str:
         return f"leave it off (those that can be on: {', '.join(sorted(self._supported)) or 'none'})"
+
+
+def _with(enabled: frozenset[str], changes: Mapping[str, bool]) -> frozenset[str]:
+    return (enabled - changes.keys()) | {name for name, state in changes.items() if state}
+
+
+def _obey_rules(enabled: frozenset[str]) -> None:
+    for rule in RULES:
+        if rule.broken_by(enabled):
+            raise MigrationRefused(reason=_conflict(rule))
 
 
 def _known(name: str) -> None:

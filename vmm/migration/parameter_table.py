@@ -136,6 +136,7 @@ class MigrationParameters:
             for parameter in PARAMETERS
             if parameter.default is not None
         }
+        self._former: Mapping[str, Any] = {}
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Check the result of `changes` as a whole, then apply all of them; on an error nothing has changed.
@@ -147,6 +148,12 @@ class MigrationParameters:
             OptionInvalid: a name, a type or a value that QEMU's schema does not admit either.
             Unsupported: a value that QEMU would take and that means nothing here.
         """
+        values = self.check(changes)
+        self._former = {name: value for name, value in self._former.items() if name not in changes}
+        self._values = values
+
+    def check(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the values would be with `changes`. Raises as `update` does."""
         for name, value in changes.items():
             parameter = self._table.get(name)
             if parameter is None:
@@ -158,7 +165,20 @@ class MigrationParameters:
         self._check_throttle(values, changes)
         for name, value in changes.items():
             _refuse_unsupported(self._table[name], value)
+        return values
+
+    def lend(self, changes: Mapping[str, Any]) -> None:
+        """Apply `changes` until `give_back`. What `update` sets meanwhile stays. Raises as `update` does."""
+        assert not self._former, "one migration is under way at a time"
+        values = self.check(changes)
+        self._former = {name: self._values.get(name) for name in changes}
         self._values = values
+
+    def give_back(self) -> None:
+        """Undo `lend`."""
+        values = {**self._values, **self._former}
+        # One that was not set before, which has no default, is not set again.
+        self._values, self._former = {name: value for name, value in values.items() if value is not None}, {}
 
     def query(self) -> ParameterValues:
         """Return every value; `block-bitmap-mapping` only where it was set."""

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, final
 import attrs
 import trio
 
-from vmm.capabilities import ADMIN, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery, MayQuit
+from vmm.capabilities import (
+    ADMIN,
+    MayAddDescriptor,
+    MayCreateBackend,
+    MayDismissJob,
+    MayOpenHostFile,
+    MayQuery,
+    MayQuit,
+)
 from vmm.errors import VmmError, leaves
 from vmm.monitor.command import CommandTable
 from vmm.monitor.events import EventHub
@@ -17,6 +25,7 @@ from vmm.phases.catalog import COMMANDS, EVENTS
 from vmm.phases.chain import hint
 from vmm.phases.foundation import Ending, Host
 from vmm.phases.host import FdSets, HostFiles
+from vmm.phases.jobs import Jobs
 from vmm.phases.monitors import MonitorMaker
 from vmm.phases.overrides import Overrides
 from vmm.phases.precreate import run_precreate
@@ -39,6 +48,7 @@ class BootGrants:
 
     query: MayQuery
     quit: MayQuit
+    dismiss_job: MayDismissJob
     add_descriptor: MayAddDescriptor
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
@@ -70,6 +80,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
             )
             status = RunState(events.emit)
             stores = BootStores(phase.residents)
+            jobs = Jobs(events.emit)
             await phase.residents.start("events", events.serve)
             host = Host(
                 start,
@@ -78,6 +89,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 table,
                 status,
                 stores,
+                jobs,
                 recorder,
                 ending,
                 HostFiles(),
@@ -91,6 +103,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 table,
                 events,
                 stores,
+                jobs,
                 fdsets,
                 recorder,
                 host.monitors,
@@ -103,6 +116,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 return BootGrants(
                     query=mint(MayQuery, tree),
                     quit=mint(MayQuit, ending),
+                    dismiss_job=mint(MayDismissJob, jobs),
                     add_descriptor=mint(MayAddDescriptor, fdsets),
                     create_backend=mint(MayCreateBackend, stores, only=frozenset({"chardev", "monitor"})),
                     open_host_file=mint(MayOpenHostFile, host.files),

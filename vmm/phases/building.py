@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vmm.migration.channel import Channel
     from vmm.nursery_tree import Inbox
     from vmm.phases.incoming_port import IncomingPort
+    from vmm.phases.migration_state import Wishes
 
 
 @final
@@ -50,9 +51,9 @@ class Onward(Admission):
         super().__init__(port)
         self._inbox = inbox
 
-    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool) -> Awaitable[None]:
+    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool, wishes: Wishes) -> Awaitable[None]:
         """Bind `channels`, and go on to phase incoming."""
-        await self._port.listen(channels, exit_on_error=exit_on_error)
+        await self._port.listen(channels, exit_on_error=exit_on_error, wishes=wishes)
         turn: Turn[Any] = self._inbox.post(GoOn(start=False, to_incoming=True), until="incoming")
         turn.on_settled(lambda: self._port.streams.give_up() if turn.failed else None)
         return turn

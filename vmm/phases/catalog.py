@@ -12,6 +12,7 @@ import attrs
 
 from vmm.monitor.command import Command
 from vmm.monitor.events import Event
+from vmm.phases.jobs import JobStatus
 
 if TYPE_CHECKING:
     from vmm.recipe import Step
@@ -24,6 +25,7 @@ _CPUS: Final = "vmm.phases.commands_cpus"
 _FACTS: Final = "vmm.phases.commands_facts"
 _NUMA: Final = "vmm.phases.commands_numa"
 _MIGRATION: Final = "vmm.phases.commands_migration"
+_JOBS: Final = "vmm.phases.commands_jobs"
 _UPDATE: Final = "vmm.phases.commands_update"
 
 _DEVICES: Final = "vmm.phases.commands_devices"
@@ -87,6 +89,9 @@ COMMANDS: Final = (
     Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
     Command("loadvm", f"{_MIGRATION}:loadvm"),
     Command("migrate_cancel", f"{_MIGRATION}:migrate_cancel"),
+    Command("query-jobs", f"{_JOBS}:query_jobs"),
+    Command("job-cancel", f"{_JOBS}:job_cancel"),
+    Command("job-dismiss", f"{_JOBS}:job_dismiss"),
     Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
     Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),
     Command("x-allow-difference", f"{_UPDATE}:x_allow_difference"),
@@ -153,6 +158,15 @@ class MigrationChanged:
     status: str
 
 
+@final
+@attrs.frozen(kw_only=True)
+class JobStatusChange:
+    """A job has entered a status."""
+
+    id: str
+    status: JobStatus
+
+
 EVENTS: Final = (
     Event("PHASE_CHANGED", PhaseChanged),
     Event("TOKEN_GRANTED", TokenChange),
@@ -164,6 +178,7 @@ EVENTS: Final = (
     Event("VCPU_FAILED", VcpuFailed),
     Event("DEVICE_DELETED", DeviceDeleted),
     Event("MIGRATION", MigrationChanged),
+    Event("JOB_STATUS_CHANGE", JobStatusChange),
 )
 
 _ORDER: Final = (

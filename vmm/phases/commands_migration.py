@@ -26,7 +26,7 @@ from vmm.migration.channel import Channel, Channels, MigrationChannel, incoming_
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
 from vmm.migration.status import MigrationInfo
 from vmm.monitor.ports import Caller
-from vmm.phases.migration_state import MigrationState
+from vmm.phases.migration_state import MigrationState, Wishes
 
 if TYPE_CHECKING:
     from vmm.phases.copying import CopyPlan
@@ -60,9 +60,38 @@ def query_migrate(may: MayQuery) -> MigrationInfo:
     return progress.info() if progress is not None else MigrationInfo()
 
 
+@attrs.frozen(kw_only=True)
+class _Inline:
+    """What a migration can be given besides where it goes. QEMU has none of it."""
+
+    capabilities: list[MigrationCapabilityStatus] | None = None
+    """Migration capabilities for this migration alone: afterwards they are as before, but for those that were set
+    meanwhile. Takes may-set-migration-cap besides."""
+    parameters: ParameterValues | None = None
+    """Migration parameters, likewise. Takes may-set-migration-param besides."""
+    job_id: str | None = None
+    """Makes the migration a job of that name, type `migrate`."""
+
+    def wishes(self, command: str, cap: MaySetMigrationCap | None, param: MaySetMigrationParam | None) -> Wishes:
+        """Return them, unchecked. Raises `MigrationRefused` if a session may not have what it wants."""
+        for member, value, token in (
+            ("capabilities", self.capabilities, cap),
+            ("parameters", self.parameters, param),
+        ):
+            if value is not None and token is None:
+                kind = MaySetMigrationCap if member == "capabilities" else MaySetMigrationParam
+                reason = f"{command}: {member!r} takes {kind.wire_name}, which this session is not lent; leave it out"
+                raise MigrationRefused(reason=reason)
+        return Wishes(
+            SetMigrationCapabilities(capabilities=self.capabilities or []).changes(),
+            self.parameters.changes() if self.parameters is not None else {},
+            self.job_id,
+        )
+
+
 @final
 @attrs.frozen(kw_only=True)
-class Migrate:
+class Migrate(_Inline):
     """Arguments of `migrate`."""
 
     uri: str | None = None
@@ -71,7 +100,13 @@ class Migrate:
 
 
 def migrate(
-    may: MayStartMigration, query: MayQuery, host: MayOpenHostFile | None, caller: Caller, args: Migrate
+    may: MayStartMigration,
+    query: MayQuery,
+    host: MayOpenHostFile | None,
+    cap: MaySetMigrationCap | None,
+    param: MaySetMigrationParam | None,
+    caller: Caller,
+    args: Migrate,
 ) -> Awaitable[None]:
     """Move the guest to the process behind `uri` or `channels`, or save it in a file. Replies once that has begun.
 
@@ -81,12 +116,14 @@ def migrate(
     if args.resume:
         raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
     channels = outgoing_channels(args.uri, args.channels)
-    mode = query.view(MigrationState).parameters.mode
+    state, wishes = query.view(MigrationState), args.wishes("migrate", cap, param)
+    state.check(wishes)
+    mode = wishes.parameters.get("mode", state.parameters.mode)
     if mode == "normal":
         if channels.cpr is not None:
             reason = "migrate: a channel of type 'cpr' is for mode cpr-transfer; set parameter 'mode', or leave it out"
             raise MigrationRefused(reason=reason)
-        return may.start(_copy_plan(channels.main, host, caller))
+        return may.start(_copy_plan(channels.main, wishes, host, caller))
     if mode != "cpr-transfer":
         raise Unsupported(what="Migration mode", name=mode, instead="parameter 'mode' can be normal or cpr-transfer")
     if channels.cpr is None:
@@ -97,17 +134,17 @@ def migrate(
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
     main, cpr = resolved((channels.main, channels.cpr), caller)
-    return may.start(TransferPlan(Channels(main, cpr)))
+    return may.start(TransferPlan(Channels(main, cpr), wishes=wishes))
 
 
-def _copy_plan(address: ChannelAddress, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:
+def _copy_plan(address: ChannelAddress, wishes: Wishes, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:
     from vmm.phases.copying import CopyPlan  # Likewise.
 
     if isinstance(address, FileAddress):
         source = _required(host, "migrate")
         file = source.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
-        return CopyPlan(address, file)
-    return CopyPlan(resolved((address,), caller)[0])
+        return CopyPlan(address, file, wishes)
+    return CopyPlan(resolved((address,), caller)[0], wishes=wishes)
 
 
 def _required(host: MayOpenHostFile | None, command: str) -> MayOpenHostFile:
@@ -136,7 +173,7 @@ def resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
 
 @final
 @attrs.frozen(kw_only=True)
-class MigrateIncoming:
+class MigrateIncoming(_Inline):
     """Arguments of `migrate-incoming`."""
 
     uri: str | None = None
@@ -145,7 +182,13 @@ class MigrateIncoming:
 
 
 async def migrate_incoming(
-    may: MayListen, host: MayOpenHostFile | None, caller: Caller, args: MigrateIncoming
+    may: MayListen,
+    query: MayQuery,
+    host: MayOpenHostFile | None,
+    cap: MaySetMigrationCap | None,
+    param: MaySetMigrationParam | None,
+    caller: Caller,
+    args: MigrateIncoming,
 ) -> Awaitable[None]:
     """Bind what a guest comes in on: a main channel for one that is copied, and one of type cpr for a live update.
 
@@ -154,12 +197,13 @@ async def migrate_incoming(
     was given. With `exit-on-error` false this process stays, and may await another guest, after one that was refused;
     a live update cannot have that. A `file:` takes may-open-host-file besides.
     """
-    channels = incoming_channels(args.uri, args.channels)
+    channels, wishes = incoming_channels(args.uri, args.channels), args.wishes("migrate-incoming", cap, param)
+    query.view(MigrationState).check(wishes)
     if any(isinstance(channel.address, FileAddress) for channel in channels):
         _required(host, "migrate-incoming")
     addresses = resolved([channel.address for channel in channels], caller)
     bound = [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
-    return await may.listen(bound, exit_on_error=args.exit_on_error)
+    return await may.listen(bound, exit_on_error=args.exit_on_error, wishes=wishes)
 
 
 @final

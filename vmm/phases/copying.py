@@ -22,6 +22,7 @@ from vmm.migration.outflow import Outflow
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import Section
 from vmm.phases.migrating import WITHHELD, MigratingGrants
+from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
 from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
 
@@ -54,6 +55,7 @@ class CopyPlan:
     address: ChannelAddress
     file: int = -1
     """Of a `FileAddress`: the file, open and at its offset."""
+    wishes: Wishes = NO_WISHES
 
     async def open(self) -> Outflow:
         """Connect. Raises `HostFileRefused`: nobody listens there, or the file cannot be written."""

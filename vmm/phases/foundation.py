@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmm.monitor.events import EventHub
     from vmm.nursery_tree import Tree
     from vmm.phases.host import HostFiles
+    from vmm.phases.jobs import Jobs
     from vmm.phases.monitors import MonitorMaker
     from vmm.phases.overrides import Overrides
     from vmm.phases.recorder import Recorder
@@ -31,6 +32,7 @@ class Host:
     table: CommandTable
     status: RunState
     stores: BootStores
+    jobs: Jobs
     recorder: Recorder
     ending: Ending
     files: HostFiles

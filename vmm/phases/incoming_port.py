@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vmm.phases.differences import Difference
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.foundation import Host
-    from vmm.phases.migration_state import MigrationState
+    from vmm.phases.migration_state import MigrationState, Wishes
     from vmm.recipe import Recipe
 
 
@@ -55,21 +55,24 @@ class IncomingPort:
         """Names of differences that are admitted though the guest could tell."""
         self._residents: Final[list[Resident]] = []
 
-    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool = True) -> Awaitable[None]:
+    async def listen(
+        self, channels: Sequence[Channel], *, exit_on_error: bool = True, wishes: Wishes
+    ) -> Awaitable[None]:
         """Bind the channels, and await what comes in a task beside precreate.
 
         Raises:
             MigrationRefused: the channels make nothing that can come in, or something is awaited already.
         """
         self.require_idle()
-        if [channel.channel_type for channel in channels] == ["main"]:
-            await self.streams.listen(channels[0].address, exit_on_error=exit_on_error)
+        with self._migration.attempt("target", wishes):
+            if [channel.channel_type for channel in channels] == ["main"]:
+                await self.streams.listen(channels[0].address, exit_on_error=exit_on_error)
+                return settled()
+            if not exit_on_error:
+                instead = "leave it true: a destination whose source was refused has nothing to go on with"
+                raise Unsupported(what="exit-on-error of a live update", name="false", instead=instead)
+            await self._listen_for_update(channels)
             return settled()
-        if not exit_on_error:
-            instead = "leave it true: a destination whose source was refused has nothing to go on with"
-            raise Unsupported(what="exit-on-error of a live update", name="false", instead=instead)
-        await self._listen_for_update(channels)
-        return settled()
 
     def require_idle(self) -> None:
         """Raise `MigrationRefused` if something is awaited, or coming in."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.machine import Machine
+    from vmm.phases.migration_state import Wishes
     from vmm.phases.stream_receive import StreamWait
 
 
@@ -78,11 +79,11 @@ class _Again(Admission):
         super().__init__(port)
         self.awaited = trio.Event()
 
-    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool) -> Awaitable[None]:
+    async def listen(self, channels: Sequence[Channel], *, exit_on_error: bool, wishes: Wishes) -> Awaitable[None]:
         """Bind `channels`."""
         if any(channel.channel_type != "main" for channel in channels):
             raise MigrationRefused(reason="migrate-incoming: this machine is complete; a live update brings its own")
-        await self._port.listen(channels, exit_on_error=exit_on_error)
+        await self._port.listen(channels, exit_on_error=exit_on_error, wishes=wishes)
         self.awaited.set()
         return settled()
 

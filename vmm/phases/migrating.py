@@ -32,6 +32,7 @@ from vmm.migration.address import DescriptorAddress, FileAddress
 from vmm.migration.connect import connect, connect_stream
 from vmm.migration.status import MigrationStatus
 from vmm.phases.cpu_differences import cpu_to_json
+from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import Transfer, run_quiesced
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class TransferPlan:
     channels: Channels
     sessions: bool = False
     """Whether monitor sessions move too (`migrate-sessions`)."""
+    wishes: Wishes = NO_WISHES
     _closed: bool = False
 
     async def connect(self) -> trio.socket.SocketType:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final, final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
+import attrs
 import trio
 
 from vmm.migration.capability_table import MigrationCapabilities
 from vmm.migration.parameter_table import MigrationParameters
-from vmm.migration.status import MigrationProgress, MigrationStatus
+from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from vmm.migration.status import Side
     from vmm.monitor.events import EventHub
+    from vmm.phases.jobs import Job, Jobs
+
+_INCOMING: Final = (
+    "for what comes in",
+    "cancel it where it comes from; a live update that is only awaited is given up by x-cpr-abandon",
+)
+"""Why the job of an incoming migration cannot be cancelled, and what to do instead."""
 
 
 @final
@@ -24,23 +35,61 @@ class NothingUnderWay:
 
 
 @final
+@attrs.frozen
+class Wishes:
+    """What was asked of one migration besides where it goes: settings for its time alone, and a job's name."""
+
+    capabilities: Mapping[str, bool] = attrs.Factory(dict)
+    parameters: Mapping[str, Any] = attrs.Factory(dict)
+    job: str | None = None
+
+
+NO_WISHES: Final = Wishes()
+
+
+@final
 class MigrationState:
     """Lives in phase precreate, so that a migration can be set up before there is a machine."""
 
     what: ClassVar[str] = "Migration"
     phase: ClassVar[str] = "precreate"
 
-    def __init__(self, events: EventHub) -> None:
+    def __init__(self, events: EventHub, jobs: Jobs) -> None:
         self._events = events
+        self._jobs = jobs
+        self._job: Job | None = None
         self.capabilities: Final = MigrationCapabilities()
         self.parameters: Final = MigrationParameters()
         self.progress: MigrationProgress | None = None
         """The last or the present migration; None before the first."""
 
+    def check(self, wishes: Wishes) -> None:
+        """Raise a `VmmError` unless `wishes` can be granted; change nothing."""
+        self.capabilities.check(wishes.capabilities)
+        self.parameters.check(wishes.parameters)
+        if wishes.job is not None:
+            self._jobs.check(wishes.job)
+
+    @contextmanager
+    def attempt(self, side: Side, wishes: Wishes) -> Iterator[None]:
+        """Grant `wishes`, all or none, to the migration that `begin` begins in the block; until it is over.
+
+        If none begins they are taken back. Raises as `check` does.
+        """
+        before = self.progress
+        self._grant(side, wishes)
+        try:
+            yield
+        finally:
+            if self.progress is before:
+                self._take_back(None)
+
     def begin(self, side: Side) -> MigrationProgress:
         """Begin a migration, forgetting the one before."""
         self.progress = MigrationProgress(side, self._observe, trio.current_time)
         self.progress.begin()
+        if self._job is not None:
+            self._job.start()
         return self.progress
 
     def failed(self, progress: MigrationProgress, reason: str) -> None:
@@ -49,6 +98,46 @@ class MigrationState:
         if progress.status is MigrationStatus.FAILING:
             progress.advance(MigrationStatus.FAILED)
 
+    def forget(self) -> None:
+        """Forget a migration that was awaited: the machine did not get to where it would have come in."""
+        self.progress = None
+        self._take_back(MigrationStatus.CANCELLED)
+
+    def _grant(self, side: Side, wishes: Wishes) -> None:
+        self.check(wishes)
+        # From here on nothing fails.
+        self.capabilities.lend(wishes.capabilities)
+        self.parameters.lend(wishes.parameters)
+        if wishes.job is not None:
+            no_cancel = _INCOMING if side == "target" else None
+            self._job = self._jobs.create(wishes.job, "migrate", progress=self._progress, no_cancel=no_cancel)
+
+    def _take_back(self, status: MigrationStatus | None) -> None:
+        """Take back what was granted; `status` is that of the end, None if there was no beginning."""
+        self.capabilities.give_back()
+        self.parameters.give_back()
+        job = self._job
+        if job is None:
+            return
+        if status is None:
+            self._jobs.withdraw(job)
+        elif status is MigrationStatus.COMPLETED:
+            job.succeed()
+        else:
+            error = self.progress.info().error_desc if self.progress is not None else None
+            job.fail(error or "The migration was cancelled")
+        self._job = None
+
+    def _progress(self) -> tuple[int, int]:
+        """Return the bytes of RAM that were moved, and one more for all the rest, of those that there are."""
+        if self.progress is None or self._job is None or self._job.status == "created":
+            return 0, 1
+        ram = self.progress.ram
+        done = self.progress.status is MigrationStatus.COMPLETED
+        return ram.total - ram.remaining + done, ram.total + 1
+
     def _observe(self, status: MigrationStatus) -> None:
         if self.capabilities["events"]:
             self._events.emit("MIGRATION", {"status": status.value})
+        if status in IDLE:
+            self._take_back(status)

@@ -62,7 +62,7 @@ class _Decision:
 async def run_precreate(boot: Phase, host: Host) -> None:
     """Wait for the machine's definition, then go on to phase accel."""
     async with boot.child("precreate") as phase:
-        migration = MigrationState(host.events)
+        migration = MigrationState(host.events, host.jobs)
         incoming = IncomingPort(phase, host, migration)
         inbox: Inbox[Definition] = Inbox("precreate")
         phase.publish(migration)

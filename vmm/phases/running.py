@@ -293,11 +293,12 @@ async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
             with closing(turn.value) as plan:
                 try:
                     await phase.tree.drain(turn, "migrating")
-                    if isinstance(plan, CopyPlan):
-                        left = await run_copying(phase, run, plan, turn)
-                        gone = left is not None
-                    else:
-                        gone = await run_migrating(phase, run, plan, turn)
+                    with made.migration.attempt("source", plan.wishes):
+                        if isinstance(plan, CopyPlan):
+                            left = await run_copying(phase, run, plan, turn)
+                            gone = left is not None
+                        else:
+                            gone = await run_migrating(phase, run, plan, turn)
                 except VmmError as error:
                     if turn.settled:
                         raise

@@ -127,7 +127,8 @@ class StreamPort:
         if self.wait is not None:
             self.wait.scope.cancel()
             self.forget(self.wait)
-            self._port.progress = self._migration.progress = None
+            self._port.progress = None
+            self._migration.forget()
 
     def replays(self) -> bool:
         """Say whether the machine is being made from a stream's recipe."""
