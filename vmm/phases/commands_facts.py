@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 import attrs
 
 from vmm.capabilities import MayQuery
 from vmm.errors import DeviceNotActive
-from vmm.phases.assembly import Definition
+from vmm.phases.commands_machine import CpuInstanceProperties
 from vmm.phases.config import ACCELERATORS, MAX_CPUS
 from vmm.phases.recorder import Recorder
+
+if TYPE_CHECKING:
+    from vmm.phases.assembly import Definition
 
 _KVM: Final = "/dev/kvm"
 
@@ -29,6 +32,12 @@ def _accelerator(may: MayQuery) -> AcceleratorName | None:
         if step.execute == "accel-set":
             return next(name for name in ACCELERATORS if name == step.arguments["accel"])
     return None
+
+
+def _definition(may: MayQuery) -> Definition:
+    from vmm.phases.assembly import Definition  # Brings the boot loaders.
+
+    return may.view(Definition)
 
 
 @final
@@ -138,7 +147,7 @@ class CurrentMachineParams:
 
 def query_current_machine(may: MayQuery) -> CurrentMachineParams:
     """Tell that guests cannot be suspended and woken up."""
-    may.view(Definition)
+    _definition(may)
     return CurrentMachineParams()
 
 
@@ -153,18 +162,7 @@ class MemoryInfo:
 
 def query_memory_size_summary(may: MayQuery) -> MemoryInfo:
     """Tell how much RAM the machine has."""
-    return MemoryInfo(base_memory=may.view(Definition).options.memory.size)
-
-
-@final
-@attrs.frozen(kw_only=True)
-class CpuInstanceProperties:
-    """Where a vCPU sits: one socket, a core each, one thread; and its NUMA node, in a machine that has any."""
-
-    socket_id: int
-    core_id: int
-    thread_id: int
-    node_id: int | None = None
+    return MemoryInfo(base_memory=_definition(may).options.memory.size)
 
 
 @final
@@ -180,7 +178,7 @@ class HotpluggableCpu:
 
 def query_hotpluggable_cpus(may: MayQuery) -> list[HotpluggableCpu]:
     """List the places for vCPUs, all of which are taken from the beginning; the last one comes first, as in QEMU."""
-    definition = may.view(Definition)
+    definition = _definition(may)
     node_of = definition.numa.node_of
     return [
         HotpluggableCpu(

@@ -18,7 +18,6 @@ from vmm.capabilities import (
 )
 from vmm.monitor.command import For
 from vmm.nursery_tree import Turn
-from vmm.phases.commands_facts import CpuInstanceProperties
 from vmm.phases.config import AcceleratorOptions, CpuOptions, GoOn, MachineOptions
 from vmm.phases.run_state import RunState, RunStateName
 
@@ -93,6 +92,17 @@ def query_status(may: MayQuery) -> StatusInfo:
     """Say whether the guest runs, and if not, why."""
     state = may.view(RunState)
     return StatusInfo(running=state.running, status=state.name, x_reason=state.failure or None)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class CpuInstanceProperties:
+    """Where a vCPU sits: one socket, a core each, one thread; and its NUMA node, in a machine that has any."""
+
+    socket_id: int
+    core_id: int
+    thread_id: int
+    node_id: int | None = None
 
 
 @final
