@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of single tests here."""
+    parser.addoption("--transcript", metavar="PATH", help="where test_qmp_only.py writes its session to")
+
+
 class MakeInitramfs(Protocol):
     """Writes an initramfs that loads `modules` and runs `script`, and returns its path."""
 

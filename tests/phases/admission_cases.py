@@ -26,6 +26,10 @@ class State:
     """Whether a live update is awaited; what would make a machine is noted meanwhile."""
     noted: bool = False
     """Whether something was."""
+    streams: bool = False
+    """Whether a guest is awaited that is copied: into the machine that is made here, or that comes with it."""
+    goes_back: bool = False
+    """Whether the guest was copied elsewhere, and may run here again."""
     reserved: bool = False
     """Whether an incoming recipe has the machine."""
     stage: str = ""
@@ -38,12 +42,21 @@ class State:
     qtest: bool = False
     """Whether the accelerator executes nothing. Such a machine stays where it is."""
     rngs: set[str] = attrs.Factory(set)
+    devices: set[str] = attrs.Factory(set)
+    """`d1` uses `r0`."""
     chardevs: set[str] = attrs.Factory(set)
     fdsets: set[int] = attrs.Factory(set)
     names: dict[str, set[str]] = attrs.Factory(dict)
     """Named descriptors of each session."""
     unclaimed: set[str] = attrs.Factory(set)
     """The sessions that have sent a descriptor which no command has taken yet: the next one that wants one does."""
+
+    @property
+    def traits(self) -> set[str]:
+        """Return what of the machine decides on some tokens."""
+        copied = self.goes_back if self.phase == "postmigrate" else self.streams
+        names = {"copied": copied, "updated": self.stage not in ("", "copying")}
+        return {name for name, is_so in names.items() if is_so}
 
     @property
     def memory(self) -> int:
@@ -145,9 +158,33 @@ def _can_run(state: State, grant: str) -> bool | None:
     return True if state.boots else None
 
 
+def _finish(state: State, grant: str) -> None:
+    state.phase = "incoming" if state.streams else "running"
+
+
 def _cont(state: State, grant: str) -> None:
     if state.phase in ("preconfig", "devices"):
-        state.phase = "running"
+        _finish(state, grant)
+    elif state.phase == "postmigrate":
+        state.phase, state.goes_back = "running", False
+
+
+def _stream(state: State, grant: str) -> None:
+    state.streams = True
+    if state.phase in ("preconfig", "devices"):
+        state.phase = "incoming"
+
+
+def _can_stream(state: State, grant: str) -> bool:
+    return not state.awaits and not state.streams and (state.phase == "precreate" or _complete(state, grant))
+
+
+def _can_copy(state: State, grant: str) -> bool:
+    return state.mode == "normal" and not state.qtest
+
+
+def _save(state: State, grant: str) -> None:
+    state.phase, state.goes_back = "postmigrate", True
 
 
 DEFINITION: Final = {"memory": {"size": MEMORY}, "kernel": "builtin:heartbeat", "append": "region=64K"}
@@ -169,6 +206,22 @@ _PLAIN: Final = (
 
 def _has_fd(state: State, grant: str) -> bool:
     return grant in state.unclaimed
+
+
+def _can_plug(name: str) -> Callable[[State, str], bool]:
+    return lambda state, grant: name not in state.devices and (name != "d1" or "r0" in state.rngs)
+
+
+def _plugged(name: str) -> Callable[[State, str], bool]:
+    return lambda state, grant: name in state.devices
+
+
+def _plug(name: str) -> Callable[[State, str], None]:
+    return lambda state, grant: state.devices.add(name)
+
+
+def _unplug(name: str) -> Callable[[State, str], None]:
+    return lambda state, grant: state.devices.discard(name)
 
 
 def _is_new(name: str) -> Callable[[State, str], bool]:
@@ -251,11 +304,33 @@ CASES: Final = (
     ),
     Case("object-add", {"qom-type": "rng-random", "id": "r1", "filename": "/nowhere"}, _never, well_formed=True),
     Case(
-        "object-del", {"id": "r0"}, lambda state, grant: "r0" in state.rngs,
+        # Where only boot's token is open, that does for monitors alone.
+        "object-del", {"id": "r0"},
+        lambda state, grant: (
+            "r0" in state.rngs and "d1" not in state.devices and state.phase in ("preconfig", "devices", "running")
+        ),
         lambda state, grant: state.rngs.discard("r0"),
     ),
     Case("object-del", {"id": "m"}, _never),
     Case("object-del", {}, _never),
+    # Devices.
+    *(
+        Case(
+            "device_add", {"driver": "virtio-rng-device", "id": name, **more}, _can_plug(name), _plug(name),
+        )
+        for name, more in (("d0", {}), ("d1", {"rng": "r0"}))
+    ),
+    Case("device_add", {"driver": "e1000", "id": "d2"}, _never, well_formed=True),
+    Case("device_add", {"id": "d2"}, _never),
+    *(
+        Case(
+            "device_del", {"id": name}, _plugged(name), _unplug(name),
+        )
+        for name in ("d0", "d1")
+    ),
+    Case("device_del", {}, _never),
+    Case("device-list-properties", {"typename": "virtio-rng-device"}),
+    Case("device-list-properties", {"typename": "e1000"}, _never),
     # Building the machine.
     Case("machine-set", DEFINITION, lambda state, grant: not state.awaits, _to("accel", boots=True)),
     Case("machine-set", {"type": "q35"}, _never, well_formed=True),
@@ -275,11 +350,11 @@ CASES: Final = (
     ),
     Case("set-numa-node", {"type": "node", "nodeid": 200}, _never, well_formed=True),
     Case("set-numa-node", {"type": "knot"}, _never),
-    Case("finish-machine-init", {}, _complete, _to("running")),
+    Case("finish-machine-init", {}, _complete, _finish),
     # Running it.
     Case("cont", {}, _can_run, _cont),
     Case("stop"),
-    Case("system_reset", {}, lambda state, grant: state.phase not in ("preconfig", "devices")),
+    Case("system_reset", {}, lambda state, grant: state.phase not in ("preconfig", "devices", "incoming")),
     Case("quit", {}, then=_to("ended", stage="")),
     # Migration.
     Case("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]}),
@@ -292,16 +367,22 @@ CASES: Final = (
         _to("migrating", stage="hello"),
     ),
     Case("migrate", _channels("@nowhere", "@nowhere"), _never),
+    Case("migrate", {"uri": "unix:@to-main"}, _can_copy, _to("migrating", stage="copying")),
+    Case("migrate", {"uri": "file:@state"}, lambda state, grant: _can_copy(state, grant) and grant == "admin", _save),
     Case("migrate", {"uri": "nonsense"}, _never),
     Case("migrate", {}, _never),
     Case(
         "migrate-incoming", _channels("@from-main", "@from-cpr"),
-        lambda state, grant: state.phase == "precreate" and not state.awaits, _await,
+        lambda state, grant: state.phase == "precreate" and not state.awaits and not state.streams, _await,
     ),
+    Case("migrate-incoming", {"uri": "unix:@from-main"}, _can_stream, _stream),
+    Case("migrate-incoming", {"uri": "file:@nowhere"}, _never),
+    Case("loadvm", {"name": "@nowhere"}, _never),
+    Case("loadvm", {}, _never),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
-    Case("job-cancel", {"id": "none"}, lambda state, grant: False),
-    Case("job-dismiss", {"id": "none"}, lambda state, grant: False),
+    Case("job-cancel", {"id": "none"}, _never),
+    Case("job-dismiss", {"id": "none"}, _never),
     # Live update.
     Case("x-cpr-check", _channels("@nowhere", "@nowhere"), _never),
     Case("x-cpr-check", {}, _never),

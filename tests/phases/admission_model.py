@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 
 @final
@@ -57,6 +57,7 @@ DESIGN: Final[Mapping[str, Row]] = {
         "boot/precreate", "no-machine", "configure-machine:machine set-migration-cap set-migration-param listen"
     ),
     "fd_receive": _row("boot/precreate/fd_receive", "no-machine", "adopt-descriptor", lent=False),
+    "stream_receive": _row("boot/precreate/stream_receive", "no-machine", "adopt-descriptor", lent=False),
     "accel": _row(_ACCEL, "machine-created", "open-kvm configure-machine"),
     "backends": _row(f"{_ACCEL}/backends", "accel-created", "create-backend open-host-file"),
     "preconfig": _row(
@@ -116,22 +117,35 @@ DEVIATIONS: Final = (
     _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
     _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
+    _but("preconfig", "loadvm leads on from here", more="restore-guest"),
     _but(
         "devices",
-        "cont leads on from here; back ends may be opened for devices, and nodes made until the machine is complete",
-        more="run-vcpus open-host-file set-numa",
+        "cont, migrate-incoming and loadvm lead on from here; back ends may be opened for devices; nodes are checked "
+        "when the machine is complete; a qtest client reaches what is there",
+        more="run-vcpus open-host-file set-numa listen restore-guest inject",
     ),
     _but(
-        "incoming", "a live update brings its run state along, and ends with its source",
-        less="cancel-migration run-vcpus",
+        "incoming", "a guest that is copied comes into RAM of this process; after a failure another may be awaited",
+        more="write-guest-memory listen restore-guest",
     ),
-    _but(
-        "running", "a machine with a guest awaits none; nothing is plugged or injected yet",
-        less="listen inject",
-    ),
-    _but("migrating", "no dirty log is read: RAM is shared", less="read-dirty-log"),
-    _but("postmigrate", "after a live update the guest comes back by a hand-over only", less="resume-here"),
+    _but("running", "a machine with a guest awaits none", less="listen"),
+    _but("migrating", "no dirty log is read: RAM is shared, or copied while the guest stands", less="read-dirty-log"),
 )  # fmt: skip
+
+ONLY: Final[Mapping[tuple[str, str], str]] = {
+    # A live update brings its run state along, and ends with its source.
+    **dict.fromkeys(
+        (
+            ("incoming", f"may-{name}")
+            for name in ("run-vcpus", "cancel-migration", "write-guest-memory", "listen", "restore-guest")
+        ),
+        "copied",
+    ),
+    ("migrating", "may-send-descriptors"): "updated",
+    # After a live update the guest comes back by a hand-over only.
+    ("postmigrate", "may-resume-here"): "copied",
+}  # fmt: skip
+"""Tokens that a phase grants only where it has a use for them: where a guest is copied, or where it is updated live."""
 
 
 def _granted(phase: str) -> dict[str, frozenset[str] | None]:
@@ -150,10 +164,7 @@ def _granted(phase: str) -> dict[str, frozenset[str] | None]:
 
 
 GRANTED: Final[Mapping[str, Mapping[str, frozenset[str] | None]]] = {phase: _granted(phase) for phase in DESIGN}
-WITHHELD: Final[Mapping[str, frozenset[str]]] = {
-    # There is no injecting yet, so none is withheld.
-    phase: row.withholds - {"may-inject"} for phase, row in DESIGN.items()
-}  # fmt: skip
+WITHHELD: Final[Mapping[str, frozenset[str]]] = {phase: row.withholds for phase, row in DESIGN.items()}
 
 _HOST: Final = "may-open-host-file|may-adopt-descriptor"
 
@@ -183,7 +194,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "set-numa-node": ("may-set-numa",),
     **dict.fromkeys(("device_add", "device_del"), ("may-plug-device|may-append-recipe:devices", "may-query")),
     "finish-machine-init": ("may-configure-machine:board",),
-    **dict.fromkeys(("cont", "stop", "system_reset"), ("may-run-vcpus",)),
+    **dict.fromkeys(("stop", "system_reset"), ("may-run-vcpus",)),
+    "cont": ("may-run-vcpus|may-resume-here",),
     "migrate-set-capabilities": ("may-set-migration-cap",),
     "migrate-set-parameters": ("may-set-migration-param",),
     "migrate": ("may-start-migration", "may-query"),
@@ -191,6 +203,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate_cancel": ("may-cancel-migration",),
     "job-cancel": ("may-cancel-migration", "may-query"),
     "job-dismiss": ("may-dismiss-job",),
+    "loadvm": ("may-restore-guest", "may-open-host-file"),
     "x-cpr-check": ("may-start-migration",),
     "x-cpr-abandon": ("may-listen",),
     "x-allow-difference": ("may-listen",),
@@ -216,15 +229,15 @@ def needs_of(command: str, arguments: Mapping[str, object] = MappingProxyType({}
     return NEEDS[command]
 
 
+EVERY_TRAIT: Final = ("copied", "updated")
+
 _OBSERVE: Final = frozenset({"may-query"})
-_OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-plug-device"}
+_OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-resume-here", "may-plug-device"}
 _MIGRATE: Final = _OPERATE | {
     "may-set-migration-cap", "may-set-migration-param", "may-listen", "may-start-migration", "may-cancel-migration",
     "may-dismiss-job",
 }  # fmt: skip
-_ALL: Final = frozenset(
-    {name.split(":")[0] for row in DESIGN.values() for name in row.grants} | {"may-dismiss-job"}
-) - {"may-adopt-descriptor"}
+_ALL: Final = frozenset(kind for kinds in GRANTED.values() for kind in kinds) - {"may-adopt-descriptor"}
 LENDABLE: Final[Mapping[str, frozenset[str]]] = {
     "observe": _OBSERVE, "operate": _OPERATE, "migrate": _MIGRATE, "admin": _ALL,
 }  # fmt: skip
@@ -262,7 +275,12 @@ def _open_in(phase: str) -> tuple[str, ...]:
     return (phase, *DESIGN[phase].around)
 
 
-def _refusal(need: str, phase: str, grant: str, reserved: bool) -> Refusal | None:
+def has(phase: str, kind: str, traits: Collection[str]) -> bool:
+    """Say whether the window of `phase`, of a machine with these traits, grants `kind`."""
+    return kind in GRANTED[phase] and ONLY.get((phase, kind)) in (None, *traits)
+
+
+def _refusal(need: str, phase: str, grant: str, reserved: bool, traits: Collection[str]) -> Refusal | None:
     kinds, scope = _parse(need)
     suffix = f":{scope}" if scope else ""
     allowed = [kind for kind in kinds if kind in LENDABLE[grant]]
@@ -273,7 +291,7 @@ def _refusal(need: str, phase: str, grant: str, reserved: bool) -> Refusal | Non
     held_by: dict[str, str] = {}
     for window in _open_in(phase):
         for kind in allowed:
-            if kind not in held_by and _grants(window, kind, scope):
+            if kind not in held_by and _grants(window, kind, scope) and has(window, kind, traits):
                 return None
             if kind in WITHHELD[window]:
                 held_by.setdefault(kind, window)
@@ -298,19 +316,21 @@ def refusals(
     *,
     reserved: bool = False,
     noting: bool = False,
+    traits: Collection[str] = EVERY_TRAIT,
 ) -> list[Refusal]:
     """Return every reason not to admit `command`; empty where it is admitted. An error names one of them.
 
     Args:
         reserved: whether an incoming recipe has the machine.
         noting: whether a machine is awaited, and what would make one is noted.
+        traits: see `ONLY`.
     """
     needs = needs_of(command, arguments)
-    found = [_refusal(need, phase, grant, reserved) for need in needs]
+    found = [_refusal(need, phase, grant, reserved, traits) for need in needs]
     if noting and command in NOTED:
         # A session must be allowed the command itself, although it is not carried out now.
         found = [refusal for refusal in found if refusal is not None and refusal.by == "session"]
-        found.append(_refusal("may-append-recipe:overrides", phase, grant, reserved))
+        found.append(_refusal("may-append-recipe:overrides", phase, grant, reserved, traits))
     return [refusal for refusal in found if refusal is not None]
 
 

@@ -114,8 +114,11 @@ class Destination:
         self._cell: OwnershipCell | None = None
         self._held: list[Message | socket.socket] = []
 
-    def accept(self) -> None:
-        """Accept the source, which has connected."""
+    def accept(self, *, update: bool) -> None:
+        """Accept the source, which has connected: to the CPR channel for a live update, else to the main one."""
+        if not update:
+            self._held.append(self._listeners[0].accept()[0])
+            return
         sock, _ = self._listeners[1].accept()
         self._channel = CprChannel(trio.socket.from_stdlib_socket(sock), side="destination", peer="source")
 

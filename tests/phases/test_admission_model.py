@@ -23,7 +23,18 @@ from hypothesis.stateful import (
 )
 
 from tests.phases.admission_cases import CASES, DEFINITION, WAY_ON, Case, State, proper
-from tests.phases.admission_model import DESIGN, GRANTED, LENDABLE, NEEDS, NOTED, WITHHELD, phases_of, refusals, told
+from tests.phases.admission_model import (
+    DESIGN,
+    GRANTED,
+    LENDABLE,
+    NEEDS,
+    NOTED,
+    WITHHELD,
+    has,
+    phases_of,
+    refusals,
+    told,
+)
 from tests.phases.admission_rig import GRANTS, HANGS, Rig, open_rig, unexpected
 from tests.test_tear_down import out_of_order
 from vmm.phases.catalog import COMMANDS
@@ -58,7 +69,13 @@ class Checked:
         state = self.state
         before = state.phase
         expected = refusals(
-            case.command, state.phase, grant, case.arguments, reserved=state.reserved, noting=state.awaits
+            case.command,
+            state.phase,
+            grant,
+            case.arguments,
+            reserved=state.reserved,
+            noting=state.awaits,
+            traits=state.traits,
         )
         fds = [os.open("/dev/null", os.O_RDONLY)] if case.sends_fd else []
         if case.sends_fd:
@@ -96,8 +113,9 @@ class Checked:
             ("@from-main", rig.source.main),
             ("@from-cpr", rig.source.cpr),
             ("@nowhere", str(rig.sockets / "nowhere")),
+            ("@state", str(rig.sockets.parent / "state")),
         ):
-            text = text.replace(f'"{name}"', json.dumps(path))
+            text = text.replace(name, path)
         arguments: dict[str, Any] = json.loads(text)
         return arguments
 
@@ -114,8 +132,8 @@ class Checked:
             assert rig.path == DESIGN[before].path
             return
         if state.phase == "migrating" and before == "running":
-            rig.destination.accept()
-        if before in ("migrating", "quiesced", "handover"):
+            rig.destination.accept(update=state.stage == "hello")
+        if before in ("migrating", "quiesced", "handover") or (before, state.phase) == ("running", "postmigrate"):
             await rig.wait_path(DESIGN[state.phase].path)
             if state.phase == "running":
                 rig.destination.hang_up()
@@ -130,14 +148,18 @@ class Checked:
         open_phases = [self.state.phase, *DESIGN[self.state.phase].around]
         expected = {
             phase: (
-                {kind: None if scope is None else sorted(scope) for kind, scope in GRANTED[phase].items()},
+                {
+                    kind: None if scope is None else sorted(scope)
+                    for kind, scope in GRANTED[phase].items()
+                    if has(phase, kind, self.state.traits)
+                },
                 sorted(WITHHELD[phase]),
             )
             for phase in open_phases
-            if GRANTED[phase]
         }
-        found.pop("fd_receive", None)
-        assert found == expected
+        for aside in ("fd_receive", "stream_receive"):
+            found.pop(aside, None)
+        assert found == expected, f"granted {found}, model {expected}"
 
     async def compare_commands(self, grant: str) -> None:
         """Compare what `query-commands` tells the session with `grant` with the model."""
@@ -146,7 +168,9 @@ class Checked:
         for info in reply["return"]:
             name = info["name"]
             assert info["phases"] == phases_of(name), name
-            expected = not refusals(name, state.phase, grant, reserved=state.reserved, noting=state.awaits)
+            expected = not refusals(
+                name, state.phase, grant, reserved=state.reserved, noting=state.awaits, traits=state.traits
+            )
             assert info["admitted"] == expected, f"{name} by {grant}, {state}"
 
     # What happens beside commands.
@@ -205,7 +229,7 @@ class Checked:
 
 
 def _windows(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if node["window"] and (node["tokens"] or node["withholds"]):
+    if node["window"]:
         yield node["phase"], ({it["token"]: it.get("scope") for it in node["tokens"]}, node["withholds"])
     for child in node["children"]:
         yield from _windows(child)
@@ -218,7 +242,7 @@ def _opened(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
         if name in words
         else f"{'open' if data['opened'] else 'leave'} {data['path']}"
         for name, data in events
-        if (name in words or name == "PHASE_CHANGED") and data["phase"] != "fd_receive"
+        if (name in words or name == "PHASE_CHANGED") and data["phase"] not in ("fd_receive", "stream_receive")
     ]
 
 
@@ -314,7 +338,9 @@ def explorer(yard: Yard) -> type[RuleBasedStateMachine]:
                 self._execute("admin", proper("migrate-set-parameters"))
             self._execute("admin", proper(WAY_ON[state.phase]))
 
-        @precondition(lambda self: self.phase == "precreate" and not self.checked.state.awaits)
+        @precondition(
+            lambda self: self.phase == "precreate" and not self.checked.state.awaits and not self.checked.state.streams
+        )
         @rule(grant=st.sampled_from(("migrate", "admin")))
         def await_an_update(self, grant: str) -> None:
             self._execute(grant, proper("migrate-incoming"))
@@ -327,13 +353,13 @@ def explorer(yard: Yard) -> type[RuleBasedStateMachine]:
             visit(self.checked.source_describes)  # type: ignore[union-attr]
             yard.steps += 1
 
-        @precondition(lambda self: self.phase == "incoming")
+        @precondition(lambda self: self.phase == "incoming" and self.checked.state.reserved)
         @rule()
         def source_hangs_up(self) -> None:
             visit(self.checked.source_hangs_up)  # type: ignore[union-attr]
             yard.steps += 1
 
-        @precondition(lambda self: self.checked is not None and self.checked.state.stage != "")
+        @precondition(lambda self: self.checked is not None and self.checked.state.stage not in ("", "copying"))
         @rule()
         def destination_goes_on(self) -> None:
             visit(self.checked.destination_goes_on)  # type: ignore[union-attr]
@@ -386,7 +412,7 @@ async def test_ten_thousand_random_commands_are_admitted_as_the_design_says(tmp_
 
         await trio.to_thread.run_sync(explore)
     assert yard.steps >= STEPS
-    assert {phase for phase, _ in yard.seen} >= set(DESIGN) - {"boot", "fd_receive", "backends"}
+    assert {phase for phase, _ in yard.seen} >= set(DESIGN) - {"boot", "fd_receive", "stream_receive", "backends"}
     assert {command for _, command in yard.seen} == {command.name for command in COMMANDS}
 
 
