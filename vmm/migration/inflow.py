@@ -12,7 +12,7 @@ import trio
 from vmm.errors import StreamCorrupt, VmmError
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.stream import StreamReader
-from vmm.migration.stream_records import Header, Recipe, recipe_digest
+from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, Header, Recipe, Section, recipe_digest
 from vmm.migration.words import Word, hear, say
 
 if TYPE_CHECKING:
@@ -44,8 +44,12 @@ class Inflow:
         """Whether nobody is at the other end."""
         return self._channel is None
 
-    async def read_head(self) -> tuple[Header, Recipe]:
-        """Read what a stream begins with. `StreamCorrupt` if it is none, or its recipe is not the one it was of."""
+    async def read_head(self) -> tuple[Recipe, Section]:
+        """Read what a stream begins with: the recipe, which must be that of its header, and the section PROCESSOR.
+
+        Raises:
+            StreamCorrupt: it begins with something else.
+        """
         head: list[Record] = []
 
         def take(record: Record) -> bool:
@@ -53,13 +57,15 @@ class Inflow:
             return len(head) == _HEAD
 
         await self.read(take)
-        header, recipe = head[0], head[-1]
+        header, recipe, processor = (*head, *[None] * _HEAD)[:_HEAD]
         assert isinstance(header, Header), "the reader lets no stream begin otherwise"
         if not isinstance(recipe, Recipe):
             raise StreamCorrupt(reason="it has no recipe: it does not say what machine it is of")
         if header.recipe_digest != recipe_digest(recipe.commands):
             raise StreamCorrupt(reason="its recipe is not the one whose digest is in its header")
-        return header, recipe
+        if not isinstance(processor, Section) or (processor.name, processor.version) != (PROCESSOR, PROCESSOR_VERSION):
+            raise StreamCorrupt(reason=f"its first section is not {PROCESSOR!r} of version {PROCESSOR_VERSION}")
+        return recipe, processor
 
     async def read(self, take: Callable[[Record], bool]) -> None:
         """Call `take`, in a thread, for each record that comes, until it returns true or the stream has ended.
@@ -130,5 +136,5 @@ class Inflow:
             self._fd = -1
 
 
-_HEAD: Final = 2
-"""Records that a stream begins with: header and recipe."""
+_HEAD: Final = 3
+"""Records that a stream begins with: header, recipe, and the processor."""

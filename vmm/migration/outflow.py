@@ -11,7 +11,7 @@ from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, Str
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram import RamReader
 from vmm.migration.stream import StreamWriter
-from vmm.migration.stream_records import recipe_digest
+from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.words import Word, hear, say
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.kvm.memory import GuestMemory
+    from vmm.migration.section_payload import StateValue
     from vmm.migration.status import MigrationRamStats
     from vmm.migration.stream_records import Section
 
@@ -35,7 +36,9 @@ class Outflow:
         self._fd = target if isinstance(target, int) else target.fileno()
         self._writer: StreamWriter | None = None
 
-    async def announce(self, name: str, recipe: Sequence[Mapping[str, Any]]) -> None:
+    async def announce(
+        self, name: str, recipe: Sequence[Mapping[str, Any]], processor: Mapping[str, StateValue]
+    ) -> None:
         """Send what machine it is, and wait until the destination has made it. At once with a file.
 
         The guest may still run. There is no limit to the wait but a cancellation.
@@ -45,6 +48,7 @@ class Outflow:
         """
         self._writer = StreamWriter(name, recipe_digest(recipe))
         self._writer.recipe(recipe)
+        self._writer.section(PROCESSOR, PROCESSOR_VERSION, processor)
         if self._channel is not None:
             head = self._writer.take()
             await self._in_thread(lambda bulk: bulk.write(head))

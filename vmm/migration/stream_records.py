@@ -26,6 +26,10 @@ RECIPE_DEPTH_LIMIT: Final = 64  # containers within each other
 DIGEST_SIZE: Final = 32  # bytes, SHA-256
 PAGE_SIZE: Final = 4096  # bytes
 
+PROCESSOR: Final = "processor"
+PROCESSOR_VERSION: Final = 1
+"""The section that follows the recipe where a guest is copied: what its vCPUs answer to CPUID."""
+
 _SECTION_FIXED: Final = struct.Struct("<II")  # version, bytes of JSON
 _EXTENT: Final = struct.Struct("<QQ")  # guest-physical address, bytes
 _WHERE: Final = struct.Struct("<I")

@@ -21,6 +21,7 @@ from vmm.migration.connect import connect
 from vmm.migration.outflow import Outflow
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import Section
+from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
@@ -203,7 +204,7 @@ async def _announce(run: Run, flow: Outflow) -> None:
 
     host = run.machine.made.host
     recipe = travelling(host.recorder.recipe()).ordered(rank).to_json()
-    await flow.announce(host.start.identity.name or "trio-vmm", recipe)
+    await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu))
 
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:

@@ -51,7 +51,22 @@ def compare_cpus(body: object, recipe: Recipe) -> Iterator[Difference]:
     options = structure(CpuOptions, arguments["cpu-model-set"], "cpu-model-set")
     assert isinstance(machine, MachineOptions)
     assert isinstance(options, CpuOptions)
-    model = CpuOffer(offered, deadline, machine.smp.cpus).choose(options)
+    yield from _compared(leaves, CpuOffer(offered, deadline, machine.smp.cpus).choose(options))
+
+
+def compare_made(body: object, model: CpuModel) -> Iterator[Difference]:
+    """Yield each CPUID leaf that `model`, of a machine made here, answers otherwise than `body` says.
+
+    That may be of another host, whose KVM offers something else.
+
+    Raises:
+        RecipeInvalid: as `compare_cpus`.
+    """
+    _, _, leaves = _checked(body)
+    yield from _compared(leaves, model)
+
+
+def _compared(leaves: Sequence[CpuidEntry], model: CpuModel) -> Iterator[Difference]:
     source, here = _by_leaf(leaves), _by_leaf(model.leaves(0))
     for leaf in sorted({*source, *here}):
         there, ours = source.get(leaf), here.get(leaf)

@@ -165,7 +165,7 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     assert arrival is not None
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
-    made.incoming.streams.require_same(arrival.recipe)
+    made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     ram = RamWriter(grants.write_guest_memory, machine.memory.regions)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vmm.migration.address import ChannelAddress, SocketAddress
     from vmm.migration.connect import Listener
     from vmm.nursery_tree import Phase
+    from vmm.phases.cpus import CpuModel
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.migration_state import MigrationState
@@ -134,11 +135,17 @@ class StreamPort:
         """Say whether the machine is being made from a stream's recipe."""
         return self.wait is not None and self.wait.replays
 
-    def require_same(self, source: Recipe) -> None:
-        """Raise `DifferencesVisible` unless the source's machine is, as far as its guest can tell, this one."""
-        from vmm.phases.copying import travelling
+    def require_same(self, source: Recipe, cpu: object, model: CpuModel) -> None:
+        """Raise `DifferencesVisible` unless the source's machine is, as far as its guest can tell, this one.
 
-        self._port.differences = compare(source, travelling(self._host.recorder.recipe()))
+        Args:
+            cpu: what the source says of its processor, hostile: `RecipeInvalid` if it is nothing of the kind.
+        """
+        from vmm.phases.copying import travelling
+        from vmm.phases.cpu_differences import compare_made
+
+        recipes = compare(source, travelling(self._host.recorder.recipe()))
+        self._port.differences = (*recipes, *compare_made(cpu, model))
         refused = visible(self._port.differences, self._port.allowed)
         if refused:
             raise DifferencesVisible(items=tuple(item.describe() for item in refused))

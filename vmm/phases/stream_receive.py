@@ -47,6 +47,8 @@ class StreamArrival:
 
     flow: Inflow
     recipe: Recipe
+    cpu: object
+    """What the source says of its processor, unchecked."""
 
 
 @final
@@ -142,18 +144,18 @@ async def _receive(phase: Phase, host: Host, port: IncomingPort, wait: StreamWai
     """See one stream through; return why it was refused before phase incoming had it."""
     failure: VmmError | None = None
     try:
-        _, record = await flow.read_head()
-        source = Recipe.from_json("of the source", [dict(command) for command in record.commands])
+        record, processor = await flow.read_head()
+        source, cpu = Recipe.from_json("of the source", [dict(command) for command in record.commands]), processor.state
         await phase.tree.wait_begun("migrate-incoming", SUCCESSOR.name)
         if phase.tree.machine_phase != "no-machine":
             source = checked(source, host.table)
-            wait.come(StreamArrival(flow, source))
+            wait.come(StreamArrival(flow, source, cpu))
         else:
             arriving = port.consider(source, ())
             wait.inheritance.add_copies(arriving.given)
             wait.inheritance.open_here(arriving.here, {})
             wait.replays = True
-            wait.come(StreamArrival(flow, arriving.recipe))
+            wait.come(StreamArrival(flow, arriving.recipe, cpu))
             try:
                 await replay_incoming(host, phase.tree, arriving.recipe)
             finally:

@@ -1,0 +1,280 @@
+"""Streams that are damaged, or made with intent: each is refused, and nothing of it stays."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import vmm
+from tests.phases.copy_kit import PREAMBLE, commands, goes_on, ram, save, started, status
+from vmm.errors import StateRejected, StreamCorrupt, VmmError
+from vmm.migration.stream import HEAD_SIZE, StreamReader, StreamWriter
+from vmm.migration.stream_records import (
+    End,
+    Header,
+    RamContent,
+    RamExtents,
+    Recipe,
+    Record,
+    Section,
+    recipe_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vmm.embedding import EmbeddedMachine
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+PAGE: Final = b"x" * 4096
+
+
+async def saved(folder: Path) -> bytes:
+    """Return a guest as a stream."""
+    async with started() as source:
+        return await save(source, folder / "good")
+
+
+async def refused(machine: EmbeddedMachine, folder: Path, data: bytes) -> VmmError:
+    """Load a stream, which must be refused whole; return why."""
+    path = trio.Path(folder / "bad")
+    await path.write_bytes(data)
+    with pytest.raises(VmmError) as caught:
+        await machine.execute("loadvm", name=str(path))
+    assert await status(machine) == "inmigrate"
+    assert ram(machine) == []
+    return caught.value
+
+
+async def loads(machine: EmbeddedMachine, folder: Path) -> None:
+    """Load the good stream after all of them."""
+    await machine.execute("loadvm", name=str(folder / "good"))
+    assert await status(machine) == "running"
+    await goes_on(machine)
+
+
+def boundaries(data: bytes) -> list[int]:
+    """Return where each record begins, and the end."""
+    at, found = PREAMBLE, [PREAMBLE]
+    while at < len(data):
+        at += HEAD_SIZE + int.from_bytes(data[at + 8 : at + 12], "little")
+        found.append(at)
+    return found
+
+
+async def test_every_record_is_missed_and_every_end_noticed(tmp_path: Path) -> None:
+    data = await saved(tmp_path)
+    cuts = boundaries(data)
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        for start, end in pairwise(cuts):
+            for bad in (data[:start], data[: start + 1], data[: end - 1], data[:start] + data[end:]):
+                error = await refused(machine, tmp_path, bad)
+                assert isinstance(error, StreamCorrupt)
+                assert "offset" in str(error) or "preamble" in str(error)
+        await loads(machine, tmp_path)
+
+
+async def test_records_that_are_swapped_or_repeated_are_noticed(tmp_path: Path) -> None:
+    data = await saved(tmp_path)
+    cuts = boundaries(data)
+    records = [data[start:end] for start, end in pairwise(cuts)]
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        for at in range(len(records) - 1):
+            swapped = [*records[:at], records[at + 1], records[at], *records[at + 2 :]]
+            repeated = [*records[: at + 1], records[at], *records[at + 1 :]]
+            for bad in (swapped, repeated):
+                error = await refused(machine, tmp_path, data[:PREAMBLE] + b"".join(bad))
+                assert f"record {at}" in str(error) or f"record {at + 1}" in str(error)
+        await loads(machine, tmp_path)
+
+
+async def test_whatever_bit_is_flipped_the_stream_is_refused(tmp_path: Path) -> None:
+    data = await saved(tmp_path)
+
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        attempts: list[bytes] = []
+
+        @settings(
+            max_examples=200, deadline=None, database=None, derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        @given(st.integers(0, len(data) * 8 - 1))
+        def collect(bit: int) -> None:
+            bad = bytearray(data)
+            bad[bit // 8] ^= 1 << bit % 8
+            attempts.append(bytes(bad))
+
+        await trio.to_thread.run_sync(collect)
+        for bad in attempts:
+            assert isinstance(await refused(machine, tmp_path, bad), StreamCorrupt)
+        await loads(machine, tmp_path)
+
+
+# --- made with intent: every checksum is right ------------------------------------------------------------------
+
+
+def records_of(data: bytes) -> list[Record]:
+    """Return what a stream holds."""
+    reader = StreamReader()
+    return reader.feed(data)
+
+
+def stream_of(records: list[Record]) -> bytes:
+    """Return a stream of these records, with an end of its own."""
+    header, *rest = records
+    assert isinstance(header, Header)
+    writer = StreamWriter(header.machine, header.recipe_digest)
+    for record in rest:
+        if isinstance(record, RamContent):
+            writer.ram_content(record)
+        elif not isinstance(record, End):
+            writer._add(record)
+    return b"".join(writer.finish())
+
+
+def changed(kind: type[Record], change: Callable[[Any], list[Record]]) -> Callable[[list[Record]], list[Record]]:
+    """Replace the first record of a kind."""
+
+    def apply(records: list[Record]) -> list[Record]:
+        at = next(number for number, record in enumerate(records) if isinstance(record, kind))
+        return [*records[:at], *change(records[at]), *records[at + 1 :]]
+
+    return apply
+
+
+def without(name: str) -> Callable[[list[Record]], list[Record]]:
+    """Leave a section out."""
+    return lambda records: [it for it in records if not (isinstance(it, Section) and it.name == name)]
+
+
+def with_section(name: str, **state: Any) -> Callable[[list[Record]], list[Record]]:
+    """Replace members of a section's state."""
+
+    def apply(records: list[Record]) -> list[Record]:
+        return [
+            attrs.evolve(it, state={**it.state, **state}) if isinstance(it, Section) and it.name == name else it
+            for it in records
+        ]
+
+    return apply
+
+
+def with_recipe(*steps: dict[str, Any]) -> Callable[[list[Record]], list[Record]]:
+    """Put another recipe, and its digest, in place of the source's."""
+
+    def apply(records: list[Record]) -> list[Record]:
+        header = Header("hostile", recipe_digest(steps))
+        return [header, Recipe(steps), *records[2:]]
+
+    return apply
+
+
+HOSTILE: Final[dict[str, tuple[Callable[[list[Record]], list[Record]], str]]] = {
+    "extents that are not RAM": (
+        lambda records: [
+            RamExtents(((0xF000_0000, 4096),), in_stream=True) if isinstance(it, RamExtents) else it
+            for it in records
+            if not isinstance(it, RamContent)
+        ],
+        "its RAM is 4096 bytes at 0xf0000000, this machine has 16777216 bytes at 0x0",
+    ),
+    "extents without end": (
+        changed(RamExtents, lambda it: [RamExtents(((0, (1 << 64) - 4096),), in_stream=True)]),
+        "its RAM is 18446744073709547520 bytes at 0x0, this machine has 16777216 bytes at 0x0",
+    ),
+    "extents twice": (
+        changed(RamExtents, lambda it: [it, it]),
+        "a misplaced list of RAM extents: extent 0x0 of 0x1000000 bytes begins before the end of one before it",
+    ),
+    "no extents": (
+        lambda records: [it for it in records if not isinstance(it, RamExtents | RamContent)],
+        "its RAM is nowhere, this machine has 16777216 bytes at 0x0",
+    ),
+    "extents of shared memory": (
+        changed(RamExtents, lambda it: [RamExtents(it.extents)]),
+        "a misplaced content of RAM",
+    ),
+    "shared memory and no content": (
+        lambda records: [
+            RamExtents(it.extents) if isinstance(it, RamExtents) else it
+            for it in records
+            if not isinstance(it, RamContent)
+        ],
+        "the content of the guest's RAM is not in it; only a live update comes so",
+    ),
+    "content outside": (
+        changed(RamContent, lambda it: [RamContent(((1 << 40, 4096),), (PAGE,))]),
+        "0x1000 bytes at 0x10000000000 are outside its extents, or not after what came before",
+    ),
+    "content over the end": (
+        changed(RamContent, lambda it: [RamContent((((16 << 20) - 4096, 8192),), (PAGE * 2,))]),
+        "0x2000 bytes at 0xfff000 are outside its extents, or not after what came before",
+    ),
+    "content twice": (
+        changed(RamContent, lambda it: [it, it]),
+        "are outside its extents, or not after what came before",
+    ),
+    "a section that is missing": (without("kvm"), "'kvm' is missing from the stream"),
+    "no word of the pause": (without("pause"), "'pause' is missing from the stream"),
+    "a section too many": (
+        changed(Section, lambda it: [it, Section("ghost", 1, {})]),
+        "'ghost' is in the stream, and no device here has it",
+    ),
+    "a pause that cannot be": (with_section("pause", running=7), "lacks running"),
+    "a run state that is none": (with_section("pause", **{"run-state": "flying"}), "run state 'flying' is none"),
+    "vCPUs that are none": (with_section("kvm", vcpus=[]), "0 states for 1 vCPUs"),
+    "a chip of a wrong size": (with_section("kvm", chips={}), "chips must have exactly the members"),
+    "another digest": (
+        changed(Header, lambda it: [attrs.evolve(it, recipe_digest=bytes(32))]),
+        "its recipe is not the one whose digest is in its header",
+    ),
+    "no recipe": (lambda records: [records[0], *records[2:]], "it has no recipe"),
+    "no processor": (without("processor"), "its first section is not 'processor' of version 1"),
+    "a processor that is none": (
+        with_section("processor", leaves=[[0] * 6]),
+        "what it says of the processor is no list of CPUID leaves",
+    ),
+    "another processor": (with_section("processor", leaves=[[1, 0, 0, 7, 7, 7, 7]]), "cpuid 0x1.0 ("),
+    "a recipe that opens files": (
+        with_recipe({"execute": "machine-set", "arguments": {"kernel": "/etc/passwd"}}, *commands()[1:4]),
+        "machine-set.kernel ('/etc/passwd' there, 'builtin:heartbeat' here)",
+    ),
+    "a recipe with a command of its own": (
+        with_recipe(*commands()[:4], {"execute": "quit"}),
+        "a recipe from elsewhere has only commands that make a machine",
+    ),
+    "a recipe of nothing": (with_recipe(), "the recipe of a whole machine has it once"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_stream_made_with_intent_is_refused(name: str, tmp_path: Path) -> None:
+    change, reason = HOSTILE[name]
+    data = await saved(tmp_path)
+    bad = stream_of(change(records_of(data)))
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        error = await refused(machine, tmp_path, bad)
+        assert reason in str(error)
+        await loads(machine, tmp_path)
+
+
+async def test_the_good_stream_survives_being_taken_apart(tmp_path: Path) -> None:
+    data = await saved(tmp_path)
+    assert stream_of(records_of(data)) == data
+
+
+async def test_a_device_s_state_that_cannot_be_is_named(tmp_path: Path) -> None:
+    data = await saved(tmp_path)
+    bad = stream_of(with_section("rtc", index=999999)(records_of(data)))
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        error = await refused(machine, tmp_path, bad)
+        assert isinstance(error, StateRejected)
+        assert error.section == "rtc"
