@@ -38,6 +38,7 @@ def test_what_is_the_same_is_listed_as_identical_without_values() -> None:
         ("machine-set", MACHINE | {"name": "a"}, MACHINE | {"name": "b"}, "machine-set.name"),
         ("machine-set", MACHINE, MACHINE | {"reboot-action": "shutdown"}, "machine-set.reboot-action"),
         ("machine-set", MACHINE, MACHINE | {"serial": ["other"]}, "machine-set.serial"),
+        ("machine-set", MACHINE, MACHINE | {"rtc": {"base": "localtime"}}, "machine-set.rtc"),
         ("chardev-add", SERIAL, {"id": "serial0", "backend": {"type": "null"}}, "chardev-add serial0"),
         ("object-add", {"id": "m", "qom-type": "x"}, {"id": "m", "qom-type": "y"}, "object-add m"),
         ("device_add", RNG, RNG | {"rng": "rng1"}, "device_add r"),

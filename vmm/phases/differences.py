@@ -20,8 +20,11 @@ Effect = Literal["identical", "host-only", "guest-visible"]
 DECISIONS: Final = ("machine-set", "accel-set", "cpu-model-set")
 """Commands of which a machine has one each; their members are items of their own."""
 
-_HOST_ONLY_MEMBERS: Final = frozenset({"machine-set.name", "machine-set.reboot-action", "machine-set.serial"})
-"""What becomes of a reset is the host's policy. Which chardevs are behind the serial ports is, too; how many is not."""
+_HOST_ONLY_MEMBERS: Final = frozenset(
+    {"machine-set.name", "machine-set.reboot-action", "machine-set.rtc", "machine-set.serial"}
+)
+"""What becomes of a reset is the host's policy. Which chardevs are behind the serial ports is, too; how many is not.
+How far the clock is ahead is state that travels; where it once began is forgotten."""
 
 _HOST_ONLY_COMMANDS: Final = frozenset({"chardev-add", "object-add"})
 
