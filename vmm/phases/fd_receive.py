@@ -118,6 +118,7 @@ async def run_fd_receive(
                             await _build(phase, host, port, arrival)
                             await arrival.over.wait()
                             inheritance.retire_replaced()
+                            await port.unbind()
                             return
 
 

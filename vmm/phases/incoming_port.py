@@ -54,6 +54,7 @@ class IncomingPort:
         self.allowed: Final[set[str]] = set()
         """Names of differences that are admitted though the guest could tell."""
         self._residents: Final[list[Resident]] = []
+        """Who holds the bound sockets of a live update, and who awaits its source."""
 
     async def listen(
         self, channels: Sequence[Channel], *, exit_on_error: bool = True, wishes: Wishes
@@ -153,6 +154,10 @@ class IncomingPort:
         assert self.progress is not None
         self.progress.advance(MigrationStatus.CANCELLING)
         self.progress.advance(MigrationStatus.CANCELLED)
+
+    async def unbind(self) -> None:
+        """The guest is here: keep nothing of what it came in on."""
+        await self._residents.pop(0).leave()
 
     def allow(self, names: Iterable[str]) -> None:
         """Admit differences by name. Raises `OptionInvalid`, having admitted none, for one that cannot be."""
