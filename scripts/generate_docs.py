@@ -251,11 +251,12 @@ def migration_capabilities() -> str:
 
 def options() -> str:
     """Each option of `trio-vmm run`, and the command that it stands for."""
+    names = {command.name for command in COMMANDS}
     rows = [
         (
             ", ".join(f"`{name}`" for name in (option.name, *option.also))
             + (f" `{option.metavar}`" * bool(option.metavar)),
-            re.sub(r"[a-z]+(?:[-_][a-z]+)+|\bcont\b", r"`\g<0>`", option.command),
+            re.sub(r"[a-z][a-z_-]+", lambda word: f"`{word[0]}`" if word[0] in names else word[0], option.command),
             "yes" if option.admitted else "",
             option.help + ("; may be repeated" if option.repeated else ""),
         )

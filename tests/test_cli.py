@@ -450,3 +450,45 @@ async def test_with_stopped_the_machine_is_complete_and_stands(tmp_path: Path) -
         assert await m.qmp.execute("query-status") == {"running": False, "status": "prelaunch"}
         await m.qmp.execute("cont")
         assert (await m.ended()).status == 3
+
+
+# --- incoming ---------------------------------------------------------------------------------------------
+
+
+async def test_a_port_that_the_host_chooses_is_told(tmp_path: Path) -> None:
+    async with machine(tmp_path, "-incoming", "tcp:127.0.0.1:0") as m:
+        await m.qmp.execute("migrate-set-capabilities", capabilities=[])  # waits until the recipe is carried out
+        found = await m.qmp.execute("query-migrate")
+        assert found["status"] == "setup"
+        (address,) = found["socket-address"]
+        assert (address["type"], address["host"]) == ("inet", "127.0.0.1")
+        with socket.create_connection((address["host"], int(address["port"]))):
+            pass
+        assert (await m.quit()).status == 0
+
+
+@pytest.mark.kvm
+async def test_with_incoming_defer_a_machine_waits_until_it_is_told_where_its_guest_comes_in(tmp_path: Path) -> None:
+    guest = ("-kernel", flat_guest(tmp_path, HALT), "-m", "2", "-serial", "null")
+    async with machine(tmp_path, "-incoming", "defer", *guest) as m:
+        await m.until_phase("devices")
+        await m.qmp.execute("migrate-incoming", uri=f"unix:{tmp_path}/main")
+        assert (await m.qmp.execute("query-status"))["status"] == "inmigrate"
+        assert (await m.quit()).status == 0
+    assert "main" not in os.listdir(tmp_path)
+
+
+@pytest.mark.kvm
+async def test_a_saved_guest_is_loaded_into_its_machine_or_brings_it(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    guest = ("-kernel", flat_guest(tmp_path, HALT), "-m", "2", "-serial", "null")
+    async with machine(tmp_path, *guest) as m:
+        await m.until_running()
+        await m.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        await m.qmp.execute("migrate", uri=f"file:{saved}")
+        await m.event("MIGRATION", lambda data: data["status"] == "completed")
+        assert (await m.quit()).status == 0
+    for options in ((*guest, "-loadvm", saved), ("-loadvm", saved, "-allow-resource", f"kernel={tmp_path}/guest.bin")):
+        async with machine(tmp_path, *options) as m:
+            await m.until_running()
+            assert (await m.quit()).status == 0

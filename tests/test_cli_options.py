@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.phases.machine import parse
+from tests.phases.machine import connected, machine, monitor, parse
 from vmm.cli import main
 from vmm.cli_machine import cpu_step, device_step, numa_steps, object_step
 from vmm.cli_options import ABSENT, OPTIONS, Option, Parser, add_run_options
 from vmm.cli_recipe import allowed_resources, recipe_of
 from vmm.errors import OptionInvalid, Unsupported, VmmError
-from vmm.phases.catalog import rank
-from vmm.recipe import Step
+from vmm.monitor.arguments import structure
+from vmm.phases.catalog import COMMANDS, rank
+from vmm.phases.start import Start
+from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
     import argparse
@@ -125,6 +128,44 @@ def test_the_recipe_of_an_option_is_the_recipe_of_its_recipe(
     (tmp_path / "recipe").write_text(first)
     assert main(["run", "--print-recipe", "--recipe", str(tmp_path / "recipe")]) == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_commands_of_an_option_take_what_it_says(name: str) -> None:
+    commands = {command.name: command for command in COMMANDS}
+    for request in requests("-kernel", "k", *EXAMPLES[name]):
+        structure(commands[request["execute"]].arguments or _Nothing, request.get("arguments", {}), "")
+
+
+@attrs.frozen
+class _Nothing:
+    """The arguments of a command that has none."""
+
+
+MANY = (
+    *("-kernel", "builtin:heartbeat", "-m", "32", "-smp", "2", "-append", "region=64K", "-S", "-nodefaults"),
+    *("-object", "rng-builtin,id=r0", "-device", "virtio-rng-device,id=d0,rng=r0,max-bytes=1024,period=1000"),
+    *("-numa", "node,cpus=0,mem=16M", "-numa", "node,cpus=1,mem=16M", "-numa", "dist,src=0,dst=1,val=20"),
+    *("-rtc", "base=2006-06-17T16:01:21", "-boot", "menu=off", "-machine", "microvm,accel=kvm", "-name", "many"),
+)
+
+
+@pytest.mark.kvm
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_machine_of_many_options_is_the_same_from_its_printed_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def made(recipe: Recipe) -> list[dict[str, Any]]:
+        path = tmp_path / "q"
+        start = Start(Recipe("of this test", (*monitor(path), *recipe)).ordered(rank))
+        async with machine(start, path) as running, connected(path) as client:
+            await client.execute("migrate-set-capabilities", capabilities=[])  # waits until the machine is made
+            assert (await client.execute("query-machine-phase"))["path"].endswith("/running")
+            return running.host.recorder.recipe().to_json()
+
+    assert main(["run", "--print-recipe", *MANY]) == 0
+    printed = Recipe.parse("printed", capsys.readouterr().out)
+    assert await made(recipe_of(parse(*MANY))) == await made(printed)
 
 
 # --- precreate --------------------------------------------------------------------------------------------
