@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from vmm.capabilities import ADMIN, KINDS, MIGRATE, OBSERVE, OPERATE, REPLAY
+from vmm.capabilities import ADMIN, KINDS, MIGRATE, OBSERVE, OPERATE, QTEST, REPLAY
 from vmm.cli_options import OPTIONS
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import DESTINATION_STEPS, SOURCE_STEPS
@@ -137,7 +137,7 @@ def tokens() -> str:
 def grants() -> str:
     """Each named grant, and the kinds in it."""
     rows = []
-    for grant in (OBSERVE, OPERATE, MIGRATE, ADMIN, REPLAY):
+    for grant in (OBSERVE, OPERATE, MIGRATE, ADMIN, REPLAY, QTEST):
         left_out = [f"`{kind.wire_name}`" for kind in KINDS if kind not in grant.kinds]
         if len(left_out) < len(grant.kinds):
             held = f"all but {' and '.join(left_out)}"
