@@ -179,6 +179,19 @@ async def test_a_decision_that_fails_is_answered_and_leaves_the_phase_as_it_was(
             await turn
 
 
+async def test_a_decision_that_was_settled_before_its_turn_came_is_not_carried_out() -> None:
+    async with tree() as boot, boot.child("preconfig") as phase:
+        inbox: Inbox[str] = Inbox("preconfig")
+        inbox.post("first").fail(refusal())
+        second = Turn("second")
+        inbox.post_turn(second)
+        async with phase.window(nothing):
+            assert await phase.decided(inbox, str) == "second"
+        async with phase.child("next") as following, following.window(nothing):
+            assert over(second)
+            assert not second.failed
+
+
 async def test_a_decision_is_answered_by_the_window_of_the_phase_that_it_names() -> None:
     async with tree() as boot, boot.child("accel") as phase:
         inbox: Inbox[str] = Inbox("accel")

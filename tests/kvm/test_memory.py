@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import closing
 
 import pytest
 
 from vmm.errors import DescriptorWrongKind, GuestAddressInvalid, OptionInvalid
 from vmm.hostio import create_ram
-from vmm.kvm.memory import GuestMemory, Region, ram_layout
+from vmm.kvm.memory import PAGE_SIZE, GuestMemory, Region, ram_layout
 
 GIB = 1 << 30
 
@@ -98,3 +99,69 @@ def test_ram_can_neither_shrink_nor_grow_and_is_closed_on_exec() -> None:
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     finally:
         os.close(fd)
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------
+
+
+def plainly(memory: GuestMemory) -> list[tuple[int, bytes]]:
+    """Every page that is not zero, found the slow way."""
+    return [
+        (region.address + at, page)
+        for region in memory.regions
+        for at in range(0, region.size, PAGE_SIZE)
+        if any(page := memory.read(region.address + at, PAGE_SIZE))
+    ]
+
+
+def found(memory: GuestMemory) -> list[tuple[int, bytes]]:
+    """The same, by its runs."""
+    return [
+        (address + at, bytes(memory.view(address + at, PAGE_SIZE)))
+        for address, size in memory.data_runs()
+        for at in range(0, size, PAGE_SIZE)
+    ]
+
+
+def test_memory_that_nobody_touched_has_no_runs_and_stays_untouched() -> None:
+    with closing(GuestMemory.from_memfd(create_ram(5 << 30, "ram"), 5 << 30)) as memory:
+        assert list(memory.data_runs()) == []
+        assert os.fstat(memory.fd).st_blocks == 0
+
+
+def test_runs_are_the_pages_that_are_not_zero() -> None:
+    with closing(GuestMemory.from_memfd(create_ram(8 << 20, "ram"), 8 << 20)) as memory:
+        for page in (0, 1, 2, 255, 256, 257, 600, 2047):
+            memory.write(page * PAGE_SIZE + page % PAGE_SIZE, b"x")
+        memory.write(700 * PAGE_SIZE, bytes(PAGE_SIZE))  # touched, and zero
+        memory.write(801 * PAGE_SIZE - 1, b"x")  # the last byte
+        assert found(memory) == plainly(memory)
+        runs = list(memory.data_runs())
+        assert [address // PAGE_SIZE for address, _ in runs] == [0, 255, 256, 600, 800, 2047]
+        assert all(size <= 1 << 20 for _, size in runs)
+
+
+def test_runs_beyond_the_hole_have_guest_physical_addresses() -> None:
+    size = (3 << 30) + (1 << 20)
+    with closing(GuestMemory.from_memfd(create_ram(size, "ram"), size)) as memory:
+        memory.write((3 << 30) - 1, b"x")
+        memory.write(4 << 30, b"x")
+        assert list(memory.data_runs()) == [((3 << 30) - PAGE_SIZE, PAGE_SIZE), (4 << 30, PAGE_SIZE)]
+
+
+def test_what_is_placed_is_there_and_cleared_memory_is_zero_and_given_back() -> None:
+    with closing(GuestMemory.from_memfd(create_ram(8 << 20, "ram"), 8 << 20)) as memory:
+        memory.place(5000, b"some bytes")
+        assert memory.read(5000, 10) == b"some bytes"
+        memory.clear()
+        assert memory.read(5000, 10) == bytes(10)
+        assert list(memory.data_runs()) == []
+
+
+def test_nothing_is_placed_or_viewed_outside() -> None:
+    with closing(GuestMemory.from_memfd(create_ram(1 << 20, "ram"), 1 << 20)) as memory:
+        for address in (-1, (1 << 20) - 1, 1 << 40):
+            with pytest.raises(GuestAddressInvalid):
+                memory.place(address, b"xx")
+            with pytest.raises(GuestAddressInvalid):
+                memory.view(address, 2)

@@ -8,11 +8,13 @@ from tests.migration.sample_stream import COMMANDS
 from vmm.errors import MigrationRefused, OptionInvalid, StateRejected
 from vmm.migration.section_payload import Misshapen
 from vmm.migration.stream_records import (
+    CONTENT_SIZE,
     EXTENTS_LIMIT,
     RECIPE_LIMIT,
     SECTION_LIMIT,
     End,
     Header,
+    RamContent,
     RamExtents,
     Recipe,
     Section,
@@ -177,6 +179,45 @@ def test_extents_beyond_one_record_are_refused() -> None:
 def test_malformed_extents_are_refused(payload: bytes, text: str) -> None:
     with pytest.raises(Misshapen) as caught:
         RamExtents.decode(payload)
+    assert str(caught.value) == text
+
+
+def test_content_is_read_back() -> None:
+    content = RamContent(((0, 4096), (0x10000, 8192)), (b"a" * 4096, b"b" * 8192))
+    again = RamContent.decode(content.payload())
+    assert again.runs == content.runs
+    assert [bytes(piece) for piece in again.data] == [*content.data]
+    assert RamContent.decode(content.table() + b"".join(content.data)) == again
+
+
+def test_as_much_content_as_a_record_holds_fits() -> None:
+    runs = tuple((n * 8192, 4096) for n in range(CONTENT_SIZE // 4096))
+    payload = RamContent(runs, (bytes(4096),) * len(runs)).payload()
+    assert len(payload) == RamContent.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (b"", "no table of 1 to 256 runs at its beginning"),
+        (bytes(4), "no table of 1 to 256 runs at its beginning"),
+        (b"\1\1\0\0" + bytes(1 << 20), "no table of 1 to 256 runs at its beginning"),
+        (b"\xff\xff\xff\xff" + bytes(100), "no table of 1 to 256 runs at its beginning"),
+        (b"\2\0\0\0" + bytes(31), "no table of 1 to 256 runs at its beginning"),
+        (b"\1\0\0\0" + bytes(16), "extent 0x0 of 0x0 bytes is empty, misaligned or out of order"),
+        (
+            b"\1\0\0\0" + bytes(8) + (4096).to_bytes(8, "little") + b"x",
+            "1 bytes of content, its table says 4096",
+        ),
+        (
+            b"\1\0\0\0" + bytes(8) + ((1 << 64) - 4096).to_bytes(8, "little"),
+            "0 bytes of content, its table says 18446744073709547520",
+        ),
+    ],
+)
+def test_malformed_content_is_refused(payload: bytes, text: str) -> None:
+    with pytest.raises(Misshapen) as caught:
+        RamContent.decode(payload)
     assert str(caught.value) == text
 
 

@@ -146,6 +146,11 @@ def scoped(may: Annotated[MayCreateBackend, For("chardev")]) -> Awaitable[None]:
     return may.adopt("chardev", "serial0", None)
 
 
+async def may_have(may: MayQuery, file: MayOpenHostFile | None, cap: MaySetMigrationCap | MayListen | None) -> str:
+    await trio.lowlevel.checkpoint()
+    return ", ".join(token.wire_name for token in (may, file, cap) if token is not None)
+
+
 async def _done() -> None:
     await trio.lowlevel.checkpoint()
 
@@ -183,6 +188,7 @@ TABLE: Final = (
     Command("leave", leave),
     Command("either", either),
     Command("scoped", scoped),
+    Command("may-have", may_have),
 )
 
 
@@ -405,6 +411,21 @@ async def test_any_kind_of_a_union_will_do() -> None:
     async with bench() as it:
         await it.run("either")
         assert it.facet.uses == ["may-set-migration-cap"]
+
+
+def test_a_token_that_may_be_absent_is_no_need() -> None:
+    signature = Command("may-have", may_have).signature
+    assert signature.needs == (Need("may", (MayQuery,), None),)
+    assert signature.extras == (
+        Need("file", (MayOpenHostFile,), None),
+        Need("cap", (MaySetMigrationCap, MayListen), None),
+    )
+
+
+async def test_a_token_that_may_be_absent_is_there_if_it_can_be_had() -> None:
+    async with bench() as it:
+        assert await it.run("may-have") == "may-query, may-set-migration-cap"
+        assert await it.run("may-have", Session(grant=OBSERVE)) == "may-query"
 
 
 async def test_a_kind_that_the_session_may_not_be_lent_is_no_alternative() -> None:

@@ -36,6 +36,7 @@ class Inflow:
         """Read from a connected socket, or from a file at its present position."""
         self._channel = None if isinstance(source, int) else trio.SocketStream(source)
         self._fd = source if isinstance(source, int) else source.fileno()
+        self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if isinstance(source, int) else 0
         self._reader = StreamReader()
         self._records: deque[Record] = deque()
 
@@ -43,6 +44,12 @@ class Inflow:
     def from_file(self) -> bool:
         """Whether nobody is at the other end."""
         return self._channel is None
+
+    def rewind(self) -> None:
+        """Begin again, with a file."""
+        os.lseek(self._fd, self._start, os.SEEK_SET)
+        self._reader = StreamReader()
+        self._records.clear()
 
     async def read_head(self) -> tuple[Recipe, Section]:
         """Read what a stream begins with: the recipe, which must be that of its header, and the section PROCESSOR.

@@ -177,7 +177,8 @@ class Command:
     @cached_property
     def harmless(self) -> bool:
         """Whether the command cannot do more than query and quit."""
-        return all(_HARMLESS.issuperset(need.kinds) for need in self.signature.needs)
+        signature = self.signature
+        return all(_HARMLESS.issuperset(need.kinds) for need in (*signature.needs, *signature.extras))
 
     @property
     def queues(self) -> bool:

@@ -72,6 +72,8 @@ def chain() -> tuple[PhaseFacts, ...]:
     from vmm.phases.precreate import PrecreateGrants
     from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
     from vmm.phases.quiesced import QuiescedGrants
+    from vmm.phases.restoring import WITHHELD as RESTORING_WITHHELD
+    from vmm.phases.restoring import RestoringGrants
     from vmm.phases.running import RunningGrants
     from vmm.phases.stream_receive import StreamReceiveGrants
 
@@ -118,6 +120,10 @@ def chain() -> tuple[PhaseFacts, ...]:
             left_by="the end of the migration", reach="migrate",
         ),
         PhaseFacts(
+            "restoring", "machine-ready", RestoringGrants, withholds=RESTORING_WITHHELD,
+            left_by="itself, once the state is in force", reach="loadvm",
+        ),
+        PhaseFacts(
             "quiesced", "machine-ready", QuiescedGrants, withholds=QUIESCED_WITHHELD,
             left_by="the end of the guest's pause", reach="migrate",
         ),
@@ -152,6 +158,7 @@ def _open_around(facts: tuple[PhaseFacts, ...], at: int) -> list[PhaseFacts]:
     around = {
         "boot": (),
         "migrating": ("running", "boot"),
+        "restoring": ("running", "boot"),
         "quiesced": ("migrating", "running", "boot"),
         "handover": ("quiesced", "migrating", "running", "boot"),
     }.get(facts[at].name, ("boot",))

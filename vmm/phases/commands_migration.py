@@ -220,7 +220,8 @@ def loadvm(may: MayRestoreGuest, host: MayOpenHostFile, args: LoadVm) -> Awaitab
 
     In preconfig and devices the machine goes on by itself, and its guest runs if it ran when it was saved (`stop`,
     while it is loaded, and `-S` keep it standing). After a failure the machine is in phase incoming, where another file
-    can be loaded. In an empty process `migrate-incoming` with `file:` makes the machine as well.
+    can be loaded. In running it takes the place of the present guest, once all of the file has been checked, and runs
+    if that ran. In an empty process `migrate-incoming` with `file:` makes the machine as well.
     """
     from vmm.phases.building import SavedState
 

@@ -101,6 +101,15 @@ class _Copy:
     canceller: _Canceller
 
 
+@final
+@attrs.frozen(eq=False)
+class Gone:
+    """A guest that was copied and let go: how it stands here, and the migration, which completes in postmigrate."""
+
+    pause: Pause
+    progress: MigrationProgress
+
+
 def travelling(recipe: Recipe) -> Recipe:
     """Return what of a machine's recipe is the machine's: all but its monitors and the chardevs of these."""
     monitors = [step for step in recipe if step.execute == "object-add" and _is_monitor(step.arguments)]
@@ -119,17 +128,18 @@ def _is_monitor(arguments: Mapping[str, Any]) -> bool:
     return str(arguments.get("qom-type")).startswith("monitor-")
 
 
-async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Pause | None:
-    """Copy the guest to where `plan` says. Return how it stands here if it has gone; if not, None: it goes on here.
+async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:
+    """Copy the guest to where `plan` says. Return what is left if it has gone; if not, None: it goes on here.
 
     Raises:
         VmmError: only before the phase has opened; later failures are in `query-migrate`.
     """
     migration = run.machine.made.migration
-    gone: Pause | None = None
+    pause: Pause | None = None
+    failure: VmmError | None = None
+    canceller = _Canceller()
     with closing(await plan.open()) as flow:
         async with running.child("migrating") as phase:
-            canceller = _Canceller()
 
             def grants(mint: Mint) -> MigratingGrants:
                 may = mint(MayCancelMigration, canceller)
@@ -142,14 +152,18 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
                         await _announce(run, flow)
-                        gone = await _copy(phase, run, _Copy(flow, progress, canceller))
+                        pause = await _copy(phase, run, _Copy(flow, progress, canceller))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
-                    migration.failed(progress, str(failure))
-                if canceller.scope.cancelled_caught:
-                    progress.advance(MigrationStatus.CANCELLING)
-                    progress.advance(MigrationStatus.CANCELLED)
-    return gone
+    # The outcome is told once the phase is over: whoever hears of it can go on at once.
+    if pause is not None:
+        return Gone(pause, progress)
+    if failure is not None:
+        migration.failed(progress, str(failure))
+    elif canceller.scope.cancelled_caught:
+        progress.advance(MigrationStatus.CANCELLING)
+        progress.advance(MigrationStatus.CANCELLED)
+    return None
 
 
 async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
@@ -195,7 +209,6 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                     run.start_nowait()
             else:
                 run.status.stands("postmigrate")
-                progress.advance(MigrationStatus.COMPLETED)
     return pause
 
 

@@ -20,16 +20,13 @@ from vmm.capabilities import (
     MaySetMigrationParam,
     MayWriteGuestMemory,
 )
-from vmm.errors import InvalidState, MigrationRefused, StateRejected, StreamCorrupt, VmmError, leaves
-from vmm.migration.ram import RamWriter
+from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
 from vmm.migration.status import MigrationStatus
-from vmm.migration.stream_records import RamContent, RamExtents, Section
 from vmm.nursery_tree import Turn
 from vmm.phases.building import SavedState
-from vmm.phases.copying import PAUSE, PAUSE_VERSION
 from vmm.phases.incoming import IncomingGrants
+from vmm.phases.loading import read_state
 from vmm.phases.migration_state import NothingUnderWay
-from vmm.phases.quiesced import Pause
 from vmm.phases.running import Copied, Run, run_running
 from vmm.phases.stream_port import Admission, settled
 
@@ -38,11 +35,11 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.migration.channel import Channel
-    from vmm.migration.stream_records import Record
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.machine import Machine
     from vmm.phases.migration_state import Wishes
+    from vmm.phases.quiesced import Pause
     from vmm.phases.stream_receive import StreamWait
 
 
@@ -168,38 +165,9 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
-    ram = RamWriter(grants.write_guest_memory, machine.memory.regions)
-    sections: list[Section] = []
-
-    def take(record: Record) -> bool:
-        match record:
-            case Section():
-                sections.append(record)
-            case RamExtents():
-                ram.list_extents(record)
-            case RamContent():
-                ram.store(record)
-        return False
-
-    await arrival.flow.read(take)
-    ram.require_complete()
-    pause = _pause_of(sections)
+    pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory)
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
     machine.processors.let_time_stand(arrival.flow.from_file)
-    checked = grants.load_state.check(section for section in sections if section.name != PAUSE)
-    checked.apply()
+    grants.load_state.check(sections).apply()
     await arrival.flow.confirm()
     return pause
-
-
-def _pause_of(sections: Sequence[Section]) -> Pause:
-    found = next((section for section in sections if section.name == PAUSE), None)
-    if found is None:
-        raise StateRejected(section=PAUSE, faults=(f"{PAUSE!r} is missing from the stream",))
-    if found.version != PAUSE_VERSION:
-        fault = f"it has version {found.version}, read here: {PAUSE_VERSION}"
-        raise StateRejected(section=PAUSE, faults=(fault,))
-    try:
-        return Pause.from_json(found.state)
-    except StreamCorrupt as error:
-        raise StateRejected(section=PAUSE, faults=(error.reason,)) from error

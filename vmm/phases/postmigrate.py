@@ -12,6 +12,7 @@ import trio
 
 from vmm.capabilities import MayResumeHere
 from vmm.errors import InvalidState
+from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.run_state import NEEDS_RESET
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
+    from vmm.phases.copying import Gone
     from vmm.phases.quiesced import Pause
 
 
@@ -51,8 +53,8 @@ class _Resumption:
         return self._inbox.post(None, until="running")
 
 
-async def run_postmigrate(running: Phase, left: Pause | None) -> None:
-    """Wait until the guest, which `left` says how it stands here, is to run here again; else for the end.
+async def run_postmigrate(running: Phase, left: Gone | None) -> None:
+    """Wait until the guest, of which `left` is here, is to run here again; else for the end.
 
     With None it was handed over: all that the successor has was let go, and nothing here can run it.
     """
@@ -61,10 +63,12 @@ async def run_postmigrate(running: Phase, left: Pause | None) -> None:
 
         def grants(mint: Mint) -> PostmigrateGrants:
             return PostmigrateGrants(
-                resume_here=mint(MayResumeHere, _Resumption(inbox, left)) if left is not None else None
+                resume_here=mint(MayResumeHere, _Resumption(inbox, left.pause)) if left is not None else None
             )
 
         async with phase.window(grants):
             if left is None:
                 await trio.sleep_forever()
+            else:
+                left.progress.advance(MigrationStatus.COMPLETED)
             await phase.decided(inbox, lambda wish: wish)

@@ -15,6 +15,7 @@ from vmm.capabilities import (
     MayInject,
     MayOpenHostFile,
     MayPlugDevice,
+    MayRestoreGuest,
     MayRunVcpus,
     MaySetMigrationCap,
     MaySetMigrationParam,
@@ -24,11 +25,13 @@ from vmm.cpr.handover import take
 from vmm.errors import CprError, InvalidState, MigrationRefused, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
-from vmm.phases.copying import CopyPlan, run_copying
+from vmm.phases.building import SavedState
+from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.guest_requests import GuestRequests, GuestWishes
 from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
 from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.postmigrate import run_postmigrate
+from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
 from vmm.phases.vcpus import VcpuGang
 
@@ -58,6 +61,7 @@ class RunningGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     start_migration: MayStartMigration
+    restore_guest: MayRestoreGuest
     cancel_migration: MayCancelMigration
 
 
@@ -144,7 +148,7 @@ class Run:
 class _Departure:
     """The facet of `may-start-migration`."""
 
-    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan], run: Run) -> None:
+    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan | SavedState], run: Run) -> None:
         self._inbox = inbox
         self._run = run
 
@@ -172,6 +176,22 @@ class _Departure:
         reason = self._run.machine.why_it_stays
         if reason:
             raise MigrationRefused(reason=f"{command}: {reason}")
+
+
+@final
+class _Restoration:
+    """The facet of `may-restore-guest`."""
+
+    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan | SavedState]) -> None:
+        self._inbox = inbox
+
+    def decide(self, saved: object) -> Awaitable[None]:
+        """Post what is to be put in the guest's place; settles once it is."""
+        assert isinstance(saved, SavedState)
+        own = SavedState(saved.take())
+        turn = self._inbox.post(own)
+        turn.on_settled(own.close)
+        return turn
 
 
 async def run_running(
@@ -263,15 +283,15 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     arrival.over.set()
 
 
-async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
+async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
     """Hold the phase's window open until the guest is gone from this process.
 
-    Return how it stands here if it was copied, None if it was handed over.
+    Return what is left here if it was copied, None if it was handed over.
     """
     machine = run.machine
     made = machine.made
-    inbox: Inbox[TransferPlan | CopyPlan] = Inbox("running")
-    left: Pause | None = None
+    inbox: Inbox[TransferPlan | CopyPlan | SavedState] = Inbox("running")
+    left: Gone | None = None
 
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
@@ -283,6 +303,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
             start_migration=mint(MayStartMigration, _Departure(inbox, run)),
+            restore_guest=mint(MayRestoreGuest, _Restoration(inbox)),
             cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
         )
 
@@ -293,6 +314,10 @@ async def stay_in_running(phase: Phase, run: Run) -> Pause | None:
             with closing(turn.value) as plan:
                 try:
                     await phase.tree.drain(turn, "migrating")
+                    if isinstance(plan, SavedState):
+                        await run_restoring(phase, run, plan)
+                        turn.succeed()
+                        continue
                     with made.migration.attempt("source", plan.wishes):
                         if isinstance(plan, CopyPlan):
                             left = await run_copying(phase, run, plan, turn)
