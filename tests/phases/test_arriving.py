@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.capabilities import ADMIN
-from vmm.errors import RecipeInvalid, ResourcesMissing, VmmError
+from tests.phases.machine import bare
+from vmm.capabilities import ADMIN, MayAdoptDescriptor, MayCreateBackend, MayQuery, Mint
+from vmm.errors import DescriptorMissing, RecipeInvalid, ResourcesMissing, VmmError
+from vmm.monitor.arguments import structure
 from vmm.monitor.command import CommandTable
 from vmm.nursery_tree import Tree
 from vmm.phases.arriving import ADMITTED, Arriving, arrive
 from vmm.phases.catalog import COMMANDS
-from vmm.phases.host_resources import resources_of
+from vmm.phases.commands_backends import ChardevAdd, chardev_add
+from vmm.phases.host import Inheritance
+from vmm.phases.host_resources import resources_of, socket_paths
 from vmm.phases.overrides import Overrides
+from vmm.phases.replay import SUCCESSOR
 from vmm.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILE: dict[str, Any] = {"type": "file", "data": {"out": "/there"}}
 SOCKET: dict[str, Any] = {
@@ -177,3 +185,35 @@ def test_nothing_hostile_raises_anything_but_a_refusal(steps: Any, whole: bool) 
         arriving = arrived([*steps, *MACHINE] if whole and isinstance(steps, list) else steps)
         arriving.require_same_guest([])
         arriving.require_resources([])
+
+
+OPEN: dict[str, Any] = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": "5"}}, "wait": False}}
+
+
+def test_a_socket_that_was_open_at_its_source_has_no_path_here() -> None:
+    steps = [{"execute": "chardev-add", "arguments": {"id": "c", "backend": OPEN}}, *MACHINE]
+    arriving = arrived(steps, allowed={"chardev/c": "/here"})
+    found = next(it for it in arriving.recipe if it.arguments.get("id") == "c")
+    assert found.arguments["backend"] == OPEN
+    assert arrived(steps, allowed={"chardev/c": "fd:7"}).given == {"chardev/c/listener": 7}
+    assert socket_paths(arriving.recipe) == {}
+
+
+async def test_a_number_of_another_process_is_no_descriptor_of_this_one(tmp_path: Path) -> None:
+    """Though its operator allowed the chardev by name: the number would be anything that this process has open."""
+    async with bare(tmp_path) as (running, _):
+        inheritance = Inheritance()
+        inheritance.open_here(frozenset({"chardev/c"}), {})
+        mint = Mint("a test")
+        arguments = structure(ChardevAdd, {"id": "c", "backend": OPEN}, "chardev-add")
+        assert isinstance(arguments, ChardevAdd)
+        with pytest.raises(DescriptorMissing) as caught:
+            await chardev_add(
+                mint(MayCreateBackend, running.host.stores),
+                mint(MayAdoptDescriptor, inheritance),
+                SUCCESSOR,
+                mint(MayQuery, running.tree),
+                arguments,
+            )
+        assert str(caught.value) == "The source sent no descriptor named 'chardev/c'"
+        assert "c" not in running.host.stores.chardevs

@@ -311,6 +311,27 @@ async def test_a_listening_socket_serves_many_and_stays_on_disk(tmp_path: Path) 
     assert path.exists()
 
 
+@pytest.mark.kvm
+async def test_in_a_live_update_a_listening_socket_that_was_passed_goes_to_the_successor(tmp_path: Path) -> None:
+    path = tmp_path / "passed"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    guest = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16", "-serial", "null")
+    options = ("-chardev", f"socket,id=mon,fd={listener.fileno()},server=on,wait=off", "-mon", "mon", *guest)
+    async with talk(tmp_path, *options, pass_fds=(listener.fileno(),)) as it:
+        listener.close()
+        async with qmp_session(str(path)) as client:
+            while not (await client.execute("query-status"))["running"]:
+                await trio.lowlevel.checkpoint()
+        assert (await trio_vmm("update", "--qmp", path)).status == 0
+        assert await it.ended() == (0, "")
+        async with qmp_session(str(path)) as successor:
+            assert (await successor.execute("query-status"))["running"]
+            await successor.execute("quit")
+    assert path.exists()
+
+
 @pytest.mark.parametrize(
     ("server", "reason"),
     [

@@ -139,9 +139,8 @@ def _openers(backend: ChardevBackend) -> dict[str, Callable[[], int]]:
     if isinstance(backend, ChardevSocketWrapper):
         address, server = backend.data.addr.data, backend.data.server
         if isinstance(address, FdSocketAddress):
-            fd = int(address.name)
             kind = "a listening unix socket" if server else "a connected unix socket"
-            return {"listener" if server else FIRST_CLIENT: lambda: hostio.adopt_socket(fd, kind)}
+            return {"listener" if server else FIRST_CLIENT: lambda: hostio.adopt_socket(int(address.name), kind)}
         path = address.path
         if server:
             return {"listener": lambda: hostio.listen_unix(path).detach()}

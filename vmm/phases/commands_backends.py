@@ -16,7 +16,7 @@ from vmm.backends.chardev_options import (
     FdSocketAddressWrapper,
 )
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
-from vmm.errors import BackendInUse, DescriptorError, NameTaken
+from vmm.errors import BackendInUse, DescriptorError, DescriptorMissing, NameTaken
 from vmm.monitor.command import For
 from vmm.monitor.ports import Caller
 from vmm.phases.foundation import Host
@@ -74,7 +74,9 @@ async def chardev_add(
         raise NameTaken(what="Chardev", name=args.id)
     if isinstance(args.backend, ChardevStdioWrapper) and not host.inherits:
         _require_stdio_free(machine)
-    backend = _with_descriptor(args.backend, caller)
+    backend = args.backend
+    if isinstance(backend, ChardevSocketWrapper) and isinstance(backend.data.addr, FdSocketAddressWrapper):
+        backend = _with_descriptor(args.id, backend, backend.data.addr.data.name, host, caller)
     chardev = open_chardev(args.id, backend, host, machine.complain, machine.leave_by_key)
     try:
         await may.adopt("chardev", args.id, chardev)
@@ -94,11 +96,19 @@ def _require_stdio_free(machine: Host) -> None:
             raise BackendInUse(what="Chardev kind", name="stdio", user=f"chardev {label!r}")
 
 
-def _with_descriptor(backend: ChardevBackend, caller: Caller) -> ChardevBackend:
-    """Put the number of a descriptor in place of the name that `getfd` gave it; the chardev owns it from here on."""
-    if not isinstance(backend, ChardevSocketWrapper) or not isinstance(backend.data.addr, FdSocketAddressWrapper):
+def _with_descriptor(
+    label: str, backend: ChardevSocketWrapper, name: str, host: HostSource, caller: Caller
+) -> ChardevSocketWrapper:
+    """Put the number of a descriptor in place of the name that `getfd` gave it; the chardev owns it from here on.
+
+    Raises:
+        DescriptorError, DescriptorWrongKind: there is none of that name, or it is no such socket.
+        DescriptorMissing: a number in a recipe from elsewhere, which means nothing in this process.
+    """
+    if host.inherits:
+        if host.names(f"chardev/{label}/") is None:
+            raise DescriptorMissing(name=f"chardev/{label}")
         return backend
-    name = backend.data.addr.data.name
     if name.isascii() and name.isdecimal() and len(name) < 10:
         return backend
     if name not in caller.descriptors:

@@ -67,6 +67,8 @@ def resources_of(step: Step) -> Iterator[HostResource]:
             last, path = _CHARDEVS[backend["type"]]
             is_client = backend["type"] == "socket" and backend["data"].get("server") is False
             last = "client-1" if is_client else last
+            if backend["type"] == "socket" and backend["data"]["addr"]["type"] != "unix":
+                path = ()  # it was open already where it comes from
             yield HostResource(name, path, f"{name}/{last}" if last else "", needed=not is_client)
     elif step.execute == "object-add" and arguments["qom-type"] in _OBJECTS:
         prefix, last, path = _OBJECTS[arguments["qom-type"]]
@@ -82,6 +84,7 @@ def socket_paths(recipe: Recipe) -> dict[str, str]:
         if step.execute == "chardev-add"
         and step.arguments["backend"]["type"] == "socket"
         and step.arguments["backend"]["data"].get("server", True)
+        and step.arguments["backend"]["data"]["addr"]["type"] == "unix"
     }
 
 
