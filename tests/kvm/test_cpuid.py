@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.kvm.tiny import TinyMachine
-from vmm.kvm.cpuid import CpuidEntry, guest_cpuid
+from vmm.kvm.cpuid import CpuidEntry, cache_neighbours, guest_cpuid
 
 ALL = 0xFFFFFFFF
 
@@ -87,6 +87,28 @@ def test_intel_caches_are_a_cores_own_but_the_last_is_shared() -> None:
     assert [found[4, n].eax >> 26 for n in range(4)] == [3] * 4
     assert found[4, 4].eax == 0
     assert found[0x8000_0008, 0].ecx == 0
+
+
+@pytest.mark.parametrize(
+    ("nodes", "neighbours"),
+    [
+        ((0,), 1), ((0, 0), 2), ((0, 0, 0), 4), ((0, 1), 1), ((0, 0, 1, 1), 2), ((1, 1, 0), 2), ((0, 1, 0, 1), 1),
+        ((0, 0, 0, 0, 1, 1, 1, 1), 4), ((0, 0, 0, 0, 0, 1), 1), ((0, 0, 0, 0, 1), 4), ((2, 2, 2, 2), 4),
+    ],
+)  # fmt: skip
+def test_a_cache_is_shared_by_as_many_as_never_cuts_across_nodes(nodes: tuple[int, ...], neighbours: int) -> None:
+    assert cache_neighbours(nodes) == neighbours
+
+
+def test_the_last_cache_is_shared_by_neighbours_alone() -> None:
+    for neighbours in (1, 2, 4):
+        intel, amd = (
+            {(leaf.function, leaf.index): leaf for leaf in guest_cpuid(supported, 3, 4, True, neighbours)}
+            for supported in (INTEL, AMD)
+        )
+        assert [intel[4, n].eax >> 14 & 0xFFF for n in range(4)] == [0, 0, 0, neighbours - 1]
+        assert [amd[0x8000_001D, n].eax >> 14 & 0xFFF for n in (1, 2, 3)] == [0, 0, neighbours - 1]
+        assert intel[4, 3].eax >> 26 == 3  # cores in the package
 
 
 def test_amd_tells_cores_and_caches_in_its_own_leaves() -> None:

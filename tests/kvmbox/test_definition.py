@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.kvmbox, pytest.mark.usefixtures("no_leaks")]
 
+# All vCPUs are in one node: the box's emulated processor is an AMD before Zen, of which Linux takes all in a package to
+# share a cache, whatever CPUID says, and warns of nodes that divide them.
 NODES = "/sys/devices/system/node"
 
 
@@ -34,7 +36,7 @@ async def test_linux_finds_two_numa_nodes_no_feature_that_is_off_a_table_and_the
     machine_options = [
         *options(linux_kernel, initramfs(SHELL), 2),
         *("-cpu", "host,popcnt=off,x2apic=off", "-rtc", "base=2031-05-05", "-acpitable", f"file={extra}"),
-        *("-numa", "node,cpus=0,mem=160M", "-numa", "node,cpus=1,mem=96M", "-numa", "dist,src=0,dst=1,val=33"),
+        *("-numa", "node,cpus=0-1,mem=160M", "-numa", "node,mem=96M", "-numa", "dist,src=0,dst=1,val=33"),
     ]
     async with LinuxMachine.running(tmp_path, *machine_options) as machine:
         console = machine.console
@@ -49,7 +51,7 @@ async def test_linux_finds_two_numa_nodes_no_feature_that_is_off_a_table_and_the
         assert not {"popcnt", "x2apic"} & set(flags.split())
         assert {"sse4_1", "hypervisor", "tsc_deadline_timer"} <= set(flags.split())
 
-        assert await ask(console, f"cat {NODES}/online {NODES}/node*/cpulist", within=ANSWER) == ["0-1", "0", "1"]
+        assert await ask(console, f"cat {NODES}/online {NODES}/node*/cpulist", within=ANSWER) == ["0-1", "0-1", ""]
         assert await ask(console, f"cat {NODES}/node*/distance", within=ANSWER) == ["10 33", "33 10"]
         sizes = await ask(console, f"sed -n 's/.*MemTotal: *//p' {NODES}/node*/meminfo", within=ANSWER)
         assert 64 << 10 < int(sizes[1].split()[0]) <= 96 << 10

@@ -11,12 +11,15 @@ from tests.hw.boot.test_acpi import tables
 from tests.phases.machine import PATHS, advance, bare, failure
 from vmm.hw.boot import layout
 from vmm.hw.boot.plan import Data
+from vmm.kvm.vcpu_fd import VcpuFd
+from vmm.phases.cpus import CpuOffer
 from vmm.phases.machine import Machine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.phases.machine import Running
+    from vmm.kvm.cpuid import CpuidEntry
     from vmm.qmp_client import QmpClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
@@ -198,6 +201,25 @@ async def test_what_is_incomplete_keeps_the_machine_where_it_is(tmp_path: Path, 
             await client.execute("set-numa-node", **{"type": "node", **arguments})
         await client.execute("cont")
         assert await where(client) == PATHS["running"][1]
+
+
+async def test_no_cache_is_shared_by_vcpus_of_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[CpuidEntry, ...]] = []
+    tell = VcpuFd.set_cpuid
+
+    def set_cpuid(vcpu: VcpuFd, leaves: tuple[CpuidEntry, ...]) -> None:
+        told.append(leaves)
+        tell(vcpu, leaves)
+
+    monkeypatch.setattr(VcpuFd, "set_cpuid", set_cpuid)
+    async with bare(tmp_path) as (running, client):
+        await begin(client, "devices")
+        offer = running.tree.view(CpuOffer)
+        assert told == [offer.leaves(index) for index in range(3)]
+        await node(client, cpus=[0, 1], mem=2 * HALF)
+        await node(client, cpus=[2])
+        await client.execute("cont")
+        assert told[3:] == [offer.leaves(index, 2) for index in range(3)]
 
 
 async def test_vcpus_are_listed_with_their_nodes(tmp_path: Path) -> None:

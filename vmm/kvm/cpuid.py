@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 INDEX_MATTERS = 1
 """KVM_CPUID_FLAG_SIGNIFCANT_INDEX"""
@@ -57,19 +57,22 @@ class CpuidEntry:
     edx: int
 
 
-def guest_cpuid(supported: Iterable[CpuidEntry], index: int, count: int, tsc_deadline: bool) -> tuple[CpuidEntry, ...]:
+def guest_cpuid(
+    supported: Iterable[CpuidEntry], index: int, count: int, tsc_deadline: bool, sharing: int | None = None
+) -> tuple[CpuidEntry, ...]:
     """Make the leaves of vCPU `index` of `count` out of what KVM supports: one package, `count` cores of one thread.
 
     The APIC id is `index`. `tsc_deadline` is the extension KVM_CAP_TSC_DEADLINE_TIMER, which decides that bit alone;
-    with in-kernel interrupt chips. Taken away are nested virtualization, SGX, and performance monitoring in all its
-    forms, whose state is not carried over.
+    with in-kernel interrupt chips. `sharing` is how many vCPUs share a last-level cache (see `cache_neighbours`), None
+    for all. Taken away are nested virtualization, SGX, and performance monitoring in all its forms, whose state is not
+    carried over.
     """
     given: Mapping[tuple[int, int], CpuidEntry] = {(entry.function, entry.index): entry for entry in supported}
     amd = _is_amd(given.get((0, 0)))
     highest = given[0, 0].eax if (0, 0) in given else 0
     highest_extended = given[0x8000_0000, 0].eax if (0x8000_0000, 0) in given else 0
     entries = [
-        _adapted(entry, index, count, tsc_deadline, amd)
+        _adapted(entry, index, count, tsc_deadline, amd, sharing or 1 << _id_bits(count))
         for entry in given.values()
         if entry.function not in (0x0B, 0x1F, 0x8000_001E) and not KVM_SIGNATURE <= entry.function <= 0x4FFF_FFFF
     ]
@@ -93,6 +96,18 @@ def guest_cpuid(supported: Iterable[CpuidEntry], index: int, count: int, tsc_dea
     return tuple(entries)
 
 
+def cache_neighbours(nodes: Sequence[int]) -> int:
+    """Return how many vCPUs can share a last-level cache so that none is shared by two of `nodes`, each vCPU's.
+
+    CPUID says it in powers of two: those share one whose APIC ids differ in the lower bits alone. Linux does not
+    believe in a cache that two nodes share, and says so at length (topology_sane in arch/x86/kernel/smpboot.c).
+    """
+    bits = _id_bits(len(nodes))
+    while any(nodes[index] != nodes[index >> bits << bits] for index in range(len(nodes))):
+        bits -= 1
+    return 1 << bits
+
+
 def _is_amd(vendor: CpuidEntry | None) -> bool:
     if vendor is None:
         return False
@@ -112,7 +127,7 @@ def _topology(function: int, index: int, count: int) -> Iterator[CpuidEntry]:
     yield CpuidEntry(function, 2, INDEX_MATTERS, 0, 0, 2, index)
 
 
-def _adapted(entry: CpuidEntry, index: int, count: int, tsc_deadline: bool, amd: bool) -> CpuidEntry:
+def _adapted(entry: CpuidEntry, index: int, count: int, tsc_deadline: bool, amd: bool, neighbours: int) -> CpuidEntry:
     several = count > 1
     ids = 1 << _id_bits(count)
     if entry.function in EMPTIED:
@@ -127,7 +142,7 @@ def _adapted(entry: CpuidEntry, index: int, count: int, tsc_deadline: bool, amd:
             return attrs.evolve(entry, ebx=ebx, ecx=ecx, edx=edx)
         case 4, _ if entry.eax & 0x1F:
             level = entry.eax >> 5 & 7
-            sharing = 0 if level < 3 else ids - 1
+            sharing = 0 if level < 3 else neighbours - 1
             return attrs.evolve(entry, eax=entry.eax & 0x3FFF | sharing << 14 | min(ids - 1, 63) << 26)
         case 7, 0:
             return attrs.evolve(
@@ -144,7 +159,7 @@ def _adapted(entry: CpuidEntry, index: int, count: int, tsc_deadline: bool, amd:
             # Cores and the size of their id are AMD's; Intel has this register reserved.
             return attrs.evolve(entry, ecx=(count - 1) & 0xFF | _id_bits(count) << 12 if amd else 0)
         case 0x8000_001D, _ if entry.eax & 0x1F:
-            sharing = 0 if entry.eax >> 5 & 7 < 3 else count - 1
+            sharing = 0 if entry.eax >> 5 & 7 < 3 else min(count, neighbours) - 1
             return attrs.evolve(entry, eax=entry.eax & 0x3FFF | sharing << 14)
         case _:
             return entry

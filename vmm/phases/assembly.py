@@ -79,11 +79,15 @@ class Definition:
         """Find out whether the images can be booted on this machine. Raises `BootError`, `HostFileRefused`."""
         self._plan(None)
 
-    def complete(self) -> None:
-        """Put into the boot plan what has been decided since `check`. Raises `OptionInvalid`, `BootError`."""
+    def complete(self) -> Numa | None:
+        """Put into the boot plan what has been decided since `check`: NUMA nodes, which are returned, if there are any.
+
+        Raises `OptionInvalid`, `BootError`.
+        """
         numa = self.numa.complete()
         if numa is not None:
             self._plan(numa)
+        return numa
 
     def _plan(self, numa: Numa | None) -> None:
         options = self.options

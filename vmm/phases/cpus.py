@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, ClassVar, final
 import attrs
 
 from vmm.errors import OptionInvalid
-from vmm.kvm.cpuid import guest_cpuid
+from vmm.kvm.cpuid import cache_neighbours, guest_cpuid
 from vmm.phases.config import CpuOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmm.kvm.cpuid import CpuidEntry
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Definition
@@ -26,9 +28,9 @@ class CpuModel:
     offer: CpuOffer
     _off: tuple[str, ...] = ()
 
-    def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
-        """Return what vCPU `index` answers to CPUID."""
-        leaves = self.offer.leaves(index)
+    def leaves(self, index: int, nodes: Sequence[int] = ()) -> tuple[CpuidEntry, ...]:
+        """Return what vCPU `index` answers to CPUID; `nodes` are the NUMA nodes of all vCPUs, empty without any."""
+        leaves = self.offer.leaves(index, cache_neighbours(nodes) if nodes else None)
         if not self._off:
             return leaves
         from vmm.kvm.cpu_features import without  # Most machines have the host's CPU as it is.
@@ -58,9 +60,9 @@ class CpuOffer:
         image = plan.image if plan is not None and plan.start.mode == "long" else ""
         return cls(accelerator.supported_cpuid(), accelerator.has_tsc_deadline, definition.options.smp.cpus, image)
 
-    def leaves(self, index: int) -> tuple[CpuidEntry, ...]:
-        """Return what vCPU `index` answers to CPUID with nothing switched off."""
-        return guest_cpuid(self.supported, index, self.cpus, self.tsc_deadline)
+    def leaves(self, index: int, sharing: int | None = None) -> tuple[CpuidEntry, ...]:
+        """Return what vCPU `index` answers to CPUID with nothing switched off; `sharing` as in `guest_cpuid`."""
+        return guest_cpuid(self.supported, index, self.cpus, self.tsc_deadline, sharing)
 
     def choose(self, options: CpuOptions) -> CpuModel:
         """Find out what `options` come to.

@@ -114,7 +114,9 @@ async def run_devices(
                 await machine.slots.build_planned()
 
                 def carry_out(decision: GoOn) -> GoOn:
-                    made.definition.complete()
+                    numa = made.definition.complete()
+                    if numa is not None:
+                        machine.processors.answer([cpu.leaves(vcpu.index, numa.cpus) for vcpu in machine.vcpus])
                     # What comes in begins nowhere near the boot.
                     comes_in = decision.to_incoming or made.incoming.streams.wait is not None
                     decision = attrs.evolve(decision, to_incoming=comes_in)

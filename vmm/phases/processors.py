@@ -45,6 +45,9 @@ class Processors(Protocol):
     def declare(self, may: MayDeclareState) -> None:
         """Declare what of it travels."""
 
+    def answer(self, leaves: Sequence[tuple[CpuidEntry, ...]]) -> None:
+        """Change what each vCPU answers to CPUID. None has run yet."""
+
     def begin_at(self, start: CpuStart) -> None:
         """Put the boot processor, which is in its power-on state, where a plan says that it starts."""
 
@@ -95,6 +98,11 @@ class KvmProcessors:
         """Declare section `kvm`."""
         kernel = self._kernel
         may.register("kvm", KernelState.VERSION, save=kernel.save, load=kernel.load)
+
+    def answer(self, leaves: Sequence[tuple[CpuidEntry, ...]]) -> None:
+        """Tell KVM."""
+        for fd, answers in zip(self._fds, leaves, strict=True):
+            fd.set_cpuid(answers)
 
     def begin_at(self, start: CpuStart) -> None:
         """Set the boot processor's registers."""

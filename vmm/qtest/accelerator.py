@@ -72,6 +72,9 @@ class IdleProcessors:
     def declare(self, may: MayDeclareState) -> None:
         """Declare nothing."""
 
+    def answer(self, leaves: Sequence[tuple[CpuidEntry, ...]]) -> None:
+        """Do nothing: none is asked."""
+
     def begin_at(self, start: CpuStart) -> None:
         """Do nothing."""
 
