@@ -18,7 +18,7 @@ from bench.machines import ROOT, BenchFailed, find_qemu
 
 LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 
-FIGURES: Final = ("pause", "start", "roundtrips", "serial")
+FIGURES: Final = ("pause", "start", "build", "latency", "roundtrips", "serial")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         output.parent.mkdir(exist_ok=True)
         output.write_text(text)
-        if set(FIGURES) <= set(results):
+        if set(documents.NEEDED) <= set(results):
             print(documents.readme_table(results), end="")
     return 0
 
@@ -74,7 +74,9 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     compileall.compile_dir(ROOT / "vmm", quiet=1)
+    from bench.build import measure_build
     from bench.host import Placements, describe
+    from bench.latency import measure_latency
     from bench.pause import measure_pause
     from bench.roundtrips import measure_roundtrips
     from bench.serial import measure_serial
@@ -90,6 +92,12 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
         if "start" in figures:
             _say("start")
             results["start"] = measure_start(1 if quick else 15, qemu, folder)
+        if "build" in figures:
+            _say("build")
+            results["build"] = measure_build(1 if quick else 15, folder)
+        if "latency" in figures:
+            _say("latency")
+            results["latency"] = measure_latency(pairs, folder)
         if "roundtrips" in figures:
             _say("roundtrips")
             client = build("roundtrips", folder)

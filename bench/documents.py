@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 BEGIN: Final = "<!-- python -m bench --write: begin -->"
 END: Final = "<!-- python -m bench --write: end -->"
 
+NEEDED: Final = ("pause", "start", "roundtrips", "serial")
+"""Figures without which there is no table. Any other has its rows once it was measured."""
+
 _STAGES: Final = {
     "stop": "vCPUs out",
     "quiesce": "chardevs at rest",
@@ -23,6 +26,12 @@ _STAGES: Final = {
     "resume": "owner changed, guest entered",
 }
 _PLACES: Final = {"unpinned": "on all CPUs", "one_cpu": "on one CPU"}
+_ASKED: Final = {
+    "waiting": "awaits a source",
+    "building": "builds and maps a machine of 4 GiB",
+    "loading": "loads a live update's state",
+    "copying": "loads a copied machine with its RAM",
+}
 _KINDS: Final = {"monitor": "monitor only", "machine": "microvm, 128 MiB, stopped"}
 
 
@@ -46,6 +55,17 @@ def readme_table(results: Mapping[str, Any]) -> str:
     rows.append((f"exec to a complete machine, {what}", *_pair(start[kind], "complete_ms", _ms)))
     for column, name in (("rss_mib", "resident memory"), ("private_mib", "private memory")):
         rows.append((f"{name}, {_KINDS['machine']}", *_pair(start["machine"], column, _mib)))
+    if "build" in results:
+        build = results["build"]
+        what = "greeting to a guest that runs, built"
+        rows.append((f"{what} by options", _ms(build["options"]["running_ms"]), "", ""))
+        beside = f"{_digits(build['ratio']['median'])} times that by options"
+        rows.append((f"{what} over QMP, command by command", _ms(build["commands"]["running_ms"]), "", beside))
+    for stage, what in _ASKED.items() if "latency" in results else ():
+        found = results["latency"][stage]
+        text = ", ".join(f"{_digits(found[f'{name}_ms']['median'])}" for name in ("p50", "p99", "max"))
+        none = "does not answer" if stage in ("waiting", "building") else ""
+        rows.append((f"`query-status` of a destination that {what}: median, p99, longest", f"{text} ms", none, ""))
     for place, where in _PLACES.items():
         pair = results["roundtrips"][place]
         rows.append((f"`query-status` a second, client and server {where}", *_pair(pair, "per_second", _count)))

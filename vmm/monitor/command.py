@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import types
 from collections.abc import Awaitable
 from contextlib import suppress
@@ -134,6 +135,11 @@ class Command:
         module, _, function = self._handler.partition(":")
         handler: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return handler
+
+    @property
+    def imported(self) -> bool:
+        """Whether the handler's module is there."""
+        return not isinstance(self._handler, str) or self._handler.partition(":")[0] in sys.modules
 
     @cached_property
     def signature(self) -> Signature:
@@ -252,6 +258,11 @@ class CommandTable:
         if command is None:
             raise CommandNotFound(reason=f"There is no command {name!r}; query-commands lists those there are")
         return command
+
+    @property
+    def imported(self) -> bool:
+        """Whether every handler's module is there."""
+        return all(command.imported for command in self)
 
     def import_handlers(self) -> None:
         """Import every handler now, where a command's first use might come at a worse time."""

@@ -92,7 +92,7 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                 failure: VmmError | None = None
                 try:
                     arrival.inheritance.require_empty()
-                    machine.rehearse_load()
+                    await machine.rehearse_load()
                     run = Run(machine, here=False)
                     await run.gang.warm()
                     steps.reach("built")

@@ -11,6 +11,7 @@ from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupporte
 from vmm.migration.status import MigrationStatus
 from vmm.phases.differences import FIXED
 from vmm.phases.host_resources import is_of
+from vmm.phases.imports import import_the_rest
 from vmm.phases.stream_port import StreamPort, settled
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ class IncomingPort:
             MigrationRefused: the channels make nothing that can come in, or something is awaited already.
         """
         self.require_idle()
+        # Only now: most machines await nothing. What comes is to be built without a wait.
+        await import_the_rest(self._host.table)
+        self.require_idle()
         with self._migration.attempt("target", wishes):
             if [channel.channel_type for channel in channels] == ["main"]:
                 await self.streams.listen(channels[0].address, exit_on_error=exit_on_error)
@@ -104,7 +108,7 @@ class IncomingPort:
                 reason="migrate-incoming: give a channel of type main, and for a live update one of type cpr besides; "
                 f"given: {given}"
             )
-        # Only now: most machines await nothing, and both bring what a monitor can start without.
+        # Likewise: imported by now, and not needed where nothing is awaited.
         from vmm.migration.address import FileAddress
         from vmm.migration.connect import listen
         from vmm.phases.fd_receive import run_fd_receive

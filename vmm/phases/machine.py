@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, final
 
 import attrs
+import trio
 
 from vmm.hw.boot.plan import Data, FileRange, Zeros
 from vmm.migration.stream import StreamReader, StreamWriter
@@ -67,17 +68,25 @@ class Machine:
         for section in (*self.sections, *self.slots.sections):
             section.prepare()
 
-    def rehearse_load(self) -> None:
+    async def rehearse_load(self) -> None:
         """Save, send, check and load this machine's own state once, so that nothing is done for the first time later.
 
-        For a machine that has not run: everything is as it was afterwards.
+        For a machine that has not run: everything is as it was afterwards. In steps, so that the monitor answers
+        meanwhile: what is done for the first time takes long.
         """
+        for prepared in self.sections:
+            prepared.prepare()
+            await trio.lowlevel.checkpoint()
         writer = StreamWriter("rehearsal")
         for section in self.state.save().values():
             writer.section(section.name, section.version, section.state)
+        await trio.lowlevel.checkpoint()
         reader = StreamReader()
         stream = StateStream.of(reader.feed(b"".join(writer.finish())))
-        self.state.check(stream.sections).apply()
+        await trio.lowlevel.checkpoint()
+        checked = self.state.check(stream.sections)
+        await trio.lowlevel.checkpoint()
+        checked.apply()
 
     def power_on(self, ram: GuestRam) -> None:
         """Write what starts out in the guest's RAM, and put the boot processor where it begins.

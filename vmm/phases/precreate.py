@@ -19,6 +19,7 @@ from vmm.capabilities import (
     MaySetMigrationParam,
 )
 from vmm.nursery_tree import Inbox
+from vmm.phases.imports import import_the_rest
 from vmm.phases.incoming_port import IncomingPort
 from vmm.phases.migration_state import MigrationState, NothingUnderWay
 
@@ -97,11 +98,10 @@ async def run_precreate(boot: Phase, host: Host) -> None:
         with ExitStack() as stack:
             async with phase.window(grants):
                 definition = await phase.decided(inbox, carry_out)
-            # Only now: the monitor answers without KVM, devices and migration streams, which take longer to import than
-            # it takes to start. All later phases and commands are imported at once, so that none is in a guest's pause.
+            # Only now: the monitor answers without KVM, devices and migration streams.
+            await import_the_rest(host.table)
             from vmm.phases.accel import run_accel
             from vmm.phases.assembly import Precreated
 
-            host.table.import_handlers()
             async with incoming.telling_the_source():
                 await run_accel(phase, Precreated(host, incoming, migration, definition))
