@@ -329,7 +329,8 @@ async def test_a_recipe_whose_third_command_fails_leaves_nothing_of_the_first_tw
             '{"execute": "cont"}', "command 1 (cont)",
             "Command 'cont' needs may-run-vcpus, which phase boot/precreate does not grant; phases that grant it: "
             "preconfig (reached by accel-set), devices (reached by cpu-model-set or x-exit-preconfig), "
-            "running (reached by finish-machine-init or cont)",
+            "incoming (reached by an incoming migration), running (reached by finish-machine-init or cont), "
+            "postmigrate (reached by a migration that completed)",
         ),
     ],
 )  # fmt: skip
