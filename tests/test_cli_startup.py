@@ -48,11 +48,11 @@ print(json.dumps(seen))
 """
 
 HEAVY = (
-    "asyncio", "cattrs", "cffi", "hypothesis", "pdb", "trio_websocket", "unittest",
-    "vmm.cpr.cell", "vmm.cpr.channel", "vmm.guests", "vmm.hw", "vmm.kvm", "vmm.migration.connect",
-    "vmm.migration.registry", "vmm.migration.stream", "vmm.monitor.schema", "vmm.phases.accel", "vmm.phases.assembly",
-    "vmm.phases.fd_receive", "vmm.phases.machine", "vmm.phases.running", "vmm.phases.commands_migration",
-    "vmm.phases.commands_monitor",
+    "asyncio", "cattrs", "cffi", "hypothesis", "pdb", "trio_websocket", "unittest", "vmm.cli_machine",
+    "vmm.cli_values", "vmm.cpr.cell", "vmm.cpr.channel", "vmm.guests", "vmm.hw", "vmm.kvm", "vmm.migration.connect",
+    "vmm.migration.registry", "vmm.migration.stream", "vmm.monitor.schema", "vmm.phases.accel",
+    "vmm.phases.assembly", "vmm.phases.fd_receive", "vmm.phases.machine", "vmm.phases.running",
+    "vmm.phases.commands_migration", "vmm.phases.commands_monitor",
 )  # fmt: skip
 
 

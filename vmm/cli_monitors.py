@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from vmm.cli_values import members as members_of
-from vmm.cli_values import split
+from vmm.cli_options import split
 from vmm.errors import OptionInvalid, Unsupported
 from vmm.recipe import Step
 
@@ -83,7 +82,9 @@ def mon_step(text: str, name: str) -> Step:
     Raises:
         OptionInvalid, Unsupported: no chardev is named, or another mode than control.
     """
-    given = members_of(text, "chardev", "-mon")
+    from vmm.cli_values import members  # Which most starts need not.
+
+    given = members(text, "chardev", "-mon")
     mode, pretty, name = given.pop("mode", "control"), given.pop("pretty", "off"), given.pop("id", name)
     chardev = given.pop("chardev", "")
     if not chardev:

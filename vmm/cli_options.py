@@ -168,3 +168,9 @@ def given(options: argparse.Namespace, option: Option) -> bool:
 def defines_machine(options: argparse.Namespace) -> bool:
     """Say whether any option is about the machine itself."""
     return any(option.defines_machine and given(options, option) for option in OPTIONS)
+
+
+def split(text: str) -> list[str]:
+    """Split at commas; a doubled one stands for itself."""
+    # The kernel ends arguments at a NUL, so no option holds one.
+    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
+from vmm.cli_options import split
 from vmm.errors import OptionInvalid
 from vmm.migration.dotted_keys import parse_dotted_keys
 
@@ -22,12 +23,6 @@ _WANTED: Final[Mapping[Kind, str]] = {
 }
 _MANY: Final = 4096
 """Numbers that a range may stand for."""
-
-
-def split(text: str) -> list[str]:
-    """Split at commas; a doubled one stands for itself."""
-    # The kernel ends arguments at a NUL, so no option holds one.
-    return [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
 
 
 def first(text: str, key: str) -> str:
