@@ -22,7 +22,6 @@ WRITE: Final = 2
 INDIRECT: Final = 4
 
 
-@final
 @attrs.define(eq=False)
 class FakeRam:
     """64 KiB of memory from 0; beyond is none."""
