@@ -317,7 +317,7 @@ class Ram:
     """The guest's memory, looked at from outside: the ring of ticks in it. Stays good when the guest moves."""
 
     def __init__(self, pid: int) -> None:
-        path = next(path for path, target in _descriptors(pid) if target.startswith("/memfd:ram"))
+        path = next(path for path, target in descriptors_in(pid) if target.startswith("/memfd:ram"))
         with path.open("rb") as file:
             self._memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         self._reader = HeartbeatReader(lambda address, size: self._memory[address : address + size])
@@ -339,7 +339,8 @@ class Ram:
         self._memory.close()
 
 
-def _descriptors(pid: int) -> Iterator[tuple[Path, str]]:
+def descriptors_in(pid: int) -> Iterator[tuple[Path, str]]:
+    """Yield each descriptor of a process: its path in /proc, and what it refers to."""
     folder = Path(f"/proc/{pid}/fd")
     for name in os.listdir(folder):
         with suppress(FileNotFoundError):  # closed meanwhile
@@ -348,7 +349,7 @@ def _descriptors(pid: int) -> Iterator[tuple[Path, str]]:
 
 def descriptors_of(pid: int) -> list[str]:
     """Return what the descriptors of a process refer to, sorted, without the numbers of sockets and the like."""
-    return sorted(target.partition(":[")[0] for _, target in _descriptors(pid))
+    return sorted(target.partition(":[")[0] for _, target in descriptors_in(pid))
 
 
 async def settled(pid: int) -> list[str]:

@@ -55,6 +55,7 @@ class _Plugged:
     """A device in its slot."""
 
     device: VirtioMmio
+    worker: RngWorker
     section: DeviceSection
     resident: Resident
 
@@ -124,39 +125,39 @@ class Slots:
     def hold(self) -> None:
         """Let every queue be at rest: from now on no device touches the guest's memory."""
         self._held = True
-        for device in self.devices:
-            device.hold()
+        for plugged in self._plugged.values():
+            plugged.worker.hold()
 
     def go_on(self) -> None:
         """Let the devices work, with what the guest asked for meanwhile too: its memory is this process's to write."""
         self._held = False
-        for device in self.devices:
-            device.go_on()
+        for plugged in self._plugged.values():
+            plugged.worker.go_on()
 
     # Building.
 
     async def _build(self, planned: Planned) -> None:
         wiring = self._wiring
-        built: list[VirtioMmio] = []
+        built: list[tuple[VirtioMmio, RngWorker]] = []
         resident = await wiring.residents.start(f"device {planned.id}", self._serve, planned, built)
-        (device,) = built
+        ((device, worker),) = built
         section = DeviceSection(device, wiring.codecs)
         wiring.state.register(
             section.name, section.version, save=section.save, load=section.load, accepts=section.accepts,
             after=self.after,
         )  # fmt: skip
-        self._plugged[planned.slot] = _Plugged(device, section, resident)
+        self._plugged[planned.slot] = _Plugged(device, worker, section, resident)
         self.all_devices.append(device)
         wiring.mmio.exchange(device)
 
     async def _serve(
         self,
         planned: Planned,
-        built: list[VirtioMmio],
+        built: list[tuple[VirtioMmio, RngWorker]],
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Make the device, add it to `built`, and work its queue off until cancelled."""
+        """Make the device and its worker, add them to `built`, and work the queue off until cancelled."""
         addresses, host = board.virtio_addresses(planned.slot), self._wiring.host
         with open_doorbell() as bell, self._kicked_by_guest(bell, addresses):
             device = VirtioMmio(
@@ -173,9 +174,10 @@ class Slots:
             def complain(text: str) -> None:
                 host.complain(f"device {planned.id}: {text}")
 
-            built.append(device)
+            worker = RngWorker(device, bell, planned.source, quota, complain)
+            built.append((device, worker))
             task_status.started()
-            await RngWorker(device, bell, planned.source, quota, complain).serve()
+            await worker.serve()
 
     @contextmanager
     def _kicked_by_guest(self, bell: Doorbell, addresses: range) -> Generator[None, None, None]:

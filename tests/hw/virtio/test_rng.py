@@ -49,6 +49,7 @@ class Rig:
 
     bench: Bench
     device: VirtioMmio
+    worker: RngWorker
     driver: Driver
     source: Source
     complaints: list[str]
@@ -78,7 +79,7 @@ async def rig(quota: Quota | None = None) -> AsyncGenerator[Rig, None]:
             nursery.start_soon(worker.serve)
             driver = Driver(device, bench.ram)
             driver.start()
-            yield Rig(bench, device, driver, source, complaints)
+            yield Rig(bench, device, worker, driver, source, complaints)
             nursery.cancel_scope.cancel()
 
 
@@ -130,18 +131,34 @@ async def test_what_came_while_the_device_was_at_rest_is_answered_afterwards() -
         it.driver.request(0)
         it.kick()
         await it.settle()
-        it.device.hold()
+        it.worker.hold()
         it.bench.ram.writes.clear()
-        it.source.give(b"lost")  # nobody has seen them
-        await it.settle()
+        it.source.give(b"abc", b"defg")
         it.driver.request(1)
         it.kick()
         await it.settle()
         assert it.bench.ram.writes == []
-        it.source.give(b"abc", b"defg")
-        it.device.go_on()
+        assert it.source.answers == [b"abc", b"defg"], "nothing is read meanwhile"
+        it.worker.go_on()
         await it.settle()
         assert it.driver.used() == [(0, 3), (1, 4)]
+
+
+async def test_bytes_that_came_too_late_for_their_request_are_the_next_ones() -> None:
+    async with rig() as it:
+        it.driver.request(0)
+        it.kick()
+        await it.settle()
+        it.driver.write(0x70, 0)
+        it.source.give(b"abcdef")
+        await it.settle()
+        it.bench.ram.data[:] = bytes(len(it.bench.ram.data))
+        it.driver.start()
+        first, second = it.driver.request(0, 4), it.driver.request(1, 4)
+        it.kick()
+        await it.settle()
+        assert it.driver.used() == [(0, 4), (1, 2)]
+        assert (it.bench.ram.read(first, 4), it.bench.ram.read(second, 4)) == (b"abcd", b"ef\0\0")
 
 
 async def test_a_reset_in_the_middle_of_a_request_ends_it() -> None:

@@ -1,7 +1,7 @@
 """The virtio entropy device: it fills the guest's buffers with the random bytes of a back end.
 
 A request stays in its queue until there are bytes for it. So at any moment the device may be held, saved, reset or
-taken off, and all that is lost is random bytes that nobody has seen.
+taken off, and no request is lost. While it is held its back end is not read.
 
 Source: Virtual I/O Device (VIRTIO) Version 1.3, 5.4 (entropy device).
 """
@@ -109,6 +109,9 @@ class RngWorker:
         self._quota: Final = quota
         self._complain: Final = complain
         self._complaint = ""
+        self._reading = trio.CancelScope()
+        self._spare = b""
+        """Bytes that were read, and then nobody had asked for them any more."""
 
     async def serve(self) -> None:
         """Answer requests for ever. A back end that fails is told the operator once; the guest waits."""
@@ -119,15 +122,33 @@ class RngWorker:
             except VmmError as error:
                 self._tell(f"{error}; the guest's request waits")
 
+    def hold(self) -> None:
+        """Touch neither the guest's memory nor the back end from now on."""
+        self._device.hold()
+        self._reading.cancel()
+
+    def go_on(self) -> None:
+        """Go on, with what the guest asked for meanwhile too."""
+        self._device.go_on()
+
     async def _answer_all(self) -> None:
         while (chain := self._device.peek(REQUESTS)) is not None:
             if chain.readable or not chain.room:
                 self._device.refuse("a request for random bytes must have room for some, and nothing to read")
                 return
-            size = min(chain.room, _MOST, await self._quota.wait())
-            data = await self._source.read(size)
-            self._complaint = ""
-            self._quota.spend(self._device.answer(REQUESTS, data))
+            data = await self._read(min(chain.room, _MOST, await self._quota.wait()))
+            taken = self._device.answer(REQUESTS, data) if data else 0
+            self._spare = data[taken:] + self._spare
+            self._quota.spend(taken)
+
+    async def _read(self, size: int) -> bytes:
+        """Return 1 to `size` bytes; none if the device was held meanwhile."""
+        data, self._spare = self._spare[:size], self._spare[size:]
+        if not data and not self._device.held:
+            with trio.CancelScope() as self._reading:
+                data = await self._source.read(size)
+                self._complaint = ""
+        return data
 
     def _tell(self, complaint: str) -> None:
         # Each kick of the guest's tries again, and the guest is not to fill the operator's log.
