@@ -18,15 +18,21 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
 # Source: Intel SDM volume 1, 13.4 (XSAVE area); linux/kvm.h, struct kvm_xcrs.
-XMM, XSTATE_BV, YMM_HIGH = slice(160, 416), 512, slice(576, 832)
+FCW, XMM, XSTATE_BV, YMM_HIGH = 0, slice(160, 416), 512, slice(576, 832)
 XCR0_VALUE = 16
 X87_SSE_AVX = 0x7
+DOUBLE_PRECISION = 0x27F
+"""An x87 control word that is not the initial one."""
 
 
 def with_avx_in_use(state: VcpuState) -> VcpuState:
-    """The state of a guest that has turned AVX on and used every register."""
+    """The state of a guest that has turned AVX on and used every register.
+
+    The x87 too: of a component in its initial state a processor may say that it is not in use (13.6).
+    """
     xsave, xcrs, chance = bytearray(state.xsave), bytearray(state.xcrs), random.Random(1)
     xsave[XMM], xsave[YMM_HIGH] = chance.randbytes(256), chance.randbytes(256)
+    struct.pack_into("<H", xsave, FCW, DOUBLE_PRECISION)
     struct.pack_into("<Q", xsave, XSTATE_BV, X87_SSE_AVX)
     struct.pack_into("<Q", xcrs, XCR0_VALUE, X87_SSE_AVX)
     return attrs.evolve(state, xsave=bytes(xsave), xcrs=bytes(xcrs))
