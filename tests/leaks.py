@@ -31,7 +31,11 @@ class Held:
         """Look. Collects garbage first, so what a reference cycle alone still held is gone."""
         gc.collect()
         idle = {t.native_id for t in threading.enumerate() if t.name.startswith(_IDLE_TRIO_THREAD)}
-        return cls(_descriptors(), {tid: name for tid, name in _threads().items() if tid not in idle}, _children())
+        # By the kernel's name too: a worker whose ten seconds are over is none of Python's threads any more.
+        threads = {
+            tid: name for tid, name in _threads().items() if tid not in idle and not name.startswith(_IDLE_TRIO_THREAD)
+        }
+        return cls(_descriptors(), threads, _children())
 
     def not_in(self, before: Held) -> list[str]:
         """One line for each thing held here that `before` did not hold. The same number may be another thing by now."""

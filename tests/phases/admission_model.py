@@ -88,6 +88,11 @@ DESIGN: Final[Mapping[str, Row]] = {
     "handover": _row(
         f"{_MIGRATING}/quiesced/handover", "machine-ready", "release-guest", around="quiesced migrating running boot"
     ),
+    "restoring": _row(
+        f"{_RUNNING}/restoring", "machine-ready", "load-state write-guest-memory",
+        "plug-device create-backend open-host-file set-migration-cap start-migration run-vcpus inject restore-guest",
+        around="running boot",
+    ),
     "postmigrate": _row(f"{_RUNNING}/postmigrate", "machine-ready", "resume-here"),
 }  # fmt: skip
 
@@ -129,6 +134,7 @@ DEVIATIONS: Final = (
         more="write-guest-memory listen restore-guest",
     ),
     _but("running", "a machine with a guest awaits none", less="listen"),
+    _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
     _but("migrating", "no dirty log is read: RAM is shared, or copied while the guest stands", less="read-dirty-log"),
 )  # fmt: skip
 

@@ -222,7 +222,8 @@ def compare_values(name: str, theirs: Any, ours: Any) -> None:
 EXTENSIONS: Final = frozenset(
     {
         "accel-set", "cpu-model-set", "finish-machine-init", "machine-set", "query-machine-phase", "query-monitors",
-        "query-nursery-tree", "x-exit-precreate",
+        "query-nursery-tree", "x-exit-precreate", "loadvm", "query-differences", "x-allow-difference", "x-cpr-abandon",
+        "x-cpr-check",
     }
 )  # fmt: skip
 """The commands that QEMU has not."""

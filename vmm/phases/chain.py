@@ -120,14 +120,14 @@ def chain() -> tuple[PhaseFacts, ...]:
             left_by="the end of the migration", reach="migrate",
         ),
         PhaseFacts(
-            "restoring", "machine-ready", RestoringGrants, withholds=RESTORING_WITHHELD,
-            left_by="itself, once the state is in force", reach="loadvm",
-        ),
-        PhaseFacts(
             "quiesced", "machine-ready", QuiescedGrants, withholds=QUIESCED_WITHHELD,
             left_by="the end of the guest's pause", reach="migrate",
         ),
         PhaseFacts("handover", "machine-ready", HandoverGrants, left_by="the change of owner", reach="migrate"),
+        PhaseFacts(
+            "restoring", "machine-ready", RestoringGrants, withholds=RESTORING_WITHHELD,
+            left_by="itself, once the state is in force", reach="loadvm",
+        ),
         PhaseFacts(
             "postmigrate", "machine-ready", PostmigrateGrants,
             left_by="`quit`, or `cont` after a migration that copied", reach="a migration that completed",
