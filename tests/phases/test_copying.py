@@ -426,3 +426,31 @@ async def test_a_machine_of_its_own_has_chardevs_of_its_own(tmp_path: Path) -> N
         await ticked(destination, 200)
     text = (tmp_path / "here").read_text() + (tmp_path / "there").read_text()
     assert text.startswith("heartbeat: started\n") or text.startswith("heartbeat: started\r\n")
+
+
+# --- what a machine may have ------------------------------------------------------------------------------------
+
+
+async def test_a_machine_with_two_vcpus_is_copied(tmp_path: Path) -> None:
+    async with started(smp={"cpus": 2}) as source, empty() as destination:
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "running")
+        await goes_on(destination)
+        assert len(await destination.execute("query-cpus-fast")) == 2
+
+
+async def test_a_machine_with_a_plugged_device_is_copied(tmp_path: Path) -> None:
+    async with started() as source, empty(autostart=False) as destination:
+        await source.execute("device_add", driver="virtio-rng-device", id="rng0")
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "paused")
+        await destination.execute("device_del", id="rng0")
+
+
+async def test_a_guest_that_was_never_started_starts_there(tmp_path: Path) -> None:
+    async with vmm.machine(commands(upto="finish-machine-init")) as source, empty() as destination:
+        assert await status(source) == "prelaunch"
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "prelaunch")
+        await destination.execute("cont")
+        await ticked(destination, 5)

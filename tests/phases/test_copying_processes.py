@@ -163,6 +163,16 @@ async def test_a_source_that_is_killed_ends_a_destination_with_the_reason() -> N
         assert said.startswith("trio-vmm: State stream: it ends after 100000 bytes; expected record")
 
 
+async def test_a_file_that_is_no_state_ends_a_start_with_one_reason() -> None:
+    async with open_bench() as bench:
+        (bench.folder / "state").write_bytes(b"this is not what it should be")
+        for options in (GUEST, ("-nodefaults",)):
+            process = bench.start(*options, "-loadvm", f"{bench.folder}/state")
+            assert await process.ended() == 1
+            (said,) = process.said()
+            assert said.endswith("State stream: it begins with 7468697320697320, expected 8954564d4d0d0a1a")
+
+
 async def test_a_destination_s_reason_is_on_its_standard_error_and_with_the_source() -> None:
     async with open_bench() as bench:
         source = machine(bench)

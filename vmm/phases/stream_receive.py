@@ -103,6 +103,11 @@ class StreamWait:
         if self._tell is not None:
             self._tell(error)
 
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether somebody waits to be told the outcome."""
+        return self._tell is not None
+
     def close(self) -> None:
         """Close what is still open. Idempotent."""
         if not isinstance(self._origin, int):
