@@ -11,6 +11,7 @@ import pytest
 
 import vmm
 from tests.backends.pseudo_source import pseudo_source
+from tests.phases.copy_kit import save
 from tests.phases.rng_guest import RAM, USED, RngGuest, definition, rng_guest
 from tests.phases.test_live_update import move
 from tests.phases.update_kit import (
@@ -211,3 +212,23 @@ async def test_after_an_update_that_failed_the_source_answers_on(tmp_path: Path,
                     destination.kill()
                     assert (await outcome(client))["status"] == "failed"
                 await guest.until("the answer", lambda it: (it.asked, it.answered, it.empty) == (2, 1, 0))
+
+
+async def test_a_request_that_was_saved_into_a_file_is_answered_where_it_is_loaded(tmp_path: Path) -> None:
+    kernel, state = rng_guest(tmp_path), tmp_path / "state"
+    with pseudo_source() as source:
+        sources = {"qom-type": "rng-random", "id": "r", "filename": source.path}
+        extra = (
+            {"execute": "object-add", "arguments": sources},
+            {"execute": "device_add", "arguments": RNG | {"rng": "r"}},
+        )
+        async with machine(kernel, *extra) as (made, guest):
+            await made.execute("cont")
+            await guest.until("a request", lambda it: it.asked == 1)
+            await save(made, state)
+        async with machine(kernel, *extra) as (made, guest):
+            await made.execute("cpu-model-set")
+            await made.execute("loadvm", name=str(state))
+            await made.execute("cont")
+            source.feed(b"0123456789abcdef")
+            await guest.until("the answer", lambda it: (it.asked, it.answered, it.empty) == (2, 1, 0))
