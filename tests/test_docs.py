@@ -231,7 +231,7 @@ def test_the_program_of_the_readme_runs(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment()
     )
-    assert (run.stdout, run.stderr) == ("{'running': True, 'status': 'running'}\n", "")
+    assert (run.stdout, run.stderr) == ("machine-ready {'running': True, 'status': 'running'}\n", "")
 
 
 async def test_the_error_that_the_docs_show_is_the_one_that_comes() -> None:
