@@ -209,6 +209,8 @@ class Rig:
     """The folder for the machine's sockets, of which none may be left in the end."""
     destination: Destination
     source: Source
+    scope: trio.CancelScope
+    """Of the machine."""
     ended: trio.Event = attrs.Factory(trio.Event)
     failure: BaseException | None = None
     """What the machine ended with: an expected error, or a bug."""
@@ -286,7 +288,7 @@ async def open_rig(folder: Path, *steps: Step) -> AsyncGenerator[Rig, None]:
     async with trio.open_nursery() as nursery:
         host: Host = await nursery.start(live)
         destination, source = Destination(folder), Source(sockets)
-        rig = Rig(host, sockets, destination, source)
+        rig = Rig(host, sockets, destination, source, scope)
         rigs.append(rig)
         try:
             for name, grant in GRANTS.items():

@@ -224,7 +224,7 @@ class Checked:
         """After the end: everything was closed in reverse, and nothing is left on disk."""
         events = self.rig.told()
         if len(events) < 1000:
-            assert out_of_order(_opened(events), ("open", "granted"), ("leave", "revoked")) == []
+            assert out_of_order(opened(events), ("open", "granted"), ("leave", "revoked")) == []
         assert os.listdir(self.rig.sockets) == []
 
 
@@ -235,7 +235,8 @@ def _windows(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield from _windows(child)
 
 
-def _opened(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def opened(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Return what opened and closed, in the words of `out_of_order`, but for what is beside the chain."""
     words = {"TOKEN_GRANTED": "granted", "TOKEN_REVOKED": "revoked"}
     return [
         f"{words[name]} {data['token']} of {data['path']}"
