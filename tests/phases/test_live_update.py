@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -422,7 +423,7 @@ async def test_the_update_command_can_ask_first_and_change_nothing() -> None:
     async with machine() as (bench, _):
         done = await update(bench, "--check")
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == "12 items are identical; the update would go ahead\n"
+        assert re.fullmatch(r"\d+ items are identical; the update would go ahead\n", done.stdout)
 
 
 async def test_the_update_command_says_what_a_successor_would_have_otherwise() -> None:

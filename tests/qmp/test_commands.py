@@ -247,6 +247,19 @@ def precreate(directory: Path) -> list[Step]:
             "migrate-incoming",
             "migrate-incoming needs either 'uri' or 'channels'; neither was given",
         ),
+        good("query-differences", lambda v: v == []),
+        wrong("query-differences", NONE_TAKEN, x=1),
+        good("x-allow-difference", EMPTY, names=["machine-set.append"]),
+        bad(
+            "x-allow-difference",
+            "x-allow-difference: 'machine-set.smp' is not a difference that can be: the guest's state has its shape",
+            names=["machine-set.smp"],
+        ),
+        bad(
+            "x-cpr-abandon",
+            "x-cpr-abandon is not possible when no CPR channel is awaited; query-migrate says what is under way",
+        ),
+        lacks("x-cpr-check", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
         lacks("migrate", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
         # Running something that is not there.
         lacks(
@@ -438,9 +451,9 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     refused = {step.name for step in steps if step.error is not None}
     # The first four need descriptors (test_protocol), the others a migration (above, and test_migration_jobs).
     elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
-    # What is asked of a destination has tests of its own (tests/phases/test_overrides).
-    of_a_destination = {"x-cpr-check", "x-cpr-abandon", "x-allow-difference", "query-differences"}
-    names = {command.name for command in COMMANDS} - of_a_destination
-    assert names - answered - elsewhere - {"loadvm"} == set()
+    # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying).
+    elsewhere |= {"x-cpr-check", "x-cpr-abandon", "loadvm"}
+    names = {command.name for command in COMMANDS}
+    assert names - answered - elsewhere == set()
     assert names - refused == set()
     assert answered | refused == names
