@@ -77,3 +77,35 @@ async def test_a_recipe_that_fails_is_an_error_of_the_block() -> None:
     ):
         async with vmm.machine([{"execute": "machine-set", "arguments": {"memory": {"size": 5}}}]):
             pytest.fail("the machine was never built")
+
+
+@pytest.mark.kvm
+async def test_the_phase_is_that_of_the_last_command() -> None:
+    async with vmm.machine() as m:
+        seen = [m.phase]
+        for command in ("machine-set", "accel-set", "cpu-model-set", "finish-machine-init"):
+            await m.execute(command, **(OPTIONS if command == "machine-set" else {}))
+            seen.append(m.phase)
+    assert seen == ["no-machine", "machine-created", "accel-created", "machine-initialized", "machine-ready"]
+
+
+@pytest.mark.kvm
+async def test_a_device_is_plugged_and_unplugged_by_calls() -> None:
+    async with vmm.machine(BUILT) as m, m.events() as events:
+        await m.execute("device_add", driver="virtio-rng-device", id="rng0", max_bytes=1024)
+        assert "device_add" in [step.execute for step in m.recipe]
+        await m.execute("device_del", id="rng0")
+        assert "device_add" not in [step.execute for step in m.recipe]
+        await m.execute("quit")
+        told = [event async for event in events if event["event"] == "DEVICE_DELETED"]
+    assert [event["data"]["device"] for event in told] == ["rng0"]
+
+
+@pytest.mark.kvm
+async def test_a_machine_tells_its_own_events_and_no_other_s() -> None:
+    async with vmm.machine(BUILT) as one, vmm.machine(BUILT) as two, one.events() as ones, two.events() as twos:
+        await one.execute("cont")
+        for m in (one, two):
+            await m.execute("quit")
+        names = [[event["event"] async for event in events] for events in (ones, twos)]
+    assert ["RESUME" in seen for seen in names] == [True, False]
