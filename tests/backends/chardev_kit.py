@@ -33,8 +33,8 @@ class Host:
     def obtain(self, name: str, opener: Callable[[], int]) -> int:
         return opener()
 
-    def names(self, prefix: str) -> tuple[str, ...]:
-        return ()
+    def names(self, prefix: str) -> None:
+        return None
 
 
 @attrs.define
