@@ -54,5 +54,5 @@ def test_limits_that_are_none_are_refused(text: str) -> None:
         CprLimits.parse(text)
     assert str(caught.value) == (
         f"--x-cpr-limits: {text!r} is not NAME=SECONDS,... with more than 0 seconds, "
-        "and names of describing, building, loading, taking"
+        "and names of describing, checking, building, loading, taking"
     )
