@@ -50,6 +50,43 @@ async def test_a_device_that_has_nothing_is_waited_for() -> None:
         rng.close()
 
 
+async def test_many_wait_for_one_device_and_each_gets_bytes_of_its_own() -> None:
+    with pseudo_source() as source:
+        rng = DeviceRng(hostio.open_random_source(source.path), source.path)
+        got: list[bytes] = []
+
+        async def read() -> None:
+            got.append(await rng.read(2))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(read)
+            await trio.testing.wait_all_tasks_blocked()
+            source.feed(b"aabbcc")
+        assert got == [b"aa", b"bb", b"cc"]
+        rng.close()
+
+
+async def test_one_that_waits_no_longer_lets_the_next_one_wait() -> None:
+    with pseudo_source() as source:
+        rng = DeviceRng(hostio.open_random_source(source.path), source.path)
+        async with trio.open_nursery() as nursery:
+            first = trio.CancelScope()
+
+            async def wait_in_vain() -> None:
+                with first:
+                    await rng.read(8)
+
+            nursery.start_soon(wait_in_vain)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(rng.read, 8)
+            await trio.testing.wait_all_tasks_blocked()
+            first.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            source.feed(b"abc")
+        rng.close()
+
+
 async def test_a_read_that_is_cancelled_takes_nothing() -> None:
     with pseudo_source() as source:
         rng = DeviceRng(hostio.open_random_source(source.path), source.path)

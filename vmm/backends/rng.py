@@ -71,17 +71,19 @@ class DeviceRng:
         """Own `fd`, which does not block. `path` is for texts."""
         self._fd: Final = fd
         self.path: Final = path
+        self._turn: Final = trio.Lock()
+        """One waits for the descriptor at a time: the loop tells no more than one."""
 
     async def read(self, size: int) -> bytes:
         """Return 1 to `size` random bytes; wait for the device if it has none."""
-        await trio.lowlevel.checkpoint()
         try:
-            while True:
-                try:
-                    data = os.read(self._fd, size)
-                    break
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self._fd)
+            async with self._turn:
+                while True:
+                    try:
+                        data = os.read(self._fd, size)
+                        break
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_readable(self._fd)
         except OSError as error:
             raise HostFileRefused(action="read", path=self.path, reason=os.strerror(error.errno or 0)) from error
         if not data:
