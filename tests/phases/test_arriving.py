@@ -150,6 +150,24 @@ def test_a_built_in_kernel_is_no_resource_of_the_host() -> None:
     assert [list(resources_of(it)) for it in machine] == [[]]
 
 
+QTEST: dict[str, Any] = {"qom-type": "qtest", "id": "q", "chardev": "serial0"}
+
+
+def test_the_log_of_a_qtest_is_a_file_of_the_host() -> None:
+    steps = [MACHINE[0], {"execute": "object-add", "arguments": {**QTEST, "log": "/there"}}, *MACHINE[1:]]
+    with pytest.raises(ResourcesMissing, match="^no descriptor came for monitor/q, and"):
+        arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out"])
+    arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out", "monitor/q/log"])
+    assert step(arrived(steps, allowed={"monitor/q": "/here"}), "object-add")["log"] == "/here"
+    assert arrived(steps, allowed={"monitor/q": "fd:7"}).given == {"monitor/q/log": 7}
+
+
+@pytest.mark.parametrize("log", [{}, {"log": "none"}])
+def test_a_qtest_without_a_log_needs_nothing_of_the_host(log: dict[str, str]) -> None:
+    steps = [MACHINE[0], {"execute": "object-add", "arguments": {**QTEST, **log}}, *MACHINE[1:]]
+    arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out"])
+
+
 def test_an_override_that_makes_no_machine_of_it_is_refused() -> None:
     with pytest.raises(RecipeInvalid, match=r"smp\.cpus: 99 is not a number of vCPUs from 1 to 8"):
         arrived(overrides=[{"execute": "machine-set", "arguments": {"smp": {"cpus": 99}}}])
@@ -167,11 +185,11 @@ JSON = st.recursive(
 )
 NAMES = """
 id backend type data out addr path kernel initrd memory size smp serial props qom-type filename chardev accel model
-driver bus acpi-tables file server grant
+driver bus acpi-tables file server grant log
 """
 KEYS = st.sampled_from(NAMES.split())
 LIKELY = st.recursive(
-    JSON | st.sampled_from(["file", "socket", "unix", "pty", "rng-random", "monitor-qmp", "kvm", "host", "builtin:x"]),
+    JSON | st.sampled_from(["file", "socket", "unix", "pty", "rng-random", "monitor-qmp", "qtest", "kvm", "host", "builtin:x"]),
     lambda inner: st.dictionaries(KEYS, inner, max_size=5) | st.lists(inner, max_size=3),
     max_leaves=12,
 )

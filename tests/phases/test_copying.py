@@ -61,6 +61,19 @@ async def test_an_empty_process_becomes_the_machine_and_goes_on_with_its_guest(t
     assert os.listdir(tmp_path) == []
 
 
+async def test_monitors_and_qtest_stay_with_their_chardevs(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        machine = source.recipe.to_json()
+        for kind in ("monitor-qmp", "qtest"):
+            address = {"type": "unix", "data": {"path": str(tmp_path / kind)}}
+            backend = {"type": "socket", "data": {"addr": address, "wait": False}}
+            await source.execute("chardev-add", id=kind, backend=backend)
+            await source.execute("object-add", qom_type=kind, id=f"over-{kind}", chardev=kind)
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "running")
+        assert destination.recipe.to_json() == machine
+
+
 @pytest.mark.parametrize("size", [16 << 20, 64 << 20, 3 * GIB, 3 * GIB + 4096, 5 * GIB])
 async def test_all_of_ram_is_there_byte_for_byte(size: int, tmp_path: Path) -> None:
     async with started(size=size) as source, empty(autostart=False) as destination:

@@ -390,6 +390,13 @@ def host_socket(offer: Offer) -> None:
     offer.body["recipe"] = [{"execute": "chardev-add", "arguments": {"id": "c", "backend": backend}}, *RECIPE]
 
 
+def log_of_a_qtest(offer: Offer) -> None:
+    qtest = {"qom-type": "qtest", "id": "q", "chardev": "c", "log": "/etc/passwd"}
+    offer.put("chardev/c/listener", pipe())
+    host_socket(offer)
+    offer.body["recipe"].insert(1, {"execute": "object-add", "arguments": qtest})
+
+
 ADMITTED: Final = (
     "a recipe from elsewhere has only commands that make a machine: accel-set, chardev-add, cpu-model-set, device_add, "
     "finish-machine-init, machine-set, object-add, set-numa-node"
@@ -437,6 +444,10 @@ REFUSED_OFFERS: Final = (
     (
         host_socket,
         "no descriptor came for chardev/c, and this host's own are allowed by name: -allow-resource chardev/c=PATH",
+    ),
+    (
+        log_of_a_qtest,
+        "no descriptor came for monitor/q, and this host's own are allowed by name: -allow-resource monitor/q=PATH",
     ),
 )
 

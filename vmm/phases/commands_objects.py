@@ -15,6 +15,7 @@ from vmm.monitor.ports import Caller
 from vmm.monitor.qapi import Union
 from vmm.phases.commands_backends import Id
 from vmm.phases.foundation import Host
+from vmm.phases.host_resources import NO_LOG
 from vmm.phases.stores import MONITOR
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Qtest(_Object):
 
     qom_type: Literal["qtest"]
     chardev: str
-    log: str = "none"
+    log: str = NO_LOG
     """A file for every line received and sent; `none` for no file."""
 
 
@@ -191,7 +192,7 @@ async def _add_qtest(may: MayCreateBackend, host: HostSource, machine: Host, arg
         await chardev.quiesce()
         log = TrafficLog(args.id, machine.complain)
         undo.callback(log.close)
-        if args.log != "none":
+        if args.log != NO_LOG:
             log.fd = host.obtain(f"monitor/{args.id}/log", lambda: hostio.open_output_file(args.log, append=False))
         qtest = QtestBackend(args.id, chardev, log, tree=machine.tree, complain=machine.complain, held=host.inherits)
         await _adopt(may, args.id, qtest)

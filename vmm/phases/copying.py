@@ -111,7 +111,7 @@ class Gone:
 
 
 def travelling(recipe: Recipe) -> Recipe:
-    """Return what of a machine's recipe is the machine's: all but its monitors and the chardevs of these."""
+    """Return what of a machine's recipe is the machine's: all but its monitors and qtest, and their chardevs."""
     monitors = [step for step in recipe if step.execute == "object-add" and _is_monitor(step.arguments)]
     chardevs = {step.arguments.get("chardev") for step in monitors} - {None}
     return attrs.evolve(
@@ -125,7 +125,8 @@ def travelling(recipe: Recipe) -> Recipe:
 
 
 def _is_monitor(arguments: Mapping[str, Any]) -> bool:
-    return str(arguments.get("qom-type")).startswith("monitor-")
+    kind = str(arguments.get("qom-type"))
+    return kind.startswith("monitor-") or kind == "qtest"
 
 
 async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BUILTIN: Final = "builtin:"
 """How the name of a kernel begins that is part of this program: no resource of the host."""
 
+NO_LOG: Final = "none"
+"""What a qtest object has for the path of its log if it logs nothing."""
+
 _CHARDEVS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "file": ("out", ("backend", "data", "out")),
     "socket": ("listener", ("backend", "data", "addr", "data", "path")),
@@ -31,6 +34,7 @@ the path (empty where there is none). The others have no resource."""
 _OBJECTS: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "rng-random": ("object", "file", ("filename",)),
     "monitor-websocket": ("monitor", "", ()),
+    "qtest": ("monitor", "log", ("log",)),
 }
 """Type of an object -> how the name of its resource begins, and the same."""
 
@@ -71,6 +75,8 @@ def resources_of(step: Step) -> Iterator[HostResource]:
                 path = ()  # it was open already where it comes from
             yield HostResource(name, path, f"{name}/{last}" if last else "", needed=not is_client)
     elif step.execute == "object-add" and arguments["qom-type"] in _OBJECTS:
+        if arguments["qom-type"] == "qtest" and arguments.get("log", NO_LOG) == NO_LOG:
+            return
         prefix, last, path = _OBJECTS[arguments["qom-type"]]
         name = f"{prefix}/{arguments['id']}"
         yield HostResource(name, path, f"{name}/{last}" if last else "")
