@@ -155,7 +155,7 @@ QTEST: dict[str, Any] = {"qom-type": "qtest", "id": "q", "chardev": "serial0"}
 
 def test_the_log_of_a_qtest_is_a_file_of_the_host() -> None:
     steps = [MACHINE[0], {"execute": "object-add", "arguments": {**QTEST, "log": "/there"}}, *MACHINE[1:]]
-    with pytest.raises(ResourcesMissing, match="^no descriptor came for monitor/q, and"):
+    with pytest.raises(ResourcesMissing, match=r"^no descriptor came for monitor/q, and"):
         arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out"])
     arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out", "monitor/q/log"])
     assert step(arrived(steps, allowed={"monitor/q": "/here"}), "object-add")["log"] == "/here"
@@ -166,6 +166,17 @@ def test_the_log_of_a_qtest_is_a_file_of_the_host() -> None:
 def test_a_qtest_without_a_log_needs_nothing_of_the_host(log: dict[str, str]) -> None:
     steps = [MACHINE[0], {"execute": "object-add", "arguments": {**QTEST, **log}}, *MACHINE[1:]]
     arrived(steps).require_resources(["kernel", "initrd", "chardev/serial0/out"])
+
+
+def test_a_monitor_over_a_number_of_the_source_is_refused() -> None:
+    """It could be that of the channel over which the recipe came: its sender would be a client of this machine."""
+    monitor = {"execute": "object-add", "arguments": {"qom-type": "monitor-qmp", "id": "m", "fd": 5}}
+    with pytest.raises(RecipeInvalid) as caught:
+        arrived([monitor, *MACHINE])
+    assert str(caught.value) == (
+        "Recipe of the source, command 1 (object-add): "
+        "fd: 5 is a number of another process; a recipe's monitor has a chardev"
+    )
 
 
 def test_an_override_that_makes_no_machine_of_it_is_refused() -> None:
@@ -185,11 +196,12 @@ JSON = st.recursive(
 )
 NAMES = """
 id backend type data out addr path kernel initrd memory size smp serial props qom-type filename chardev accel model
-driver bus acpi-tables file server grant log
+driver bus acpi-tables file server grant log fd
 """
+KINDS = "file socket unix pty rng-random monitor-qmp qtest kvm host builtin:x"
 KEYS = st.sampled_from(NAMES.split())
 LIKELY = st.recursive(
-    JSON | st.sampled_from(["file", "socket", "unix", "pty", "rng-random", "monitor-qmp", "qtest", "kvm", "host", "builtin:x"]),
+    JSON | st.sampled_from(KINDS.split()),
     lambda inner: st.dictionaries(KEYS, inner, max_size=5) | st.lists(inner, max_size=3),
     max_leaves=12,
 )

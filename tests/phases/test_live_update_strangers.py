@@ -397,6 +397,11 @@ def log_of_a_qtest(offer: Offer) -> None:
     offer.body["recipe"].insert(1, {"execute": "object-add", "arguments": qtest})
 
 
+def monitor_over_the_channel(offer: Offer) -> None:
+    monitor = {"qom-type": "monitor-qmp", "id": "m", "fd": 9}
+    offer.body["recipe"] = [{"execute": "object-add", "arguments": monitor}, *RECIPE]
+
+
 ADMITTED: Final = (
     "a recipe from elsewhere has only commands that make a machine: accel-set, chardev-add, cpu-model-set, device_add, "
     "finish-machine-init, machine-set, object-add, set-numa-node"
@@ -448,6 +453,11 @@ REFUSED_OFFERS: Final = (
     (
         log_of_a_qtest,
         "no descriptor came for monitor/q, and this host's own are allowed by name: -allow-resource monitor/q=PATH",
+    ),
+    (
+        monitor_over_the_channel,
+        "Recipe of the source, command 1 (object-add): "
+        "fd: 9 is a number of another process; a recipe's monitor has a chardev",
     ),
 )
 

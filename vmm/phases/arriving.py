@@ -85,6 +85,7 @@ def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapp
         RecipeInvalid: `recipe`, alone or with the overrides, is not that of a whole machine.
     """
     source = checked(recipe, table)
+    _require_no_numbers(source)
     made = checked(_overridden(source, overrides), table)
     numbers = {name: int(where[3:]) for name, where in allowed.items() if where.startswith("fd:")}
     given = {
@@ -116,6 +117,14 @@ def _checked(source: str, where: str, step: Step, table: CommandTable) -> Step:
     complete = unstructure(arguments)
     assert isinstance(complete, dict)
     return Step(step.execute, complete)
+
+
+def _require_no_numbers(recipe: Recipe) -> None:
+    """Raise `RecipeInvalid` for a number of a descriptor: here it could be any, also of its own channel."""
+    for number, step in enumerate(recipe, 1):
+        if step.execute == "object-add" and step.arguments.get("fd") is not None:
+            reason = f"fd: {step.arguments['fd']} is a number of another process; a recipe's monitor has a chardev"
+            raise RecipeInvalid(source=recipe.source, where=f"command {number} ({step.execute})", reason=reason)
 
 
 def _check_whole(source: str, steps: tuple[Step, ...]) -> None:
