@@ -99,6 +99,27 @@ async def test_a_read_that_is_cancelled_takes_nothing() -> None:
         rng.close()
 
 
+async def test_a_device_that_cannot_be_polled_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    path = tmp_path / "hwrng"
+    path.write_bytes(b"abc")
+    fd = os.open(path, os.O_RDONLY)  # epoll refuses a regular file as it refuses /dev/hwrng
+    read, asked = os.read, list[float]()
+
+    def empty_at_first(fd: int, size: int) -> bytes:
+        asked.append(trio.current_time())
+        if len(asked) < 4:
+            raise BlockingIOError
+        return read(fd, size)
+
+    monkeypatch.setattr(os, "read", empty_at_first)
+    rng = DeviceRng(fd, str(path))
+    assert await rng.read(8) == b"abc"
+    assert [at - asked[0] for at in asked] == pytest.approx([0, 0.05, 0.1, 0.15])
+    rng.close()
+
+
 async def test_a_device_with_an_end_is_no_source() -> None:
     rng = DeviceRng(hostio.open_random_source("/dev/null"), "/dev/null")
     with pytest.raises(HostFileRefused) as caught:

@@ -12,6 +12,9 @@ from vmm.errors import HostFileRefused
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_LOOK_AGAIN: Final = 0.05
+"""Seconds between two reads of a device that has nothing and cannot say when it has."""
+
 
 class Rng(Protocol):
     """A source of random bytes. Many may read at a time; each gets bytes of its own."""
@@ -83,12 +86,19 @@ class DeviceRng:
                         data = os.read(self._fd, size)
                         break
                     except BlockingIOError:
-                        await trio.lowlevel.wait_readable(self._fd)
+                        await self._wait()
         except OSError as error:
             raise HostFileRefused(action="read", path=self.path, reason=os.strerror(error.errno or 0)) from error
         if not data:
             raise HostFileRefused(action="read", path=self.path, reason="it has an end; a random source has none")
         return data
+
+    async def _wait(self) -> None:
+        """Wait until there may be something to read; `OSError` if that cannot be known."""
+        try:
+            await trio.lowlevel.wait_readable(self._fd)
+        except PermissionError:  # A driver that cannot be polled, as that of /dev/hwrng. Source: epoll_ctl(2), EPERM
+            await trio.sleep(_LOOK_AGAIN)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the device open until cancelled."""

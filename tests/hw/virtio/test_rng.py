@@ -217,6 +217,41 @@ async def test_a_source_that_fails_is_told_once_and_tried_at_each_kick() -> None
         assert it.complaints == [text, text]
 
 
+async def test_a_request_that_a_source_failed_is_answered_without_another_kick(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with rig() as it:
+        it.driver.request(0)
+        dry = HostFileRefused(action="read", path="/dev/dry", reason="Input/output error")
+        it.source.give(dry, dry, dry, b"abc")
+        it.kick()
+        await trio.sleep(2.5)
+        assert it.driver.used() == []
+        assert len(it.source.asked) == 3, "once a second"
+        await trio.sleep(1)
+        assert it.driver.used() == [(0, 3)]
+        assert it.complaints == ["Cannot read /dev/dry: Input/output error; the guest's request waits"]
+        await trio.sleep(60)
+        assert len(it.source.asked) == 4, "nothing is left to try"
+
+
+async def test_a_request_that_a_source_failed_is_left_alone_while_the_device_is_at_rest(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with rig() as it:
+        it.driver.request(0)
+        it.source.give(HostFileRefused(action="read", path="/dev/dry", reason="Input/output error"))
+        it.kick()
+        await trio.sleep(0.5)
+        it.worker.hold()
+        it.source.give(b"abc")
+        await trio.sleep(60)
+        assert (it.driver.used(), len(it.source.asked)) == ([], 1)
+        it.worker.go_on()
+        await trio.sleep(0.5)
+        assert it.driver.used() == [(0, 3)]
+
+
 async def test_a_quota_holds_the_guest_back_until_the_period_is_over(autojump_clock: trio.testing.MockClock) -> None:
     async with rig(Quota(5, 10)) as it:
         for index in range(3):

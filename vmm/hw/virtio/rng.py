@@ -8,6 +8,7 @@ Source: Virtual I/O Device (VIRTIO) Version 1.3, 5.4 (entropy device).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol, final
 
 import attrs
@@ -29,6 +30,9 @@ REQUESTS: Final = 0
 
 _MOST: Final = 4096
 """Bytes for one request. A guest that wants more asks again; the loop serves others in between."""
+
+_TRY_AGAIN: Final = 1.0
+"""Seconds after which a back end that failed is asked again. The guest need not ring: its request is in the queue."""
 
 
 class Source(Protocol):
@@ -115,12 +119,16 @@ class RngWorker:
 
     async def serve(self) -> None:
         """Answer requests for ever. A back end that fails is told the operator once; the guest waits."""
+        patience = math.inf
         while True:
-            await self._bell.wait_rung()
+            with trio.move_on_after(patience):
+                await self._bell.wait_rung()
             try:
                 await self._answer_all()
+                patience = math.inf
             except VmmError as error:
                 self._tell(f"{error}; the guest's request waits")
+                patience = _TRY_AGAIN
 
     def hold(self) -> None:
         """Touch neither the guest's memory nor the back end from now on."""
@@ -151,7 +159,7 @@ class RngWorker:
         return data
 
     def _tell(self, complaint: str) -> None:
-        # Each kick of the guest's tries again, and the guest is not to fill the operator's log.
+        # Each kick of the guest's tries again, as does each second, and the guest is not to fill the operator's log.
         if complaint != self._complaint:
             self._complaint = complaint
             self._complain(complaint)
