@@ -197,6 +197,8 @@ def _rows(shape: Shape, prefix: str, seen: tuple[object, ...] = ()) -> Iterable[
         notes = [_default(shape.kind, member), texts.get(member.attribute, "").removesuffix(".")]
         yield f"`{prefix}{member.wire}`", _type(member.shape), "; ".join(filter(None, notes))
         yield from _rows(member.shape, f"{prefix}{member.wire}.", (*seen, shape))
+    for _, inner in shape.inlined:
+        yield from _rows(inner, prefix, (*seen, shape))
 
 
 def _default(kind: type[Any], member: Member) -> str:

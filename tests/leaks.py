@@ -13,6 +13,9 @@ import attrs
 _IDLE_TRIO_THREAD = "Trio thread "
 """How trio names a worker that waits for its next job. It keeps such workers for ten seconds, by design."""
 
+_KVM_THREAD = "kvm-"
+"""How KVM names threads that it adds to a process by itself, some time after a guest's start, while there is the VM."""
+
 
 @final
 @attrs.frozen
@@ -22,7 +25,7 @@ class Held:
     descriptors: dict[int, str]
     """Each descriptor and what it refers to."""
     threads: dict[int, str]
-    """Each thread's kernel id and name, idle workers of trio's cache excepted."""
+    """Each thread's kernel id and name, idle workers of trio's cache and KVM's own excepted."""
     children: dict[int, str]
     """Each child process that has not been waited for, and its command line."""
 
@@ -32,9 +35,8 @@ class Held:
         gc.collect()
         idle = {t.native_id for t in threading.enumerate() if t.name.startswith(_IDLE_TRIO_THREAD)}
         # By the kernel's name too: a worker whose ten seconds are over is none of Python's threads any more.
-        threads = {
-            tid: name for tid, name in _threads().items() if tid not in idle and not name.startswith(_IDLE_TRIO_THREAD)
-        }
+        others = (_IDLE_TRIO_THREAD, _KVM_THREAD)
+        threads = {tid: name for tid, name in _threads().items() if tid not in idle and not name.startswith(others)}
         return cls(_descriptors(), threads, _children())
 
     def not_in(self, before: Held) -> list[str]:

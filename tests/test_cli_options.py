@@ -14,7 +14,7 @@ from tests.phases.machine import connected, machine, monitor, parse
 from vmm.cli import main
 from vmm.cli_machine import cpu_step, device_step, numa_steps, object_step
 from vmm.cli_options import ABSENT, OPTIONS, Option, Parser, add_run_options
-from vmm.cli_recipe import allowed_resources, recipe_of
+from vmm.cli_recipe import recipe_of
 from vmm.errors import OptionInvalid, Unsupported, VmmError
 from vmm.monitor.arguments import structure
 from vmm.phases.catalog import COMMANDS, rank
@@ -56,6 +56,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "-S": ("-S",),
     "-preconfig": ("--preconfig",),
     "-loadvm": ("-loadvm", "before"),
+    "-allow-resource": ("-allow-resource", "kernel=/boot/vmlinuz"),
     "-allow-difference": ("-allow-difference", "machine-set.append"),
     "-chardev": ("-chardev", "null,id=c"),
     "-qmp": ("-qmp", "unix:/run/q"),
@@ -384,10 +385,12 @@ def test_a_snapshot_without_a_machine_brings_its_own() -> None:
 
 
 def test_what_an_incoming_machine_may_have_is_named() -> None:
-    texts = ("kernel", "chardev/serial0/out=/tmp/a=b", "disk=fd:7")
-    options = parse(*(word for text in texts for word in ("-allow-resource", text)))
-    assert allowed_resources(options) == {"kernel": "", "chardev/serial0/out": "/tmp/a=b", "disk": "fd:7"}
-    assert requests("-allow-resource", "kernel=/boot/vmlinuz") == []
+    texts = ("kernel", "chardev/serial0=/tmp/a=b", "object/rng0=fd:7")
+    assert requests(*(word for text in texts for word in ("-allow-resource", text))) == [
+        {"execute": "x-allow-resource", "arguments": {"name": "kernel"}},
+        {"execute": "x-allow-resource", "arguments": {"name": "chardev/serial0", "path": "/tmp/a=b"}},
+        {"execute": "x-allow-resource", "arguments": {"name": "object/rng0", "fd": 7}},
+    ]
 
 
 def test_beside_a_cpr_channel_options_say_only_what_is_to_be_otherwise() -> None:
@@ -478,7 +481,7 @@ def test_an_option_that_cannot_be_is_refused_in_one_sentence(arguments: tuple[st
 )
 def test_a_resource_that_is_named_wrongly_is_refused(texts: tuple[str, ...], reason: str) -> None:
     options = [word for text in texts for word in ("-allow-resource", text)]
-    assert refusal(*options, of=allowed_resources) == f"-allow-resource: {reason}"
+    assert refusal(*options) == f"-allow-resource: {reason}"
 
 
 @settings(deadline=None)
@@ -488,6 +491,5 @@ def test_whatever_an_option_says_it_is_commands_or_refused(option: Option, text:
     setattr(options, option.attribute, [text] if option.repeated else text)
     try:
         recipe_of(options)
-        allowed_resources(options)
     except VmmError:
         return

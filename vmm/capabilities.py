@@ -453,6 +453,10 @@ class IncomingPort(Protocol):
         """Let the machine here differ from the source's in what is called so."""
         ...
 
+    def allow_resource(self, name: str, where: str) -> None:
+        """Let a machine that comes in have this host resource."""
+        ...
+
 
 @final
 class MayListen(Token[IncomingPort]):
@@ -475,6 +479,10 @@ class MayListen(Token[IncomingPort]):
     def allow(self, names: Iterable[str]) -> None:
         """Let the machine here differ from the source's in `names`, though its guest could tell."""
         self._reach().allow(names)
+
+    def allow_resource(self, name: str, where: str) -> None:
+        """Let a machine that comes in have host resource `name`, for which no descriptor comes with it."""
+        self._reach().allow_resource(name, where)
 
 
 @final

@@ -59,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from vmm.cli_options import defines_machine
-    from vmm.cli_recipe import allowed_resources, has_monitor, recipe_of, require_precreate
+    from vmm.cli_recipe import has_monitor, recipe_of, require_precreate
     from vmm.recipe import Recipe
 
-    recipe, allowed = recipe_of(options), allowed_resources(options)
+    recipe = recipe_of(options)
     if options.recipe is not None:
         read = _read_recipe(options.recipe)
         if options.precreate:
@@ -82,7 +82,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             return 1
     from vmm.process import run_process
 
-    return run_process(recipe, options, allowed)
+    return run_process(recipe, options)
 
 
 def _lacks(options: argparse.Namespace, *, machine: bool) -> str | None:

@@ -118,7 +118,7 @@ OPTIONS: Final = (
     Option("-loadvm", "start", "begin with the state that migrate saved in a file; without a machine, with that one",
            metavar="PATH", command="loadvm"),
     Option("-allow-resource", "start", "let an incoming machine have this host resource under the name NAME",
-           metavar="NAME[=PATH|fd:N]", repeated=True, admitted=True),
+           metavar="NAME[=PATH|fd:N]", repeated=True, command="x-allow-resource", admitted=True),
     Option("-allow-difference", "start", "let an incoming machine differ from its source's in NAME, though its guest "
            "could tell", metavar="NAME", repeated=True, command="x-allow-difference", admitted=True),
     Option("--recipe", "start", "carry out the commands in FILE, after those of the options", metavar="FILE",

@@ -12,7 +12,7 @@ from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SOURCE: Final = "of the command line"
 
@@ -43,6 +43,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     if awaits:
         _refuse_with_cpr(options)
     steps = _talking(options, f"@{os.getpid()}" if awaits else "")
+    steps += _allowed_resources(options.allow_resource)
     if options.allow_difference:
         steps.append(Step("x-allow-difference", {"names": options.allow_difference}))
     if incoming:
@@ -63,18 +64,20 @@ def has_monitor(recipe: Recipe) -> bool:
     return any(step.execute == "object-add" and step.arguments.get("qom-type") in _TALKERS for step in recipe)
 
 
-def allowed_resources(options: argparse.Namespace) -> dict[str, str]:
-    """Return what `-allow-resource` names: by the resource's name a path, `fd:N`, or nothing for the path that the
-    recipe says. Raises `OptionInvalid`."""
-    found: dict[str, str] = {}
-    for text in options.allow_resource:
+def _allowed_resources(texts: Sequence[str]) -> list[Step]:
+    """Return the commands that `-allow-resource` stands for. Raises `OptionInvalid`."""
+    steps: list[Step] = []
+    named: set[str] = set()
+    for text in texts:
         name, equals, where = text.partition("=")
         if not name or bool(equals) != bool(where) or (where.startswith("fd:") and not _FD.fullmatch(where)):
             raise OptionInvalid(option="-allow-resource", value=text, wanted="of the form NAME, NAME=PATH or NAME=fd:N")
-        if name in found:
+        if name in named:
             raise OptionInvalid(option="-allow-resource", value=text, wanted=f"possible: {name} is named twice")
-        found[name] = where
-    return found
+        named.add(name)
+        member = {"fd": int(where[3:])} if where.startswith("fd:") else {"path": where} if where else {}
+        steps.append(Step("x-allow-resource", {"name": name, **member}))
+    return steps
 
 
 def require_precreate(recipe: Recipe, path: str) -> None:

@@ -16,7 +16,6 @@ from vmm.phases.start import Start
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
 
     from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
@@ -28,7 +27,7 @@ SWITCH_INTERVAL = 0.001
 larger part of a live update's pause."""
 
 
-def run_process(recipe: Recipe, options: argparse.Namespace, allowed_resources: Mapping[str, str]) -> int:
+def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
     """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order."""
     check_step(options.x_cpr_stop_at)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -49,7 +48,6 @@ def run_process(recipe: Recipe, options: argparse.Namespace, allowed_resources: 
         limits=limits,
         stderr=2 if sys.stderr is not None else None,
         autostart=not options.stopped,
-        allowed_resources=allowed_resources,
     )
     return trio.run(_run, start)
 

@@ -389,6 +389,8 @@ CASES: Final = (
     Case("x-cpr-abandon", {}, lambda state, grant: state.awaits, _abandon),
     Case("x-allow-difference", {"names": ["serial"]}),
     Case("x-allow-difference", {"names": 1}, _never),
+    Case("x-allow-resource", {"name": "kernel"}),
+    Case("x-allow-resource", {"name": 1}, _never),
 )  # fmt: skip
 
 WAY_ON: Final[Mapping[str, str]] = {

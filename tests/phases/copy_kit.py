@@ -67,10 +67,10 @@ async def empty(
     *, autostart: bool = True, allowed: dict[str, str] | None = None
 ) -> AsyncGenerator[EmbeddedMachine, None]:
     """Run a machine that waits in phase precreate; complaints are dropped."""
-    start = Start(
-        Recipe("of this test"), autostart=autostart, allowed_resources=allowed or {}, complain=lambda text: None
-    )
+    start = Start(Recipe("of this test"), autostart=autostart, complain=lambda text: None)
     async with vmm.machine(start=start) as machine:
+        for name, path in (allowed or {}).items():
+            await machine.execute("x-allow-resource", name=name, path=path)
         yield machine
 
 

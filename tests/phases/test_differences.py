@@ -41,7 +41,7 @@ def test_what_is_the_same_is_listed_as_identical_without_values() -> None:
         ("machine-set", MACHINE, MACHINE | {"rtc": {"base": "localtime"}}, "machine-set.rtc"),
         ("chardev-add", SERIAL, {"id": "serial0", "backend": {"type": "null"}}, "chardev-add serial0"),
         ("object-add", {"id": "m", "qom-type": "x"}, {"id": "m", "qom-type": "y"}, "object-add m"),
-        ("device_add", RNG, RNG | {"rng": "rng1"}, "device_add r"),
+        ("device_add", RNG, RNG | {"rng": "rng1", "id": "other"}, "device_add virtio-mmio-bus.0"),
     ],
 )
 def test_what_is_the_hosts_business_is_host_only(
@@ -61,7 +61,7 @@ def test_what_is_the_hosts_business_is_host_only(
         ("machine-set", MACHINE, MACHINE | {"not-known-yet": 1}, "machine-set.not-known-yet"),
         ("cpu-model-set", {"model": "host"}, {"model": "host", "props": {"avx2": False}}, "cpu-model-set.props"),
         ("accel-set", {"accel": "kvm"}, {"accel": "qtest"}, "accel-set.accel"),
-        ("device_add", RNG, RNG | {"bus": "virtio-mmio-bus.1"}, "device_add r"),
+        ("device_add", RNG, RNG | {"driver": "virtio-net-device"}, "device_add virtio-mmio-bus.0"),
         ("set-numa-node", {"type": "node"}, {"type": "node", "nodeid": 1}, "set-numa-node 0"),
     ],
 )
@@ -75,7 +75,9 @@ def test_all_else_is_visible_to_the_guest(
 
 def test_a_device_that_only_one_side_has_is_visible() -> None:
     (found,) = compare(recipe(), recipe(("device_add", RNG)))
-    assert (found.name, found.effect, found.source) == ("device_add r", "guest-visible", None)
+    assert (found.name, found.effect, found.source) == ("device_add virtio-mmio-bus.0", "guest-visible", None)
+    # There would be no state for it.
+    assert visible([found], [found.name]) == (found,)
 
 
 def test_what_is_allowed_by_name_is_not_refused() -> None:
@@ -94,7 +96,7 @@ def test_a_difference_in_words() -> None:
     (found,) = compared("machine-set", MACHINE, {**MACHINE, "append": "x" * 100})
     assert found.describe() == f"machine-set.append ('quiet' there, '{'x' * 56}... here)"
     (found,) = compare(recipe(), recipe(("device_add", {"id": "r"} | {"bus": "b"})))
-    assert found.describe() == "device_add r (nothing there, {'bus': 'b'} here)"
+    assert found.describe() == "device_add b (nothing there, {'id': 'r', 'bus': 'b'} here)"
 
 
 def test_the_refusal_names_each() -> None:

@@ -10,8 +10,6 @@ import trio
 import vmm
 from tests.phases.machine import sockets_in
 from vmm.errors import CommandNotFound, InvalidArguments, InvalidState, OptionInvalid, TokenNotGranted, VmmError
-from vmm.phases.start import Start
-from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -242,16 +240,19 @@ async def test_what_is_noted_must_have_the_right_form_and_be_one_that_makes_a_ma
         admitted = {it["name"]: it["admitted"] for it in await machine.execute("query-commands", extended=True)}
         assert {"machine-set", "accel-set", "cpu-model-set", "chardev-add"} <= {n for n, ok in admitted.items() if ok}
         assert not admitted["finish-machine-init"]
+        noted = {it["name"] for it in await machine.execute("query-commands", extended=True) if it["noted"]}
+        assert "accel-set" in noted
+        assert "finish-machine-init" not in noted
 
 
 async def test_a_kernel_is_replaced_by_an_allowed_one_only_where_none_was_sent(tmp_path: Path) -> None:
     """What the source gave a descriptor for is used; what it did not comes from this host if it was allowed."""
     image = tmp_path / "image"
     image.write_bytes(b"\xf4" * 512)
-    allowed = {"kernel": str(tmp_path / "does not exist"), "chardev/serial0": ""}
     recipe = guest(tmp_path, kernel=f"flat:{image}")
-    start = Start(Recipe("of this test"), allowed_resources=allowed)
-    async with vmm.machine(start=start) as destination, vmm.machine(recipe) as source:
+    async with vmm.machine() as destination, vmm.machine(recipe) as source:
+        await destination.execute("x-allow-resource", name="kernel", path=str(tmp_path / "does not exist"))
+        await destination.execute("x-allow-resource", name="chardev/serial0")
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await update(source, tmp_path))["status"] == "completed"
         assert await otherwise(destination) == {}
@@ -262,8 +263,8 @@ async def test_a_descriptor_that_the_operator_gave_stands_in_for_one_that_was_no
     image = tmp_path / "image"
     image.write_bytes(b"\xf4" * 512)
     with image.open("rb") as file:
-        start = Start(Recipe("of this test"), allowed_resources={"kernel": f"fd:{file.fileno()}"})
-        async with vmm.machine(start=start) as destination, vmm.machine(guest(tmp_path)) as source:
+        async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
+            await destination.execute("x-allow-resource", name="kernel", fd=file.fileno())
             await destination.execute("migrate-incoming", channels=channels(tmp_path))
             await destination.execute("machine-set", kernel="flat:/nowhere")
             await destination.execute("x-allow-difference", names=["machine-set.kernel"])
@@ -272,8 +273,12 @@ async def test_a_descriptor_that_the_operator_gave_stands_in_for_one_that_was_no
 
 
 async def test_a_descriptor_that_is_not_open_is_named(tmp_path: Path) -> None:
-    start = Start(Recipe("of this test"), allowed_resources={"kernel": "fd:987"})
-    async with vmm.machine(start=start) as destination, vmm.machine(guest(tmp_path)) as source:
+    async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
+        with pytest.raises(OptionInvalid, match="x-allow-resource: 'kernel' is not clear: give path, fd or neither"):
+            await destination.execute("x-allow-resource", name="kernel", path="/a", fd=3)
+        with pytest.raises(OptionInvalid, match="x-allow-resource, fd: -1 is not the number of a descriptor"):
+            await destination.execute("x-allow-resource", name="kernel", fd=-1)
+        await destination.execute("x-allow-resource", name="kernel", fd=987)
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         await destination.execute("machine-set", kernel="flat:/nowhere")
         await destination.execute("x-allow-difference", names=["machine-set.kernel"])

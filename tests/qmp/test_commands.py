@@ -85,7 +85,7 @@ QUERIES = [
     good("query-version", lambda v: set(v) == {"qemu", "package"} and v["package"].startswith("trio-vmm ")),
     wrong("query-version", NONE_TAKEN, x=1),
     good("query-commands", lambda v: {"name": "quit"} in v),
-    good("query-commands", lambda v: {"name", "tokens", "phases", "admitted"} == set(v[0]), extended=True),
+    good("query-commands", lambda v: {"name", "tokens", "phases", "admitted", "noted"} == set(v[0]), extended=True),
     wrong("query-commands", "'extended' must be a boolean, not 1", extended=1),
     good("query-qmp-schema", lambda v: len(v) > 50),
     wrong("query-qmp-schema", NONE_TAKEN, x=1),
@@ -255,6 +255,8 @@ def precreate(directory: Path) -> list[Step]:
             "x-allow-difference: 'machine-set.smp' is not a difference that can be: the guest's state has its shape",
             names=["machine-set.smp"],
         ),
+        good("x-allow-resource", EMPTY, name="kernel", path="/boot/vmlinuz"),
+        wrong("x-allow-resource", "'name' is missing"),
         bad(
             "x-cpr-abandon",
             "x-cpr-abandon is not possible when no CPR channel is awaited; query-migrate says what is under way",

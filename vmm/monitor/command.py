@@ -297,12 +297,13 @@ class CommandTable:
 
     def require_admitted(self, command: Command, caller: Caller) -> None:
         """Raise the `TokenError` that `caller` would get for `command` now, if any."""
-        if self._is_noted(command, caller):
+        if self.is_noted(command, caller):
             self._note_token(command, caller)
         else:
             self.admitted(command, caller)
 
-    def _is_noted(self, command: Command, caller: Caller) -> bool:
+    def is_noted(self, command: Command, caller: Caller) -> bool:
+        """Say whether `command` of `caller` would only be noted now, to be laid over a machine that comes."""
         return command.overrides and self._notes(caller)
 
     def _note_token(
@@ -332,7 +333,7 @@ class CommandTable:
         command = self[name]
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)
-        if self._is_noted(command, caller):
+        if self.is_noted(command, caller):
             token = self._note_token(command, caller, arguments)
             structure(command.arguments or _NoArguments, arguments, name)
             token.append(OVERRIDES, name, arguments)

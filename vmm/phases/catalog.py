@@ -95,6 +95,7 @@ COMMANDS: Final = (
     Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
     Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),
     Command("x-allow-difference", f"{_UPDATE}:x_allow_difference"),
+    Command("x-allow-resource", f"{_UPDATE}:x_allow_resource"),
     Command("query-differences", f"{_UPDATE}:query_differences"),
 )
 
@@ -183,7 +184,7 @@ EVENTS: Final = (
 
 _ORDER: Final = (
     ("chardev-add", "object-add", "add-fd", "getfd"),
-    ("migrate-set-capabilities", "migrate-set-parameters", "x-allow-difference"),
+    ("migrate-set-capabilities", "migrate-set-parameters", "x-allow-difference", "x-allow-resource"),
     ("migrate-incoming",),
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),

@@ -59,6 +59,8 @@ class CommandInfo:
     """The phases whose windows grant them, with some arguments at least."""
     admitted: bool | None = None
     """Whether this session could run it now, with some arguments at least."""
+    noted: bool | None = None
+    """Whether it is only noted now, to be laid over a machine that comes from another process."""
 
 
 @final
@@ -93,6 +95,7 @@ def _extended(table: CommandTable, name: str, caller: Caller) -> CommandInfo:
         tokens=[need.describe() for need in needs],
         phases=phases_granting(needs),
         admitted=admitted,
+        noted=table.is_noted(command, caller),
     )
 
 

@@ -7,8 +7,8 @@ from typing import final
 import attrs
 import trio
 
-from vmm.capabilities import MayListen, MayQuery, MayStartMigration
-from vmm.errors import CprRefused, InvalidArguments, MigrationRefused
+from vmm.capabilities import MayListen, MayOpenHostFile, MayQuery, MayStartMigration
+from vmm.errors import CprRefused, InvalidArguments, MigrationRefused, OptionInvalid
 from vmm.migration.channel import Channels, MigrationChannel, outgoing_channels
 from vmm.monitor.arguments import structure
 from vmm.monitor.ports import Caller
@@ -88,6 +88,29 @@ async def x_allow_difference(may: MayListen, args: AllowDifference) -> None:
     """Let the machine that arrives here differ from the source's in `names`, though its guest could tell."""
     await trio.lowlevel.checkpoint()
     may.allow(args.names)
+
+
+@final
+@attrs.frozen(kw_only=True)
+class AllowResource:
+    """Arguments of `x-allow-resource`."""
+
+    name: str
+    """What the resource is called: kernel, initrd, acpi-table.N, chardev/ID, object/ID or monitor/ID."""
+    path: str | None = None
+    """Where it is on this host; by default, where the recipe that comes says."""
+    fd: int | None = None
+    """A descriptor that this process was started with, instead."""
+
+
+async def x_allow_resource(may: MayListen, host: MayOpenHostFile, args: AllowResource) -> None:
+    """Let a machine that comes in have a resource of this host, for which no descriptor comes with it."""
+    await trio.lowlevel.checkpoint()
+    if args.path is not None and args.fd is not None:
+        raise OptionInvalid(option="x-allow-resource", value=args.name, wanted="clear: give path, fd or neither")
+    if args.fd is not None and not 0 <= args.fd < 1 << 31:
+        raise OptionInvalid(option="x-allow-resource, fd", value=args.fd, wanted="the number of a descriptor")
+    may.allow_resource(args.name, f"fd:{args.fd}" if args.fd is not None else args.path or "")
 
 
 def query_differences(may: MayQuery) -> list[Difference]:

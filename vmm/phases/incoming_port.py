@@ -54,6 +54,8 @@ class IncomingPort:
         """In what the machine here differs from the one that asked for admission last."""
         self.allowed: Final[set[str]] = set()
         """Names of differences that are admitted though the guest could tell."""
+        self.resources_here: Final[dict[str, str]] = {}
+        """What of this host a machine that comes in may have, by the resource's name; see `vmm.phases.arriving`."""
         self._residents: Final[list[Resident]] = []
         """Who holds the bound sockets of a live update, and who awaits its source."""
 
@@ -174,6 +176,10 @@ class IncomingPort:
             )
         self.allowed.update(wanted)
 
+    def allow_resource(self, name: str, where: str) -> None:
+        """Let a machine that comes in have host resource `name`: at a path, as `fd:N`, or where its recipe says."""
+        self.resources_here[name] = where
+
     def consider(self, source: Recipe, sent: Collection[str], cpu: object = None) -> Arriving:
         """Check a recipe that came, and what was `sent` with it; nothing is carried out yet.
 
@@ -188,9 +194,7 @@ class IncomingPort:
 
         host = self._host
         self.differences = ()
-        here = {
-            name: path for name, path in host.start.allowed_resources.items() if not any(is_of(s, name) for s in sent)
-        }
+        here = {name: path for name, path in self.resources_here.items() if not any(is_of(s, name) for s in sent)}
         arriving = arrive(source, host.table, host.overrides.recipe(), here)
         if cpu is not None:
             # By the source's own recipe: what an override changes is an item of its own.

@@ -80,7 +80,7 @@ async def run_precreate(boot: Phase, host: Host) -> None:
             )
 
         def carry_out(definition: Definition) -> Definition:
-            incoming.require_no_cpr_wait("machine-set")
+            incoming.require_no_cpr_wait("x-exit-precreate")
             definition.check()
             options = definition.options
             with ExitStack() as undo:

@@ -11,7 +11,7 @@ from vmm import __version__
 from vmm.monitor.session import Version
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
@@ -53,9 +53,6 @@ class Start:
     it is not the machine's alone, as in an embedding program."""
     autostart: bool = True
     """Whether a guest that comes in, and ran where it was, runs here at once (`-S`: not before `cont`)."""
-    allowed_resources: Mapping[str, str] = attrs.Factory(dict)
-    """Host resources that a recipe which comes in may have although no descriptor came with it: by the resource's name
-    a path, `fd:N` for a descriptor that this process was started with, or nothing for the path that the recipe says."""
     version: Version = VERSION
     complain: Callable[[str], None] = _complain_on_stderr
     """Takes a sentence for the operator: something went wrong that the machine survives."""

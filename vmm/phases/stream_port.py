@@ -47,6 +47,10 @@ class Admission:
         """As `IncomingPort.allow`."""
         self._port.allow(names)
 
+    def allow_resource(self, name: str, where: str) -> None:
+        """As `IncomingPort.allow_resource`."""
+        self._port.allow_resource(name, where)
+
 
 @final
 class StreamPort:
