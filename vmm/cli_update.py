@@ -171,9 +171,7 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
             _changed_settings(source),
         ):
             new_pid = destination.peer_pid
-            await _migrate(source, main, cpr)
-            successor.may_have_the_guest = True
-            stages = await _completed(source, destination, successor)
+            stages = await _completed(source, destination, successor, _channels(main, cpr))
         await _quit(source)
     return UpdateReport(old_pid, new_pid, stages)
 
@@ -241,6 +239,9 @@ class _Successor:
         self._process = process
         self._name = name
         self.may_have_the_guest = False
+        """True from before the old process is told to hand over, until it has said that the guest is not here."""
+        self.is_awaited = False
+        """Whether the old process has said that it has begun to hand over."""
 
     def __enter__(self) -> None:
         return
@@ -310,12 +311,16 @@ async def _await_listeners(destination: QmpClient) -> None:
         await destination.wait_event(lambda event: True)
 
 
-async def _migrate(source: QmpClient, main: str, cpr: str) -> None:
-    source.events.clear()
+async def _begun(source: QmpClient, successor: _Successor) -> None:
+    """Wait for the old process to say that it has begun. Raises `UpdateFailed` if it has not."""
+    if successor.is_awaited:
+        return
     try:
-        await source.execute("migrate", channels=_channels(main, cpr))
+        await source.reply("migrate")
     except CommandFailed as error:
+        successor.may_have_the_guest = False
         raise UpdateFailed(reason=error.desc) from error
+    successor.is_awaited = True
 
 
 def _channels(main: str, cpr: str) -> list[dict[str, Any]]:
@@ -325,10 +330,18 @@ def _channels(main: str, cpr: str) -> list[dict[str, Any]]:
     ]
 
 
-async def _completed(source: QmpClient, destination: QmpClient, successor: _Successor) -> dict[str, float]:
-    """Wait for the end of the hand-over and return the stages of the guest's pause. A cancel calls it off."""
+async def _completed(
+    source: QmpClient, destination: QmpClient, successor: _Successor, where: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Hand the guest over to who listens at `where`, and return the stages of its pause. A cancel calls it off."""
     try:
         with trio.fail_after(COMPLETION):
+            # Shielded: of what is sent by halves nobody knows. Not a moment's wait: all before it was answered.
+            with trio.CancelScope(shield=True):
+                source.events.clear()
+                successor.may_have_the_guest = True
+                await source.send("migrate", channels=where)
+            await _begun(source, successor)
             info = await _outcome(source)
     except MonitorGone as error:
         await _tell_of_a_lost_source(destination, successor, error)
@@ -358,6 +371,7 @@ async def _outcome(source: QmpClient) -> dict[str, Any]:
 async def _call_off(source: QmpClient, successor: _Successor) -> str:
     """Ask the old process to keep the guest; say in words what is known then."""
     with trio.move_on_after(CALLING_OFF, shield=True), suppress(VmmError):
+        await _begun(source, successor)
         with suppress(CommandFailed):
             await source.execute("migrate_cancel")
         info = await _outcome(source)
@@ -365,7 +379,7 @@ async def _call_off(source: QmpClient, successor: _Successor) -> str:
             successor.may_have_the_guest = False
             return "the guest goes on in the old process"
         return "the guest is with the new process"
-    return "it may be with either process"
+    return "it may be with either process" if successor.may_have_the_guest else "the guest goes on in the old process"
 
 
 async def _tell_of_a_lost_source(destination: QmpClient, successor: _Successor, error: MonitorGone) -> NoReturn:

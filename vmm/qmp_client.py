@@ -120,6 +120,10 @@ class QmpClient:
             MonitorGone: it did not reply.
         """
         await self.send(command, **arguments)
+        return await self.reply(command)
+
+    async def reply(self, command: str) -> Any:
+        """Return what was replied to `command`, which was sent last. Raises as `execute`."""
         # A reply with another number is to a command whose caller was cancelled.
         while (message := await self.read()).get("id") != self._sent:
             if "event" in message:

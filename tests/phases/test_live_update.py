@@ -9,15 +9,17 @@ import select
 import signal
 import subprocess
 from contextlib import asynccontextmanager, closing, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import pytest
 import trio
+import trio.testing
 
 from tests.phases.update_kit import (
     GUEST,
     PROGRAM,
     Bench,
+    Console,
     Process,
     Ram,
     answering_pid,
@@ -32,7 +34,8 @@ from tests.phases.update_kit import (
     ready,
     settled,
 )
-from vmm import hostio
+from vmm import cli_update, hostio
+from vmm.errors import VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone
 
 if TYPE_CHECKING:
@@ -609,6 +612,101 @@ def command_of(pid: int) -> str:
     with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/cmdline") as file:
         return file.read()
     return ""
+
+
+@final
+class Interrupted:
+    """An update whose old process stopped itself before it could say that it has begun."""
+
+    def __init__(self, bench: Bench, source: Process, console: Console) -> None:
+        self.bench = bench
+        self.source = source
+        self.console = console
+        self.scope = trio.CancelScope()
+        self.successors: list[subprocess.Popen[bytes]] = []
+        self.failure: VmmError | None = None
+        self.over = trio.Event()
+
+    async def run(self, *extra: str) -> None:
+        """Update; note the outcome."""
+        with self.scope:
+            try:
+                await cli_update.live_update(self.bench.qmp, PROGRAM, extra)
+            except* VmmError as group:
+                self.failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+        self.over.set()
+
+    async def ended(self) -> None:
+        """Wait until the command is over."""
+        async with due("the end of the update"):
+            await self.over.wait()
+
+
+@asynccontextmanager
+async def interrupted(monkeypatch: pytest.MonkeyPatch, *extra: str) -> AsyncGenerator[Interrupted, None]:
+    """Begin an update, and stop its old process before it replies to `migrate`. `extra` are for the successor."""
+    start = cli_update.start_successor
+    async with open_bench() as bench:
+        console = bench.console()
+        source = bench.machine(console, "--x-cpr-stop-at", "source:connected")
+        await console.beats(1)
+        it = Interrupted(bench, source, console)
+
+        def start_noted(*arguments: Any) -> subprocess.Popen[bytes]:
+            it.successors.append(start(*arguments))
+            return it.successors[-1]
+
+        monkeypatch.setattr(cli_update, "start_successor", start_noted)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(it.run, *extra)
+            try:
+                await source.stopped()
+                yield it
+            finally:
+                for process in it.successors:
+                    process.kill()
+                    process.wait()
+
+
+async def test_a_successor_is_not_killed_while_nobody_knows_whether_it_gets_the_guest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli_update, "CALLING_OFF", 0)
+    async with interrupted(monkeypatch) as it:
+        it.scope.cancel()
+        await it.ended()
+        (successor,) = it.successors
+        assert successor.poll() is None
+        it.source.go_on()
+        await it.console.new_beats(3)
+
+
+async def test_an_update_that_is_interrupted_before_it_has_begun_is_called_off_once_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with interrupted(monkeypatch, "--x-cpr-stop-at", "destination:accepted") as it:
+        it.scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        it.source.go_on()
+        await it.ended()
+        (successor,) = it.successors
+        assert successor.poll() == -signal.SIGKILL
+        async with it.bench.session(it.bench.qmp) as client:
+            assert (await client.execute("query-migrate"))["status"] == "cancelled"
+        await it.console.new_beats(3)
+
+
+async def test_an_old_process_that_ends_before_it_says_that_it_has_begun_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with interrupted(monkeypatch) as it:
+        it.source.kill()
+        await it.ended()
+        assert str(it.failure) == (
+            "The live update went wrong: the old process ended during the update, and the guest with it"
+        )
+        (successor,) = it.successors
+        assert successor.poll() == -signal.SIGKILL
 
 
 async def test_a_serial_socket_is_no_monitor() -> None:
