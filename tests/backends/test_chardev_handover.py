@@ -330,6 +330,21 @@ async def test_a_cancel_in_any_state_leaves_nothing(path: str, complain: Complai
     assert exists(path) is (state == "given up")
 
 
+async def test_set_free_it_goes_on_unless_it_is_another_processs(path: str, complain: Complaints) -> None:
+    async with served(open_chardev("serial0", socket_at(path), Host(), complain)) as old, await connect(path):
+        await trio.testing.wait_all_tasks_blocked()
+        await old.quiesce()
+        assert old.put(b"x") == 0
+        old.set_free()
+        assert old.put(b"x") == 1
+        async with served(await successor_of(old, socket_at(path), complain)) as new:
+            for chardev in (old, new):
+                chardev.set_free()
+                assert chardev.put(b"x") == 0
+            new.resume()
+            assert new.put(b"x") == 1
+
+
 # --- who owns what ----------------------------------------------------------------------------------------
 
 

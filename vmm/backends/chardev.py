@@ -214,6 +214,14 @@ class Chardev(ABC):
             if self._frontend is not None:
                 self._frontend.drained()
 
+    def set_free(self) -> None:
+        """Carry bytes (again) for whoever is to use it next: a monitor, which had it at rest, does not any more.
+
+        Nothing happens where nothing is left to carry, or where another process owns what the descriptors stand for.
+        """
+        if self._owner and not self._closed and not self.surrendered:
+            self.resume()
+
     def own(self) -> None:
         """Own what the descriptors stand for, and stay at rest: somebody else uses them (a monitor its listener)."""
         self._owner = True

@@ -115,7 +115,7 @@ class BootStores:
         monitor, resident = self.monitors.pop(name)
         await resident.leave()
         if monitor.chardev is not None:
-            self._held(monitor.chardev).user = None
+            self.free_chardev(monitor.chardev)
 
     def take_rng(self, name: str, user: str) -> Rng:
         """Let device `user` use a source of random bytes. Raises `DeviceNotFound`, as QEMU does."""
@@ -139,8 +139,10 @@ class BootStores:
         return held.chardev
 
     def free_chardev(self, label: str) -> None:
-        """Undo `take_chardev`."""
-        self._held(label).user = None
+        """Undo `take_chardev`, and what its user has done since: it does not stay at rest."""
+        held = self._held(label)
+        held.user = None
+        held.chardev.set_free()
 
     def step_aside(self, recipe: Recipe, suffix: str) -> dict[str, str]:
         """Rename the chardevs and monitors that have a name which `recipe` gives to another; return old -> new."""
