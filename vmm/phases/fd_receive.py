@@ -117,7 +117,7 @@ async def run_fd_receive(
                         with closing(arrival):
                             await _build(phase, host, port, arrival)
                             await arrival.over.wait()
-                            inheritance.retire_replaced()
+                            inheritance.retire_replaced(host.complain)
                             await port.unbind()
                             return
 

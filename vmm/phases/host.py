@@ -79,12 +79,17 @@ class Inheritance:
         left = unused(descriptors, self._here)
         return {name: descriptors.pop(name) for name in sorted(descriptors) if name not in left}
 
-    def retire_replaced(self) -> None:
-        """Remove the socket files of listeners that the guest's machine no longer has: it is this process's now."""
-        for fd, path in self._replaced.values():
-            if path:
-                with socket.socket(fileno=os.dup(fd)) as listener:
-                    hostio.unlink_own(path, listener)
+    def retire_replaced(self, complain: Callable[[str], None]) -> None:
+        """Remove the socket files of listeners that the guest's machine no longer has: it is this process's now.
+
+        Nothing is worth the guest, which is here: a file that cannot be removed stays, and that is complained of.
+        """
+        while self._replaced:
+            _, (fd, path) = self._replaced.popitem()
+            try:
+                _retire(fd, path)
+            except (OSError, ValueError) as error:  # what was sent may be no socket, or its path none
+                complain(f"The socket {path!r} of a chardev that was replaced is left where it is: {error}")
 
     def add(self, descriptors: dict[str, int]) -> None:
         """Take over `descriptors`. `NameTaken` for a name that is here already."""
@@ -126,6 +131,20 @@ class Inheritance:
             os.close(fd)
         self._unclaimed.clear()
         self._replaced.clear()
+
+
+def _retire(fd: int, path: str) -> None:
+    """Close `fd`; if it listens on `path`, remove that."""
+    try:
+        listener = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        if path:
+            raise
+        return
+    with listener:
+        if path:
+            hostio.unlink_own(path, listener)
 
 
 @final
