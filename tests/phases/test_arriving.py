@@ -179,6 +179,22 @@ def test_a_monitor_over_a_number_of_the_source_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("object-add", {"qom-type": "rng-random", "id": "x/y", "filename": "/there"}),
+        ("chardev-add", {"id": "x/y", "backend": FILE}),
+    ],
+)
+def test_a_name_that_could_be_that_of_another_s_resource_is_refused(command: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(RecipeInvalid) as caught:
+        arrived([{"execute": command, "arguments": arguments}, *MACHINE], allowed={"object/x": "", "chardev/x": ""})
+    assert str(caught.value) == (
+        f"Recipe of the source, command 1 ({command}): "
+        "id: 'x/y' has a '/', which parts the names of host resources; use other characters"
+    )
+
+
 def test_an_override_that_makes_no_machine_of_it_is_refused() -> None:
     with pytest.raises(RecipeInvalid, match=r"smp\.cpus: 99 is not a number of vCPUs from 1 to 8"):
         arrived(overrides=[{"execute": "machine-set", "arguments": {"smp": {"cpus": 99}}}])

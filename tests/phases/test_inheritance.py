@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vmm import hostio
+from vmm.errors import DescriptorMissing
 from vmm.phases.host import Inheritance
 
 if TYPE_CHECKING:
@@ -27,6 +28,25 @@ def replaced(fd: int, path: str) -> Inheritance:
     inheritance.add({NAME: fd})
     inheritance.open_here(frozenset({"chardev/x"}), {NAME: path})
     return inheritance
+
+
+def opened() -> int:
+    return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+
+@pytest.mark.parametrize("name", ["object/x", "object/x/file"])
+def test_a_resource_of_this_host_is_opened_by_its_own_names(name: str) -> None:
+    inheritance = Inheritance()
+    inheritance.open_here(frozenset({"object/x"}), {})
+    os.close(inheritance.obtain(name, opened))
+
+
+@pytest.mark.parametrize("name", ["object", "object/y/file", "object/xy/file", "object/x/y/file"])
+def test_nothing_else_is_opened_of_this_host(name: str) -> None:
+    inheritance = Inheritance()
+    inheritance.open_here(frozenset({"object/x"}), {})
+    with pytest.raises(DescriptorMissing):
+        inheritance.obtain(name, opened)
 
 
 def test_the_file_of_a_replaced_listener_is_removed(tmp_path: Path) -> None:

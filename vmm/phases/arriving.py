@@ -103,6 +103,11 @@ def _checked(source: str, where: str, step: Step, table: CommandTable) -> Step:
     if step.execute not in ADMITTED or not table.knows(step.execute):
         reason = f"a recipe from elsewhere has only commands that make a machine: {', '.join(sorted(ADMITTED))}"
         raise RecipeInvalid(source=source, where=where, reason=reason)
+    name = step.arguments.get("id")
+    if isinstance(name, str) and "/" in name:
+        # What is opened here goes by names: `object/x/y` would be of object x, or be object x/y.
+        reason = f"id: {name!r} has a '/', which parts the names of host resources; use other characters"
+        raise RecipeInvalid(source=source, where=where, reason=reason)
     kind = table[step.execute].arguments
     try:
         if kind is None:

@@ -95,8 +95,8 @@ def socket_paths(recipe: Recipe) -> dict[str, str]:
 
 
 def is_of(descriptor: str, resource: str) -> bool:
-    """Say whether `descriptor` is a name of a descriptor of `resource`."""
-    return descriptor == resource or descriptor.startswith(f"{resource}/")
+    """Say whether `descriptor` is a name of a descriptor of `resource`: that, or with one part more."""
+    return descriptor == resource or descriptor.rpartition("/")[0] == resource
 
 
 def unused(descriptors: Iterable[str], here: Iterable[str]) -> list[str]:
