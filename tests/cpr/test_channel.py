@@ -156,6 +156,14 @@ async def test_a_cancelled_wait_loses_nothing(pair: tuple[CprChannel, Peer]) -> 
         assert (await channel.receive("machine")).body == {"a": 1}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    """Return a body in which arrays nest so deep."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return {"props": value}
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
@@ -178,6 +186,8 @@ async def test_a_cancelled_wait_loses_nothing(pair: tuple[CprChannel, Peer]) -> 
             packed(b'{"kind": "machine", "body": %s, "descriptors": []}' % (b"1" * 5000)),
             "a frame does not hold a message",
         ),
+        (frame("machine", nested(63)), "a frame nests deeper than the 64 arrays and objects admitted"),
+        (frame("machine", nested(700)), "a frame nests deeper than the 64 arrays and objects admitted"),
         (frame("else"), "message 'else' came where machine was due"),
         (frame("machine", names=["ram"]), "descriptor 'ram' was announced and not sent"),
     ],
@@ -186,6 +196,12 @@ async def test_what_is_no_message_is_refused(pair: tuple[CprChannel, Peer], data
     channel, peer = pair
     peer.send(data)
     assert await refusal(channel) == f"Live update refused by the destination at step 'hello': {text}"
+
+
+async def test_what_nests_as_deep_as_is_admitted_arrives(pair: tuple[CprChannel, Peer]) -> None:
+    channel, peer = pair
+    peer.send(frame("machine", nested(62)))
+    assert (await channel.receive("machine")).body == nested(62)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import attrs
 import trio
 
 from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
+from vmm.monitor.json_text import nests_within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +38,9 @@ MAGIC: Final = b"TVCP"
 PROTOCOL_VERSION: Final = 1
 MAX_FRAME: Final = 8 << 20
 """Bytes of JSON in one frame; a recipe is at most half of it."""
+
+MAX_DEPTH: Final = 64
+"""How deep arrays and objects nest in one frame. Whoever takes its values apart may recurse."""
 
 _FDS_PER_FRAME: Final = 64
 _MAX_FDS: Final = 1024
@@ -180,6 +184,8 @@ class CprChannel:
         del self._data[: _HEADER.size + length]
         try:
             frame = json.loads(content)
+            if not nests_within(frame, MAX_DEPTH):
+                raise self._broken(f"a frame nests deeper than the {MAX_DEPTH} arrays and objects admitted")
             kind, body, names = frame["kind"], frame["body"], frame["descriptors"]
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._broken("a frame does not hold a message") from error
