@@ -132,6 +132,13 @@ def test_a_descriptor_number_stands_for_the_one_descriptor_of_a_resource() -> No
     arriving.require_resources(["initrd"])
 
 
+def test_devices_without_a_name_are_as_many_as_were_said() -> None:
+    device = {"execute": "device_add", "arguments": {"driver": "virtio-rng-device"}}
+    steps = [*MACHINE[:-1], device, MACHINE[-1]]
+    arriving = arrived(steps, overrides=[device, device])
+    assert [it.execute for it in arriving.recipe].count("device_add") == 3
+
+
 def test_a_socket_can_be_redirected_too() -> None:
     steps = [{"execute": "chardev-add", "arguments": {"id": "c", "backend": SOCKET}}, *MACHINE]
     arriving = arrived(steps, allowed={"chardev/c": "/here"})

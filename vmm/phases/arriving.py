@@ -170,7 +170,8 @@ def _laid_over(steps: list[Step], override: Step) -> list[Step]:
             Step(step.execute, {**step.arguments, **override.arguments}) if step.execute == override.execute else step
             for step in steps
         ]
-    if not any(name_of(step) == name_of(override) for step in steps):
+    # What has no name of its own stands for itself, and is none of those that are there.
+    if "id" not in override.arguments or not any(name_of(step) == name_of(override) for step in steps):
         return [*steps, override]
     return [override if name_of(step) == name_of(override) else step for step in steps]
 
