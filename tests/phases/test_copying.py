@@ -276,6 +276,17 @@ async def test_another_machine_than_the_source_s_is_refused_with_a_list(tmp_path
 # --- files ------------------------------------------------------------------------------------------------------
 
 
+async def test_what_was_allowed_for_a_copied_guest_is_not_allowed_for_the_next(tmp_path: Path) -> None:
+    async with started() as source, vmm.machine(commands(upto="accel-set", region="128K")) as destination:
+        await save(source, tmp_path / "state")
+        await destination.execute("x-allow-difference", names=["machine-set.append"])
+        await destination.execute("loadvm", name=str(tmp_path / "state"))
+        assert await status(destination) == "running"
+        with pytest.raises(DifferencesVisible, match=r"machine-set\.append"):
+            await destination.execute("loadvm", name=str(tmp_path / "state"))
+        assert await status(destination) == "running"
+
+
 async def test_a_guest_is_saved_and_an_empty_process_goes_on_with_it(tmp_path: Path) -> None:
     async with started() as source, empty(autostart=False) as destination:
         data = await save(source, tmp_path / "state")

@@ -53,7 +53,7 @@ class IncomingPort:
         self.differences: tuple[Difference, ...] = ()
         """In what the machine here differs from the one that asked for admission last."""
         self.allowed: Final[set[str]] = set()
-        """Names of differences that are admitted though the guest could tell."""
+        """Names of differences that are admitted though the guest could tell; of the next guest alone."""
         self.resources_here: Final[dict[str, str]] = {}
         """What of this host a machine that comes in may have, by the resource's name; see `vmm.phases.arriving`."""
         self._residents: Final[list[Resident]] = []
@@ -241,4 +241,5 @@ class IncomingPort:
         """Note what came over the CPR channel."""
         self.awaits_cpr = False
         self._host.overrides.end()
+        self.allowed.clear()
         self.arrival = arrival

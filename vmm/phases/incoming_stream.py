@@ -144,6 +144,7 @@ async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
         port.forget(wait)
+        made.incoming.allowed.clear()
         wait.over.set()
         return Copied(pause, progress)
     port.failed(wait, failure)
