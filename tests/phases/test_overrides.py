@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
 
 import vmm
+from tests.phases.copy_kit import save
 from tests.phases.machine import sockets_in
-from vmm.errors import CommandNotFound, InvalidArguments, InvalidState, OptionInvalid, TokenNotGranted, VmmError
+from vmm import hostio
+from vmm.cpr.channel import CprChannel, Message
+from vmm.errors import (
+    CommandNotFound,
+    DifferencesVisible,
+    InvalidArguments,
+    InvalidState,
+    OptionInvalid,
+    TokenNotGranted,
+    VmmError,
+)
+from vmm.phases.incoming_port import IncomingPort
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -223,6 +236,63 @@ async def test_an_abandoned_destination_can_await_another(tmp_path: Path) -> Non
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await update(source, tmp_path))["status"] == "completed"
         assert await otherwise(destination) == {}
+
+
+@pytest.mark.parametrize("what", ["machine", "check"])
+async def test_what_has_come_by_the_time_of_an_abandonment_is_not_looked_at(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = CprChannel.receive
+    async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source, trio.open_nursery() as nursery:
+
+        async def receive_at_the_last_moment(self: CprChannel, *kinds: str) -> Message:
+            message = await receive(self, *kinds)
+            if message.kind == what:
+                # In the tick in which the message has been read the channel is given up.
+                port = destination._tree.view(IncomingPort)
+                nursery.start_soon(destination.execute, "x-cpr-abandon")
+                with trio.CancelScope(shield=True):
+                    while port.awaits_cpr:
+                        await trio.lowlevel.checkpoint()
+            return message
+
+        monkeypatch.setattr(CprChannel, "receive", receive_at_the_last_moment)
+        await destination.execute("migrate-incoming", channels=channels(tmp_path))
+        await destination.execute("machine-set", append="noted")
+        if what == "check":
+            with pytest.raises(VmmError, match="The destination closed the channel at step 'checking'"):
+                await source.execute("x-cpr-check", channels=channels(tmp_path))
+        else:
+            info = await update(source, tmp_path)
+            assert info["error-desc"].startswith("The destination closed the channel at step 'building'")
+        assert await destination.execute("query-differences") == []
+        await destination.execute("machine-set", memory=MEMORY)
+        assert destination.phase == "machine-created"
+
+
+async def test_what_was_allowed_for_one_guest_is_not_allowed_for_the_next(tmp_path: Path) -> None:
+    async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
+        await save(source, tmp_path / "state")
+        await source.execute("cont")
+        await destination.execute("migrate-incoming", channels=channels(tmp_path))
+        await destination.execute("machine-set", append="region=64K")
+        await destination.execute("x-allow-difference", names=["machine-set.append"])
+        assert (await update(source, tmp_path))["status"] == "completed"
+        with pytest.raises(DifferencesVisible, match=r"machine-set\.append"):
+            await destination.execute("loadvm", name=str(tmp_path / "state"))
+
+
+async def test_a_recipe_that_is_none_has_no_differences(tmp_path: Path) -> None:
+    async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
+        await destination.execute("migrate-incoming", channels=channels(tmp_path))
+        assert (await source.execute("x-cpr-check", channels=channels(tmp_path)))["differences"]
+        sock = trio.socket.from_stdlib_socket(hostio.connect_unix(str(tmp_path / "cpr")))
+        with closing(CprChannel(sock, side="source", peer="destination")) as channel:
+            await channel.hello("a test")
+            await channel.send("check", {"recipe": 7})
+            body = (await channel.receive("checked")).body
+        assert body == {"reason": "Recipe of the source, as a whole: it must be a list of commands", "differences": []}
+        assert await destination.execute("query-differences") == []
 
 
 async def test_what_is_noted_must_have_the_right_form_and_be_one_that_makes_a_machine(tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inherita
         channel.step = "describing"
         message = await channel.receive("machine", "check")
         with closing(message):
+            # The channel may have been given up since this came, and with it what was to be laid over it.
+            await trio.lowlevel.checkpoint_if_cancelled()
+            port.differences = ()
             if message.kind == "check":
                 await channel.send("checked", _verdict(message, port))
                 return None

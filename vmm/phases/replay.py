@@ -48,9 +48,13 @@ async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
     """Replay a predecessor's recipe, with its descriptors in place of this host's files; nobody else may interfere."""
     await tree.wait_begun("migrate-incoming", SUCCESSOR.name)
     tree.reserved_for = SUCCESSOR.name
-    # The names in the recipe are the guest's machine's; what this process was started with has others from here on.
-    host.recorder.rename(host.stores.step_aside(recipe, f"@{os.getpid()}"))
-    await _replay(host, recipe, SUCCESSOR)
+    try:
+        # The names in the recipe are the guest's machine's; what this process was started with has others from now on.
+        host.recorder.rename(host.stores.step_aside(recipe, f"@{os.getpid()}"))
+        await _replay(host, recipe, SUCCESSOR)
+    except BaseException:
+        tree.reserved_for = None
+        raise
 
 
 async def _replay(host: Host, recipe: Recipe, caller: Replayer) -> None:

@@ -163,10 +163,8 @@ async def _receive(phase: Phase, host: Host, port: IncomingPort, wait: StreamWai
             wait.inheritance.open_here(arriving.here, {})
             wait.replays = True
             wait.come(StreamArrival(flow, arriving.recipe, cpu))
-            try:
-                await replay_incoming(host, phase.tree, arriving.recipe)
-            finally:
-                phase.tree.reserved_for = None
+            await replay_incoming(host, phase.tree, arriving.recipe)
+            phase.tree.reserved_for = None
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
