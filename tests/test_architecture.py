@@ -44,7 +44,6 @@ LONGEST: Final = 800
 HOST_RESOURCES: Final = (
     *("hostio.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
-    "hw/doorbell.py",  # an eventfd: a bell between a thread and the loop, through which nothing of the host is reached
     "guests/build.py",  # a program of its own
 )
 """Who may open files, sockets and memory of the host, and map them."""

@@ -558,3 +558,13 @@ def test_a_secret_of_another_user_is_none(tmp_path: Path) -> None:
         hostio.open_secret_file(str(secret))
     reason = "it belongs to uid 1001, neither to uid 0 nor to root"
     assert str(caught.value) == f"Cannot take a secret from {secret}: {reason}"
+
+
+# --- late imports -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(24, "x"), ImportError("Too many open files")])
+def test_an_import_that_the_host_does_not_let_be_made_is_refused(error: Exception) -> None:
+    with pytest.raises(HostFileRefused) as caught, hostio.importing("vmm.late"):
+        raise error
+    assert str(caught.value) == "Cannot import vmm.late: Too many open files"

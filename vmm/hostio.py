@@ -76,7 +76,7 @@ def listen_unix(path: str) -> socket.socket:
         HostFileRefused: the path is too long, is not a socket, or the host refused.
     """
     _check_socket_path("listen on", path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    listener = _unix_socket("listen on", path)
     try:
         # The file gets the mode of the socket's own inode (Linux, unix_bind), so it never has wider rights than these;
         # umask would be another way, but it belongs to all threads of the process.
@@ -199,7 +199,7 @@ def connect_unix(path: str) -> socket.socket:
         HostFileRefused: the path is too long, or nobody answers.
     """
     _check_socket_path("connect to", path)
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    client = _unix_socket("connect to", path)
     try:
         client.connect(path)
     except BlockingIOError as error:
@@ -209,6 +209,13 @@ def connect_unix(path: str) -> socket.socket:
         client.close()
         raise refused("connect to", path, error) from error
     return client
+
+
+def _unix_socket(action: str, path: str) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise refused(action, path, error) from error
 
 
 def _check_socket_path(action: str, path: str) -> None:
@@ -509,6 +516,21 @@ def open_epoll() -> select.epoll:
         return select.epoll()
     except OSError as error:
         raise refused("create", "an epoll set", error) from error
+
+
+@contextmanager
+def importing(module: str) -> Generator[None, None, None]:
+    """Make the imports of the block, for a machine that may have a guest already, which must survive them.
+
+    Raises:
+        HostFileRefused: the host does not let a module's file be read; mostly, because no descriptor is left.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise refused("import", module, error) from error
+    except ImportError as error:  # what the loader of shared objects makes of it
+        raise HostFileRefused(action="import", path=module, reason=str(error)) from error
 
 
 # --- descriptors ------------------------------------------------------------------------------------------

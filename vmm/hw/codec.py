@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 
 import attrs
 
+from vmm import hostio
 from vmm.errors import StateRejected
 from vmm.hw.state import (
     Misfit,
@@ -113,8 +114,13 @@ def _fault(device: str, misfit: Misfit) -> str:
 
 
 def state_converter() -> Converter:
-    """Return a cattrs converter that knows the kinds of `vmm.hw.state`, and is strict about each."""
-    import cattrs  # 13 ms: paid when state is first to travel, not when the program starts
+    """Return a cattrs converter that knows the kinds of `vmm.hw.state`, and is strict about each.
+
+    Raises:
+        HostFileRefused: the host did not let cattrs be imported.
+    """
+    with hostio.importing("cattrs"):
+        import cattrs  # 13 ms: paid when state is first to travel, not when the program starts
 
     converter = cattrs.Converter(detailed_validation=False, unstruct_collection_overrides={tuple: list})
     converter.register_structure_hook(bool, _structure_bool)

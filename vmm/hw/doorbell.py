@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
+from vmm import hostio
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
@@ -57,13 +59,13 @@ class Doorbell:
 
 
 def make_doorbell() -> Doorbell:
-    """Make an eventfd, which the caller closes."""
-    return Doorbell(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
+    """Make an eventfd, which the caller closes. Raises `HostFileRefused` if the host has no descriptor left."""
+    return Doorbell(hostio.open_eventfd())
 
 
 @contextmanager
 def open_doorbell() -> Generator[Doorbell, None, None]:
-    """Make a doorbell and close it at the end."""
+    """Make a doorbell and close it at the end. Raises as `make_doorbell`."""
     bell = make_doorbell()
     try:
         yield bell

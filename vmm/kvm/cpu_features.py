@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 
 import attrs
 
+from vmm import hostio
 from vmm.errors import CpuFeatureMissing, OptionInvalid
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ def canonical(props: Mapping[str, object]) -> dict[str, bool]:
 
 
 def _close_to(name: str) -> str:
-    from difflib import get_close_matches  # only for an error text
+    with hostio.importing("difflib"):
+        from difflib import get_close_matches  # only for an error text
 
     close = get_close_matches(name, (*FEATURES, *_ALIASES), n=4)
     return f"; there are {', '.join(close)}" if close else "; query-cpu-model-expansion lists them"

@@ -40,7 +40,7 @@ async def device_add(
     may: Annotated[MayPlugDevice | MayAppendRecipe, For(DEVICES)], query: MayQuery, args: DeviceAdd
 ) -> None:
     """Plug a device in. In preconfig it is planned, and built with the board; in running it is hot plug."""
-    from vmm.phases.slot_plan import Request  # Which most machines need not.
+    from vmm.phases.slot_plan import Request  # Which a monitor alone does not need.
 
     arguments = _wired(args)
     if isinstance(may, MayAppendRecipe):

@@ -8,6 +8,7 @@ from typing import final
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.capabilities import AnyToken, MayAddDescriptor, MayQuery, MayQuit
 from vmm.errors import DescriptorError, TokenError
 from vmm.monitor.command import CommandTable
@@ -101,8 +102,9 @@ def _extended(table: CommandTable, name: str, caller: Caller) -> CommandInfo:
 
 def query_qmp_schema(may: MayQuery) -> list[dict[str, object]]:
     """Return the schema of all commands and events, as QAPI introspection has it."""
-    from vmm.monitor.schema import schema  # Large, and most sessions never ask.
-    from vmm.monitor.session import Negotiation
+    with hostio.importing("vmm.monitor.schema"):
+        from vmm.monitor.schema import schema  # Large, and most sessions never ask.
+        from vmm.monitor.session import Negotiation
 
     return schema([*may.view(CommandTable), Negotiation()], list(may.view(EventHub)))
 

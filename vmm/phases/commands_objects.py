@@ -171,7 +171,8 @@ async def _adopt(may: MayCreateBackend, name: str, monitor: Monitor | WebSocketB
 
 
 async def _add_websocket(may: MayCreateBackend, host: HostSource, machine: Host, args: MonitorWebsocket) -> None:
-    from vmm.phases.websocket import make_websocket  # The websocket library, which few machines need.
+    with hostio.importing("vmm.phases.websocket"):
+        from vmm.phases.websocket import make_websocket  # The websocket library, which few machines need.
 
     backend, arguments = make_websocket(machine.monitors, host, args)
     await _adopt(may, args.id, backend)
@@ -179,7 +180,8 @@ async def _add_websocket(may: MayCreateBackend, host: HostSource, machine: Host,
 
 
 async def _add_qtest(may: MayCreateBackend, host: HostSource, machine: Host, args: Qtest) -> None:
-    from vmm.phases.qtest import QtestBackend, TrafficLog  # For tests of devices; no guest needs it.
+    with hostio.importing("vmm.phases.qtest"):
+        from vmm.phases.qtest import QtestBackend, TrafficLog  # For tests of devices; no guest needs it.
 
     stores = machine.stores
     present = next((name for name, (it, _) in stores.monitors.items() if isinstance(it, QtestBackend)), None)
@@ -204,7 +206,7 @@ async def _add_qtest(may: MayCreateBackend, host: HostSource, machine: Host, arg
 
 
 async def _add_rng(may: MayCreateBackend, host: HostSource, machine: Host, args: RngBuiltin | RngRandom) -> None:
-    from vmm.backends.rng import BuiltinRng, DeviceRng  # Which most machines need not.
+    from vmm.backends.rng import BuiltinRng, DeviceRng  # Which a monitor alone does not need.
 
     rng: Rng
     if isinstance(args, RngRandom):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 import attrs
 
+from vmm import hostio
 from vmm.errors import OptionInvalid
 from vmm.kvm.cpuid import cache_neighbours, guest_cpuid
 from vmm.phases.config import CpuOptions
@@ -71,12 +72,14 @@ class CpuOffer:
             Unsupported: the model is none of this host's.
             CpuFeatureMissing: a feature cannot be had.
             OptionInvalid: a feature is unknown, or cannot be off, or not without another one.
+            HostFileRefused: the host did not let the table of features be imported.
         """
         options.check()
         bare = options.model == "base"
         if not options.props and not bare:
             return CpuModel(options, self)
-        from vmm.kvm.cpu_features import canonical, resolve, shown
+        with hostio.importing("vmm.kvm.cpu_features"):
+            from vmm.kvm.cpu_features import canonical, resolve, shown
 
         offered = shown(self.leaves(0))
         props = resolve(canonical(options.props), offered, shown(self.supported), bare=bare)
@@ -89,7 +92,8 @@ class CpuOffer:
 
     def features(self, options: CpuOptions) -> dict[str, bool]:
         """Return for every feature that has a name whether a guest with `options` would have it. Raises as `choose`."""
-        from vmm.kvm.cpu_features import FEATURES, shown
+        with hostio.importing("vmm.kvm.cpu_features"):
+            from vmm.kvm.cpu_features import FEATURES, shown
 
         found = shown(self.choose(options).leaves(0))
         return {name: name in found for name in sorted(FEATURES)}

@@ -16,8 +16,11 @@ import trio
 if TYPE_CHECKING:
     from vmm.monitor.command import CommandTable
 
-_MODULES: Final = ("vmm.phases.assembly", "vmm.phases.fd_receive", "vmm.phases.accel")
-"""With what they import, all phases."""
+_MODULES: Final = (
+    *("vmm.phases.assembly", "vmm.phases.fd_receive", "vmm.phases.accel"),
+    "calendar",  # for a guest that sets its clock
+)
+"""With what they import, all phases, and what a running guest may need when no descriptor is left for an import."""
 
 
 async def import_the_rest(table: CommandTable) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
+from vmm.backends.rng import BuiltinRng
 from vmm.errors import (
     BackendInUse,
     BackendNotFound,
@@ -190,8 +191,6 @@ class SlotPlan:
     def _source(self, wanted: str | None, user: str) -> Rng:
         if wanted is not None:
             return self._stores.take_rng(wanted, user)
-        from vmm.backends.rng import BuiltinRng  # Which most machines need not.
-
         return BuiltinRng()
 
 
