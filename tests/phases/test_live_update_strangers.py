@@ -507,6 +507,9 @@ async def test_a_destination_refuses_a_source_that_breaks_the_protocol_and_waits
         await holds(destination.pid, before)
 
 
+IN_ACCEL_SET: Final = "Recipe of the source, command 2 (accel-set): "
+
+
 def without_ram(offer: Offer) -> None:
     os.close(offer.descriptors.pop("ram"))
 
@@ -535,9 +538,9 @@ def chardev_of_a_pipe(offer: Offer) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (without_ram, "The source sent no descriptor named 'ram'"),
-        (pipe_for_ram, "Descriptor 'ram' is 0 bytes long, not 16777216 bytes or more"),
-        (small_ram, "Descriptor 'ram' is 4096 bytes long, not 16777216 bytes or more"),
+        (without_ram, IN_ACCEL_SET + "The source sent no descriptor named 'ram'"),
+        (pipe_for_ram, IN_ACCEL_SET + "Descriptor 'ram' is 0 bytes long, not 16777216 bytes or more"),
+        (small_ram, IN_ACCEL_SET + "Descriptor 'ram' is 4096 bytes long, not 16777216 bytes or more"),
         (extra_descriptor, "Descriptors that nothing in the recipe asks for: surprise"),
         (
             chardev_of_a_pipe,

@@ -194,8 +194,8 @@ def a_token_is_not_minted_over_another_facet(
     mint(MaySendDescriptors, stores)  # type: ignore[arg-type]
 
 
-def grants_are_made_of_the_kinds_they_list(mint: Mint, ending: Ending) -> AccelGrants:
-    return AccelGrants(open_kvm=mint(MayQuit, ending))  # type: ignore[arg-type]
+def grants_are_made_of_the_kinds_they_list(mint: Mint, ending: Ending, host: MayOpenHostFile) -> AccelGrants:
+    return AccelGrants(open_kvm=mint(MayQuit, ending), open_host_file=host)  # type: ignore[arg-type]
 
 
 def what_is_minted_is_a_kind(mint: Mint, ending: Ending) -> None:

@@ -1,4 +1,7 @@
-"""Phase ``accel``: the machine is defined; `accel-set` opens the accelerator: KVM, with a virtual machine in it."""
+"""Phase ``accel``: the machine is defined; `accel-set` opens the accelerator: KVM, with a virtual machine in it.
+
+The guest's RAM is made by the same decision, so that it fails as a whole and can be made again; phase backends has it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 import attrs
 
-from vmm.capabilities import MayOpenKvm
+from vmm.capabilities import MayOpenHostFile, MayOpenKvm
 from vmm.errors import MigrationRefused
 from vmm.hw.irq import IrqLines
 from vmm.kvm.system import Kvm
 from vmm.nursery_tree import Inbox
-from vmm.phases.backends import run_backends
+from vmm.phases.backends import make_ram, run_backends
 from vmm.phases.config import AcceleratorOptions
 from vmm.phases.processors import KvmProcessors
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.kvm.cpuid import CpuidEntry
+    from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
     from vmm.nursery_tree import Phase
@@ -36,6 +40,7 @@ class AccelGrants:
     """Tokens of this phase."""
 
     open_kvm: MayOpenKvm
+    open_host_file: MayOpenHostFile
 
 
 class VirtualMachine(Protocol):
@@ -156,7 +161,6 @@ class KvmAccelerator:
 
 def _open(phase: Phase, made: Precreated, options: AcceleratorOptions) -> Accelerator:
     """Open what `options` say. On a failure nothing stays open."""
-    options.check()
     if options.accel == "kvm":
         return KvmAccelerator.open()
     from vmm.qtest.accelerator import QtestAccelerator  # For tests of devices; no guest needs it.
@@ -188,15 +192,23 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
         phase.publish(made.definition)
 
         def grants(mint: Mint) -> AccelGrants:
-            return AccelGrants(open_kvm=mint(MayOpenKvm, _Decision(inbox)))
-
-        def carry_out(options: AcceleratorOptions) -> Accelerator:
-            accelerator = _open(phase, made, options)
-            stack.callback(accelerator.close)
-            made.host.recorder.record_options("accel-set", options)
-            return accelerator
+            return AccelGrants(
+                open_kvm=mint(MayOpenKvm, _Decision(inbox)),
+                open_host_file=mint(MayOpenHostFile, made.incoming.resources()),
+            )
 
         with ExitStack() as stack:
-            async with phase.window(grants):
-                accelerator = await phase.decided(inbox, carry_out)
-            await run_backends(phase, made, accelerator)
+            async with phase.window(grants) as window:
+
+                def carry_out(options: AcceleratorOptions) -> tuple[Accelerator, GuestMemory]:
+                    options.check()
+                    with ExitStack() as undo:
+                        ram = make_ram(window.grants.open_host_file, made.definition.options.memory.size)
+                        memory = undo.enter_context(closing(ram))
+                        accelerator = undo.enter_context(closing(_open(phase, made, options)))
+                        stack.enter_context(undo.pop_all())
+                    made.host.recorder.record_options("accel-set", options)
+                    return accelerator, memory
+
+                accelerator, memory = await phase.decided(inbox, carry_out)
+            await run_backends(phase, made, accelerator, memory)

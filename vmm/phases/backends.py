@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -28,8 +27,13 @@ class BackendsGrants:
     open_host_file: MayOpenHostFile
 
 
-async def run_backends(accel: Phase, made: Precreated, accelerator: Accelerator) -> None:
-    """Create or claim the guest's RAM, then go on to phase preconfig."""
+def make_ram(may: MayOpenHostFile, size: int) -> GuestMemory:
+    """Create or claim the guest's RAM, and map it. Raises `VmmError`; then nothing stays open."""
+    return GuestMemory.from_memfd(may.obtain("ram", lambda: hostio.create_ram(size, "ram")), size)
+
+
+async def run_backends(accel: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory) -> None:
+    """Go on to phase preconfig with the guest's RAM, which was made before phase accel was left: that can fail."""
     async with accel.child("backends", machine_phase="accel-created") as phase:
 
         def grants(mint: Mint) -> BackendsGrants:
@@ -38,9 +42,6 @@ async def run_backends(accel: Phase, made: Precreated, accelerator: Accelerator)
                 open_host_file=mint(MayOpenHostFile, made.incoming.resources()),
             )
 
-        size = made.definition.options.memory.size
-        with ExitStack() as stack:
-            async with phase.window(grants) as window:
-                fd = window.grants.open_host_file.obtain("ram", lambda: hostio.create_ram(size, "ram"))
-                memory = stack.enter_context(closing(GuestMemory.from_memfd(fd, size)))
-            await run_preconfig(phase, made, accelerator, memory)
+        async with phase.window(grants):
+            pass
+        await run_preconfig(phase, made, accelerator, memory)

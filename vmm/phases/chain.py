@@ -97,7 +97,7 @@ def chain() -> tuple[PhaseFacts, ...]:
             left_by="the stream's end",
         ),
         PhaseFacts("accel", "machine-created", AccelGrants, left_by="`accel-set`", reach="machine-set"),
-        PhaseFacts("backends", "accel-created", BackendsGrants, left_by="itself, once RAM is there", reach="accel-set"),
+        PhaseFacts("backends", "accel-created", BackendsGrants, left_by="itself, at once", reach="accel-set"),
         PhaseFacts(
             "preconfig", "accel-created", PreconfigGrants, scopes={configure: ("cpu",), append: ("devices",)},
             left_by="`cpu-model-set`, `x-exit-preconfig`, `cont`, `migrate-incoming`, `loadvm`", reach="accel-set",

@@ -43,12 +43,12 @@ def x_exit_precreate(may: Annotated[MayConfigureMachine, For("machine")], host: 
 
 
 def accel_set(may: MayOpenKvm, args: AcceleratorOptions) -> Awaitable[None]:
-    """Open the accelerator. Leads through backends to phase preconfig; after a failure it may be given again."""
+    """Open the accelerator, make the RAM. Leads through backends to phase preconfig; after a failure, repeat it."""
     return may.decide(args)
 
 
 def cpu_model_set(may: Annotated[MayConfigureMachine, For("cpu")], args: CpuOptions) -> Awaitable[None]:
-    """Choose the CPU model. Leads to phase devices."""
+    """Choose the CPU model. Leads to phase devices; a host that has then no room for the vCPUs ends the machine."""
     return may.decide("cpu", args)
 
 
