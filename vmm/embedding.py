@@ -37,6 +37,7 @@ class _Program:
     name: str = "the embedding program"
     grant: Grant = ADMIN
     descriptors: dict[str, int] = attrs.Factory(dict)
+    by_number: bool = True
 
     def take_descriptors(self) -> list[int]:
         """Return none: a program passes descriptors by other ways than SCM_RIGHTS."""

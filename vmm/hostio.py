@@ -613,6 +613,23 @@ def unconnected_unix() -> socket.socket:
         raise refused("create", "a socket", error) from error
 
 
+def require_stream_socket(fd: int, name: str) -> None:
+    """Check that descriptor `name` is a stream socket, of whatever family.
+
+    Raises:
+        DescriptorWrongKind: it is not; it stays open.
+    """
+    wanted = "a stream socket"
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError as error:
+        raise DescriptorWrongKind(name=name, found=descriptor_kind(fd), wanted=wanted) from error
+    kind = found.type
+    found.detach()
+    if kind != socket.SOCK_STREAM:
+        raise DescriptorWrongKind(name=name, found="a socket of another type", wanted=wanted)
+
+
 def adopt_connection(fd: int) -> int:
     """Take over connected unix socket number `fd`, which this process was started with, as close-on-exec.
 

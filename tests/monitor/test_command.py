@@ -56,6 +56,7 @@ class Session:
     name: str = "qmp0/1"
     grant: Grant = ADMIN
     descriptors: dict[str, int] = attrs.Factory(dict)
+    by_number: bool = False
 
     def take_descriptors(self) -> list[int]:
         return []

@@ -234,6 +234,7 @@ class Narrow:
     name: str = "narrow"
     grant: Grant = NARROW
     descriptors: dict[str, int] = attrs.Factory(dict)
+    by_number: bool = False
 
     def take_descriptors(self) -> list[int]:
         """Return none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -15,7 +16,9 @@ from vmm.errors import HostFileRefused
 from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress
 
 if TYPE_CHECKING:
-    from vmm.migration.address import SocketAddress
+    from collections.abc import Iterable
+
+    from vmm.migration.address import ChannelAddress, SocketAddress
 
 
 def _name(address: SocketAddress) -> str:
@@ -54,12 +57,7 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
                     stream = await trio.open_tcp_stream(address.host or "localhost", int(address.port))
                     return stream.socket
                 case DescriptorAddress():
-                    copy = hostio.dup(_number(address))
-                    try:
-                        return trio.socket.from_stdlib_socket(socket.socket(fileno=copy))
-                    except OSError:
-                        os.close(copy)
-                        raise
+                    return trio.socket.from_stdlib_socket(_copy(address))
     except trio.TooSlowError as error:
         late = OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         raise _refused("connect to", address, late) from error
@@ -78,21 +76,38 @@ def _number(address: DescriptorAddress) -> int:
     return fd
 
 
-def _adopt(address: DescriptorAddress) -> trio.socket.SocketType:
-    return trio.socket.from_stdlib_socket(socket.socket(fileno=_number(address)))
-
-
-def adopt_connected(address: DescriptorAddress) -> trio.socket.SocketType | None:
-    """Take the descriptor over as a socket, if it is one that is connected; else None, and it stays the caller's."""
-    fd = _number(address)
+def _copy(address: DescriptorAddress) -> socket.socket:
+    copy = hostio.dup(_number(address))
     try:
-        sock = socket.socket(fileno=fd)
+        return socket.socket(fileno=copy)
     except OSError:
-        return None
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        sock.detach()
+        os.close(copy)
+        raise
+
+
+def _listens(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def copy_connected(address: DescriptorAddress) -> trio.socket.SocketType | None:
+    """Duplicate a socket that is connected; None if it listens. The descriptor stays the caller's.
+
+    Raises:
+        HostFileRefused: no descriptor is left.
+    """
+    sock = _copy(address)
+    if _listens(sock):
+        sock.close()
         return None
     return trio.socket.from_stdlib_socket(sock)
+
+
+def close_descriptors(addresses: Iterable[ChannelAddress | None]) -> None:
+    """Close the descriptors among `addresses`. For their owner; what uses them has duplicated them. Never raises."""
+    for address in addresses:
+        if isinstance(address, DescriptorAddress) and address.number is not None:
+            with suppress(OSError):
+                os.close(address.number)
 
 
 @final
@@ -120,7 +135,12 @@ class Listener:
 
 
 async def listen(address: SocketAddress) -> Listener:
-    """Bind `address`. Raises `HostFileRefused`, or `SocketInUse` where somebody listens there."""
+    """Bind `address`. For a descriptor: duplicate the listening socket; the descriptor stays the caller's.
+
+    Raises:
+        HostFileRefused: it cannot be bound, or is a descriptor that does not listen.
+        SocketInUse: somebody listens there.
+    """
     try:
         match address:
             case UnixAddress(abstract=False):
@@ -138,6 +158,11 @@ async def listen(address: SocketAddress) -> Listener:
                 host, port = first.socket.getsockname()[:2]
                 return Listener(first.socket, InetAddress(host, str(port)))
             case DescriptorAddress():
-                return Listener(_adopt(address), address)
+                copy = _copy(address)
+                if not _listens(copy):
+                    copy.close()
+                    reason = "it is no listening socket"
+                    raise HostFileRefused(action="listen on", path=_name(address), reason=reason)
+                return Listener(trio.socket.from_stdlib_socket(copy), address)
     except OSError as error:
         raise _refused("listen on", address, error) from error

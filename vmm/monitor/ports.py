@@ -19,6 +19,10 @@ class Caller(Protocol):
     def descriptors(self) -> dict[str, int]:
         """The session's named descriptors (`getfd`). The session closes what is left in it when it ends."""
 
+    @property
+    def by_number(self) -> bool:
+        """Whether it can know the numbers of this process's descriptors: a session cannot, and names its own."""
+
     def take_descriptors(self) -> list[int]:
         """Hand over the descriptors that came by SCM_RIGHTS and nobody claimed; they are the callee's to close."""
 

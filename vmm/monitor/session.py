@@ -108,6 +108,8 @@ class SessionState:
 class Session:
     """One client. It is the `Caller` of its commands."""
 
+    by_number: Final = False
+
     def __init__(
         self,
         name: str,

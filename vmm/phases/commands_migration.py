@@ -155,20 +155,36 @@ def _required(host: MayOpenHostFile | None, command: str) -> MayOpenHostFile:
 
 
 def resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
-    """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration."""
-    named = [address.name for address in addresses if isinstance(address, DescriptorAddress) and address.number is None]
-    for name in named:
-        if name not in caller.descriptors:
-            known = ", ".join(sorted(caller.descriptors)) or "none"
-            raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
-        if named.count(name) > 1:
+    """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration.
+
+    Raises:
+        DescriptorError: there is none of that name, it is given twice, or a session gives a number.
+        DescriptorWrongKind: it is no stream socket. It stays whose it was.
+    """
+    names = [address.name for address in addresses if isinstance(address, DescriptorAddress)]
+    for name in names:
+        if names.count(name) > 1:
             raise DescriptorError(reason=f"Descriptor {name!r} is given for two channels; each needs its own")
+        hostio.require_stream_socket(_number(name, caller), name)
     return [
-        DescriptorAddress(str(caller.descriptors.pop(address.name)))
-        if isinstance(address, DescriptorAddress) and address.number is None
+        DescriptorAddress(str(caller.descriptors.pop(address.name, address.number)))
+        if isinstance(address, DescriptorAddress)
         else address
         for address in addresses
     ]
+
+
+def _number(name: str, caller: Caller) -> int:
+    number = DescriptorAddress(name).number
+    if number is not None:
+        if not caller.by_number:
+            reason = f"Descriptor {name!r} is a number, and of those no session can know; send it by getfd, and name it"
+            raise DescriptorError(reason=reason)
+        return number
+    if name not in caller.descriptors:
+        known = ", ".join(sorted(caller.descriptors)) or "none"
+        raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
+    return caller.descriptors[name]
 
 
 @final
@@ -197,13 +213,18 @@ async def migrate_incoming(
     was given. With `exit-on-error` false this process stays, and may await another guest, after one that was refused;
     a live update cannot have that. A `file:` takes may-open-host-file besides.
     """
+    from vmm.migration.connect import close_descriptors  # Most machines await nothing.
+
     channels, wishes = incoming_channels(args.uri, args.channels), args.wishes("migrate-incoming", cap, param)
     query.view(MigrationState).check(wishes)
     if any(isinstance(channel.address, FileAddress) for channel in channels):
         _required(host, "migrate-incoming")
     addresses = resolved([channel.address for channel in channels], caller)
     bound = [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
-    return await may.listen(bound, exit_on_error=args.exit_on_error, wishes=wishes)
+    try:
+        return await may.listen(bound, exit_on_error=args.exit_on_error, wishes=wishes)
+    finally:
+        close_descriptors(addresses)
 
 
 @final

@@ -16,8 +16,8 @@ import trio
 from vmm import hostio
 from vmm.capabilities import MayCancelMigration, MaySaveState
 from vmm.errors import MigrationPeerGone, VmmError, leaves
-from vmm.migration.address import DescriptorAddress, FileAddress
-from vmm.migration.connect import connect
+from vmm.migration.address import FileAddress
+from vmm.migration.connect import close_descriptors, connect
 from vmm.migration.outflow import Outflow
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import Section
@@ -57,6 +57,7 @@ class CopyPlan:
     file: int = -1
     """Of a `FileAddress`: the file, open and at its offset."""
     wishes: Wishes = NO_WISHES
+    _closed: bool = False
 
     async def open(self) -> Outflow:
         """Connect. Raises `HostFileRefused`: nobody listens there, or the file cannot be written."""
@@ -71,9 +72,9 @@ class CopyPlan:
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
-        if isinstance(self.address, DescriptorAddress) and self.address.number is not None:
-            os.close(self.address.number)
-            self.address = FileAddress("")
+        if not self._closed:
+            self._closed = True
+            close_descriptors([self.address])
 
 
 @final

@@ -6,7 +6,6 @@ first: when phase quiesced opens and the guest pauses, the destination has built
 
 from __future__ import annotations
 
-import os
 import socket
 from contextlib import closing
 from typing import TYPE_CHECKING, Final, final
@@ -28,8 +27,8 @@ from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
 from vmm.errors import CprPeerGone, MigrationCancelled, MigrationRefused, VmmError, leaves
-from vmm.migration.address import DescriptorAddress, FileAddress
-from vmm.migration.connect import connect, connect_stream
+from vmm.migration.address import FileAddress
+from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migration_state import NO_WISHES, Wishes
@@ -89,9 +88,7 @@ class TransferPlan:
         """Close the descriptors; the sockets that were connected stay. Idempotent."""
         if not self._closed:
             self._closed = True
-            for address in (self.channels.main, self.channels.cpr):
-                if isinstance(address, DescriptorAddress) and address.number is not None:
-                    os.close(address.number)
+            close_descriptors((self.channels.main, self.channels.cpr))
 
 
 @final

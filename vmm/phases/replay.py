@@ -23,6 +23,8 @@ class Replayer:
 
     name: str
     grant: Grant
+    by_number: bool
+    """Whether it is of who started this process, and gave it descriptors."""
 
     @property
     def descriptors(self) -> dict[str, int]:
@@ -34,8 +36,8 @@ class Replayer:
         return []
 
 
-REPLAYER: Final = Replayer("the start recipe", ADMIN)
-SUCCESSOR: Final = Replayer("the incoming recipe", REPLAY)
+REPLAYER: Final = Replayer("the start recipe", ADMIN, by_number=True)
+SUCCESSOR: Final = Replayer("the incoming recipe", REPLAY, by_number=False)
 
 
 async def replay_start(host: Host, tree: Tree) -> None:

@@ -70,14 +70,14 @@ class StreamPort:
         # Only now: most machines await nothing, and these bring what a monitor can start without.
         from vmm import hostio
         from vmm.migration.address import DescriptorAddress, FileAddress
-        from vmm.migration.connect import adopt_connected, listen
+        from vmm.migration.connect import copy_connected, listen
 
         origin: Listener | trio.socket.SocketType | int
         addresses: tuple[SocketAddress, ...] = ()
         if isinstance(address, FileAddress):
             origin = hostio.open_saved_state(address.filename, address.offset)
         else:
-            connected = adopt_connected(address) if isinstance(address, DescriptorAddress) else None
+            connected = copy_connected(address) if isinstance(address, DescriptorAddress) else None
             if connected is None:
                 listener = await listen(address)
                 origin, addresses = listener, (listener.address,)
