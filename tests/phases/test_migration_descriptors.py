@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, final
@@ -57,6 +58,11 @@ async def execute(machine: EmbeddedMachine, client: Client, command: str, **argu
 def named(kind: str, name: str) -> dict[str, Any]:
     """Return a channel that is a descriptor."""
     return {"channel-type": kind, "addr": {"transport": "socket", "type": "fd", "str": name}}
+
+
+def at(kind: str, path: Path) -> dict[str, Any]:
+    """Return a channel that is a unix socket's path."""
+    return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": str(path)}}
 
 
 @asynccontextmanager
@@ -246,3 +252,17 @@ async def refused(machine: EmbeddedMachine, kind: type[VmmError], reason: str, a
     for ours in ends:
         with ours:
             assert hung_up(ours)
+
+
+# --- x-cpr-check ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["main", "cpr"])
+async def test_a_destination_is_not_asked_through_a_file(kind: str, tmp_path: Path) -> None:
+    file = {"channel-type": kind, "addr": {"transport": "file", "filename": str(tmp_path / "file"), "offset": 0}}
+    other = at("cpr" if kind == "main" else "main", tmp_path / "other")
+    async with running() as machine:
+        with pytest.raises(MigrationRefused) as caught:
+            await machine.execute("x-cpr-check", channels=[file, other])
+        assert str(caught.value) == f"x-cpr-check: the {kind} channel of a live update must be a socket, not a file"
+    assert os.listdir(tmp_path) == []

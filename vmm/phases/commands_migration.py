@@ -128,13 +128,19 @@ def migrate(
         raise Unsupported(what="Migration mode", name=mode, instead="parameter 'mode' can be normal or cpr-transfer")
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
-    for kind, address in (("main", channels.main), ("cpr", channels.cpr)):
-        if isinstance(address, FileAddress):
-            raise MigrationRefused(reason=f"migrate: the {kind} channel of a live update must be a socket, not a file")
+    require_sockets(channels, "migrate")
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
     main, cpr = resolved((channels.main, channels.cpr), caller)
     return may.start(TransferPlan(Channels(main, cpr), wishes=wishes))
+
+
+def require_sockets(channels: Channels, command: str) -> None:
+    """Raise `MigrationRefused` if a channel of a live update is a file."""
+    for kind, address in (("main", channels.main), ("cpr", channels.cpr)):
+        if isinstance(address, FileAddress):
+            reason = f"{command}: the {kind} channel of a live update must be a socket, not a file"
+            raise MigrationRefused(reason=reason)
 
 
 def _copy_plan(address: ChannelAddress, wishes: Wishes, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:

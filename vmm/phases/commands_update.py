@@ -12,7 +12,7 @@ from vmm.errors import CprRefused, InvalidArguments, MigrationRefused, OptionInv
 from vmm.migration.channel import Channels, MigrationChannel, outgoing_channels
 from vmm.monitor.arguments import structure
 from vmm.monitor.ports import Caller
-from vmm.phases.commands_migration import resolved
+from vmm.phases.commands_migration import require_sockets, resolved
 from vmm.phases.differences import Difference
 
 
@@ -54,6 +54,7 @@ async def x_cpr_check(may: MayStartMigration, caller: Caller, args: CprCheck) ->
     channels = outgoing_channels(None, args.channels)
     if channels.cpr is None:
         raise MigrationRefused(reason="x-cpr-check: a destination is asked over its channel of type 'cpr'; give it")
+    require_sockets(channels, "x-cpr-check")
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
     main, cpr = resolved((channels.main, channels.cpr), caller)
