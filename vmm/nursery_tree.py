@@ -551,6 +551,12 @@ class Tree:
         """Let `turn` settle by itself, when the window that it leads to opens."""
         self._moving.append(turn)
 
+    def halt(self, error: VmmError) -> None:
+        """The machine stays where it is, because of `error`: fail what should have led further."""
+        moving, self._moving = self._moving, []
+        for turn in moving:
+            turn.fail(error)
+
     async def outcome(self, command: str, turn: Turn[Any]) -> None:
         """Wait until `turn`, which `command` has posted, is settled; raise what it failed with."""
         entry = (command, turn)
@@ -566,9 +572,7 @@ class Tree:
         self._begun.set()
         for command, turn in self._awaited:
             turn.fail(error or CommandAborted(command=command))
-        for turn in self._moving:
-            turn.fail(error or _left(self.path))
-        self._moving.clear()
+        self.halt(error or _left(self.path))
 
     # What phases and windows report.
 

@@ -21,6 +21,7 @@ from vmm.capabilities import (
     MaySetNuma,
     MayWriteGuestMemory,
 )
+from vmm.errors import VmmError
 from vmm.nursery_tree import Inbox
 from vmm.phases.board import BoardBuilder
 from vmm.phases.building import Onward, WishToRun
@@ -82,7 +83,11 @@ async def run_devices(
     plan: SlotPlan,
     onward: GoOn | None,
 ) -> None:
-    """Build the board; unless `onward` says so, wait for the wish to go on; then go on to incoming or running."""
+    """Build the board; unless `onward` says so, wait for the wish to go on; then go on to incoming or running.
+
+    Raises:
+        VmmError: the board could not be built. What fails after it leaves the phase open.
+    """
     host = made.host
     async with preconfig.child("devices", machine_phase="machine-initialized") as phase:
         with ExitStack() as stack:
@@ -125,7 +130,14 @@ async def run_devices(
                     host.recorder.record("finish-machine-init", {})
                     return decision
 
-                onward = carry_out(onward) if onward is not None else await phase.decided(inbox, carry_out)
+                try:
+                    onward = carry_out(onward) if onward is not None else None
+                except VmmError as error:
+                    # What led here from preconfig got this far. The machine stands, and can be led on once more.
+                    phase.tree.halt(error)
+                    onward = None
+                if onward is None:
+                    onward = await phase.decided(inbox, carry_out)
             if made.incoming.arrival is not None:
                 await run_incoming(phase, machine, made.incoming.arrival)
             elif onward.to_incoming:
