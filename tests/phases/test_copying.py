@@ -28,6 +28,7 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
+from tests.qtest.client import QtestClient
 from vmm.errors import (
     DifferencesVisible,
     HostFileRefused,
@@ -72,6 +73,28 @@ async def test_monitors_and_qtest_stay_with_their_chardevs(tmp_path: Path) -> No
         assert (await move(source, destination, tmp_path))["status"] == "completed"
         await in_status(destination, "running")
         assert destination.recipe.to_json() == machine
+
+
+@pytest.mark.parametrize("way", ["stream", "file"])
+async def test_nothing_is_left_of_what_was_written_before_the_guest_came(way: str, tmp_path: Path) -> None:
+    path = tmp_path / "qt"
+    address = {"type": "unix", "data": {"path": str(path)}}
+    backend = {"type": "socket", "data": {"addr": address, "wait": False}}
+    async with started() as source, empty(autostart=False) as destination:
+        for step in commands(upto="cpu-model-set"):
+            await destination.execute(step["execute"], **step.get("arguments", {}))
+        await destination.execute("chardev-add", id="qt", backend=backend)
+        await destination.execute("object-add", qom_type="qtest", id="qtest0", chardev="qt")
+        async with await QtestClient.connect(path) as client:
+            await client.do("writeq 0x800000 0x5a5a5a5a5a5a5a5a")
+            assert await client.value("readq 0x800000") == 0x5A5A5A5A5A5A5A5A
+        if way == "stream":
+            assert (await move(source, destination, tmp_path))["status"] == "completed"
+        else:
+            await save(source, tmp_path / "saved")
+            await destination.execute("loadvm", name=str(tmp_path / "saved"))
+        await in_status(destination, "paused")
+        assert ram(destination) == ram(source)
 
 
 @pytest.mark.parametrize("size", [16 << 20, 64 << 20, 3 * GIB, 3 * GIB + 4096, 5 * GIB])

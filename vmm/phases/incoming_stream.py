@@ -1,7 +1,7 @@
 """Phase ``incoming`` for a guest that is copied: its state and its RAM are loaded into a machine that has not run.
 
-All of the stream is checked before any of its state is put in force. RAM is the exception: it is written as it comes,
-into memory that nobody has used, and is made zero again if the stream is refused.
+All of the stream is checked before any of its state is put in force. RAM is the exception: it is made zero first,
+written as it comes, and made zero again if the stream is refused.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
+    # The stream has nothing of what is zero there. Here a client of qtest, or an attempt before, may have written.
+    grants.write_guest_memory.clear()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory)
