@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
@@ -26,6 +26,7 @@ from tests.phases.copy_kit import (
     started,
     status,
 )
+from tests.phases.machine import sockets_in
 from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt, VmmError
 from vmm.migration.stream import HEAD_SIZE
 
@@ -312,6 +313,39 @@ async def test_without_exit_on_error_an_empty_destination_may_await_the_next(tmp
         await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
         await source.execute("migrate", uri=f"unix:{tmp_path / 'main'}")
         await in_status(machine, "running")
+
+
+def port(path: Path) -> dict[str, Any]:
+    """Return the arguments of a `chardev-add` of a socket."""
+    data = {"addr": {"type": "unix", "data": {"path": str(path)}}, "server": True, "wait": False}
+    return {"id": "serial0", "backend": {"type": "socket", "data": data}}
+
+
+async def test_a_replay_that_failed_leaves_nothing_and_the_next_source_may_come(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xf4" * 512)
+    allowed = {"kernel": f"flat:{tmp_path / 'missing'}", "chardev/serial0": str(tmp_path / "here")}
+    definition = commands(serial=["serial0"])
+    definition[0]["arguments"] |= {"kernel": f"flat:{tmp_path / 'image'}", "append": ""}
+    there = {"execute": "chardev-add", "arguments": port(tmp_path / "there")}
+    uri = f"unix:{tmp_path / 'main'}"
+    async with vmm.machine([there, *definition]) as source, empty(allowed=allowed) as machine:
+        await machine.execute("chardev-add", **port(tmp_path / "own"))
+        before = machine.recipe, await machine.execute("query-chardev")
+        for _ in range(2):
+            await machine.execute("migrate-incoming", uri=uri, exit_on_error=False)
+            await source.execute("migrate", uri=uri)
+            info = await outcome(machine)
+            assert info["status"] == "failed"
+            assert info["error-desc"].endswith("missing: No such file or directory")
+            assert (await outcome(source))["status"] == "failed"
+            assert (machine.recipe, await machine.execute("query-chardev")) == before
+            assert sockets_in(tmp_path) == ["image", "own", "there"]
+        (tmp_path / "missing").write_bytes(b"\xf4" * 512)
+        await machine.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.execute("migrate", uri=uri)
+        await in_status(machine, "running")
+        labels = {chardev["label"] for chardev in await machine.execute("query-chardev")}
+        assert labels == {"serial0", f"serial0@{os.getpid()}"}
 
 
 async def test_without_exit_on_error_a_machine_may_await_the_next(tmp_path: Path) -> None:

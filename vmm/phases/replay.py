@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 
 from vmm.capabilities import ADMIN, REPLAY, Grant
+from vmm.errors import VmmError
 from vmm.recipe import replay
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm.nursery_tree import Tree
     from vmm.phases.foundation import Host
     from vmm.recipe import Recipe, Step
@@ -47,16 +50,41 @@ async def replay_start(host: Host, tree: Tree) -> None:
 
 
 async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
-    """Replay a predecessor's recipe, with its descriptors in place of this host's files; nobody else may interfere."""
+    """Replay a predecessor's recipe, with its descriptors in place of this host's files; nobody else may interfere.
+
+    If it fails before it has defined the machine, all is as it was, and another may be replayed.
+    """
     await tree.wait_begun("migrate-incoming", SUCCESSOR.name)
     tree.reserved_for = SUCCESSOR.name
     try:
         # The names in the recipe are the guest's machine's; what this process was started with has others from now on.
-        host.recorder.rename(host.stores.step_aside(recipe, f"@{os.getpid()}"))
-        await _replay(host, recipe, SUCCESSOR)
+        renamed = host.stores.step_aside(recipe, f"@{os.getpid()}")
+        host.recorder.rename(renamed)
+        try:
+            await _replay(host, recipe, SUCCESSOR)
+        except VmmError:
+            if tree.machine_phase == "no-machine":
+                await _take_back(host, recipe, renamed)
+            raise
     except BaseException:
         tree.reserved_for = None
         raise
+
+
+async def _take_back(host: Host, recipe: Recipe, renamed: Mapping[str, str]) -> None:
+    """End what was made under the names in `recipe`, and give those names back to what had stepped aside for it."""
+    stores, recorder = host.stores, host.recorder
+    # Monitors first: they use chardevs. Of the other objects there are none without a machine.
+    for command, family, there in (
+        ("object-add", "monitor", stores.monitors),
+        ("chardev-add", "chardev", stores.chardevs),
+    ):
+        for name in {str(step.arguments.get("id")) for step in recipe if step.execute == command} & there.keys():
+            await stores.dismiss(family, name)
+            recorder.forget(command, "id", name)
+    back = {new: old for old, new in renamed.items()}
+    stores.rename(back)
+    recorder.rename(back)
 
 
 async def _replay(host: Host, recipe: Recipe, caller: Replayer) -> None:

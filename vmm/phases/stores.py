@@ -147,19 +147,21 @@ class BootStores:
     def step_aside(self, recipe: Recipe, suffix: str) -> dict[str, str]:
         """Rename the chardevs and monitors that have a name which `recipe` gives to another; return old -> new."""
         wanted = {str(step.arguments.get("id")) for step in recipe if step.execute in ("chardev-add", "object-add")}
-        renamed: dict[str, str] = {}
-        for label in wanted & self.chardevs.keys():
-            renamed[label] = f"{label}{suffix}"
+        renamed = {name: f"{name}{suffix}" for name in wanted & (self.chardevs.keys() | self.monitors.keys())}
+        self.rename(renamed)
+        return renamed
+
+    def rename(self, renamed: Mapping[str, str]) -> None:
+        """Give the chardevs and monitors in `renamed` their new names."""
+        for label in renamed.keys() & self.chardevs.keys():
             held = self.chardevs[renamed[label]] = self.chardevs.pop(label)
             held.chardev.label = renamed[label]
-        for name in wanted & self.monitors.keys():
-            renamed[name] = f"{name}{suffix}"
+        for name in renamed.keys() & self.monitors.keys():
             self.monitors[renamed[name]] = self.monitors.pop(name)
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(MONITOR):
                 name = held.user.removeprefix(MONITOR)
                 held.user = f"{MONITOR}{renamed.get(name, name)}"
-        return renamed
 
     def _held(self, label: str) -> Held:
         if label not in self.chardevs:
