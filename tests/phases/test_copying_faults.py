@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -27,8 +28,12 @@ from tests.phases.copy_kit import (
     status,
 )
 from tests.phases.machine import sockets_in
+from vmm.cpr.limits import CprLimits
 from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt, VmmError
-from vmm.migration.stream import HEAD_SIZE
+from vmm.migration.stream import HEAD_SIZE, StreamWriter
+from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
+from vmm.phases.start import Start
+from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -241,27 +246,59 @@ async def test_what_would_change_the_machine_waits_until_the_migration_is_over(t
 # --- the source -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("defined", [False, True])
-async def test_a_stranger_s_garbage_ends_a_destination_with_the_reason(*, defined: bool, tmp_path: Path) -> None:
-    with refusal(StreamCorrupt, "it begins with 474554202f204854, expected 8954564d4d0d0a1a"):
-        async with destination(defined=defined) as machine:
-            await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
-            async with source_peer(tmp_path / "main") as peer:
-                await peer.send(b"GET / HTTP/1.1\r\n\r\n")
-                word = await peer.hear()
-                assert word.name == "refused"
-                assert word.reason.startswith("State stream: it begins with 474554202f204854")
-                peer.close()
-                await trio.sleep_forever()
+async def talk(path: Path) -> None:
+    """Be a stranger that says what is no stream."""
+    async with source_peer(path) as peer:
+        await peer.send(b"GET / HTTP/1.1\r\n\r\n")
+        word = await peer.hear()
+        assert word.name == "refused"
+        assert word.reason.startswith("State stream: it begins with 474554202f204854")
+
+
+async def hang_up(path: Path) -> None:
+    """Be one that says nothing, and goes."""
+    async with source_peer(path):
+        pass
+
+
+async def be_silent(path: Path) -> None:
+    """Be one that says nothing, and stays."""
+    async with source_peer(path) as peer:
+        assert (await peer.hear()).name == "refused"
+
+
+STRANGERS: Final = (
+    (talk, "it begins with 474554202f204854, expected 8954564d4d0d0a1a"),
+    (hang_up, "it ends after 0 bytes; expected the preamble of 12 bytes"),
+    (be_silent, "the source did not say what machine it is of within 2 s"),
+)
 
 
 @pytest.mark.parametrize("defined", [False, True])
-async def test_a_source_that_hangs_up_ends_a_destination_with_the_reason(*, defined: bool, tmp_path: Path) -> None:
-    with refusal(StreamCorrupt, "it ends after 0 bytes; expected the preamble of 12 bytes"):
-        async with destination(defined=defined) as machine:
-            await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
-            async with source_peer(tmp_path / "main"):
-                pass
+async def test_a_stranger_keeps_no_source_out(*, defined: bool, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    recipe = Recipe.from_json("of this test", commands(upto="accel-set") if defined else [])
+    start = Start(recipe, limits=CprLimits(describing=2), complain=complaints.append)
+    async with started() as source, vmm.machine(start=start) as machine:
+        uri = f"unix:{tmp_path / 'main'}"
+        await machine.execute("migrate-incoming", uri=uri)
+        for stranger, _ in STRANGERS:
+            await stranger(tmp_path / "main")
+        await source.execute("migrate", uri=uri)
+        await in_status(machine, "running")
+        await goes_on(machine)
+    assert complaints == [f"State stream: {text}" for _, text in STRANGERS]
+
+
+async def test_a_stranger_at_the_other_end_of_a_descriptor_ends_a_destination_with_the_reason() -> None:
+    """Nobody else can come there."""
+    ours, theirs = socket.socketpair()
+    with ours, refusal(StreamCorrupt, "it begins with 474554202f204854, expected 8954564d4d0d0a1a"):
+        async with empty() as machine:
+            machine._program.descriptors["main"] = theirs.detach()
+            await machine.execute("migrate-incoming", uri="fd:main")
+            ours.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            ours.shutdown(socket.SHUT_WR)
             await trio.sleep_forever()
 
 
@@ -300,13 +337,18 @@ async def test_a_destination_runs_its_guest_only_after_the_source_has_let_go(tmp
 
 
 async def test_without_exit_on_error_an_empty_destination_may_await_the_next(tmp_path: Path) -> None:
+    writer = StreamWriter("a test", recipe_digest([]))
+    writer.recipe([])
+    writer.section(PROCESSOR, PROCESSOR_VERSION, {})
+    of_nothing = b"".join(writer.finish())
     async with started() as source, empty() as machine:
         for number in range(3):
             path = tmp_path / f"main{number}"
             await machine.execute("migrate-incoming", uri=f"unix:{path}", exit_on_error=False)
             async with source_peer(path) as peer:
-                await peer.send(b"garbage, and more of it")
-                assert (await peer.hear()).name == "refused"
+                await peer.send(of_nothing)
+                word = await peer.hear()
+                assert "the recipe of a whole machine has it once" in word.reason
             info = await outcome(machine)
             assert info["status"] == "failed"
             assert machine.path.endswith("precreate")

@@ -18,7 +18,7 @@ class CprLimits:
     """Limits in seconds. Those of the pause bound what a stalled destination can cost the guest."""
 
     describing: float = 10.0
-    """The destination's, for a source that has connected to say what its machine is."""
+    """The destination's, for a source that has connected, also to copy its guest, to say what its machine is."""
     checking: float = 10.0
     """The source's, for the answer to `x-cpr-check`: the guest runs on."""
     building: float = 120.0

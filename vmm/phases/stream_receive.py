@@ -15,7 +15,8 @@ import attrs
 import trio
 
 from vmm.capabilities import MayAdoptDescriptor
-from vmm.errors import VmmError, leaves
+from vmm.cpr.limits import CprLimits
+from vmm.errors import StreamCorrupt, VmmError, leaves
 from vmm.migration.connect import Listener
 from vmm.migration.inflow import Inflow
 from vmm.phases.arriving import checked
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.capabilities import Mint
+    from vmm.migration.stream_records import Recipe as RecipeRecord
+    from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
@@ -80,15 +83,36 @@ class StreamWait:
         """Of the task that awaits it."""
         self._tell = tell
 
+    @property
+    def others_may_come(self) -> bool:
+        """Whether there is a listener, and it still listens."""
+        return isinstance(self._origin, Listener)
+
     async def accept(self) -> Inflow:
-        """Wait for whoever connects. Nobody else is admitted from then on."""
+        """Wait for whoever connects."""
         await trio.lowlevel.checkpoint()
+        if isinstance(self._origin, Listener):
+            return Inflow(await self._origin.accept())
+        taken, self._origin = self._origin, -1
+        return Inflow(taken)
+
+    async def read_head(self, flow: Inflow, within: float) -> tuple[RecipeRecord, Section]:
+        """Read the head of what has come. Nobody else is admitted once it is one.
+
+        Args:
+            within: seconds that one who has connected has for it. A file has no limit, nor has a connection that this
+                process was given: its source may begin much later.
+
+        Raises:
+            VmmError: it is none.
+        """
         if not isinstance(self._origin, Listener):
-            taken, self._origin = self._origin, -1
-            return Inflow(taken)
-        sock = await self._origin.accept()
-        self._origin.close()
-        return Inflow(sock)
+            return await flow.read_head()
+        with trio.move_on_after(within):
+            head = await flow.read_head()
+            self.close()
+            return head
+        raise StreamCorrupt(reason=f"the source did not say what machine it is of within {within:g} s")
 
     def come(self, arrival: StreamArrival) -> None:
         """Note that its head is here."""
@@ -110,11 +134,11 @@ class StreamWait:
 
     def close(self) -> None:
         """Close what is still open. Idempotent."""
-        if not isinstance(self._origin, int):
-            self._origin.close()
-        elif self._origin >= 0:
-            os.close(self._origin)
-            self._origin = -1
+        taken, self._origin = self._origin, -1
+        if not isinstance(taken, int):
+            taken.close()
+        elif taken >= 0:
+            os.close(taken)
 
 
 async def run_stream_receive(
@@ -135,21 +159,51 @@ async def run_stream_receive(
                 return StreamReceiveGrants(adopt_descriptor=mint(MayAdoptDescriptor, wait.inheritance))
 
             async with phase.window(grants):
-                with wait.scope, closing(await wait.accept()) as flow:
-                    failure = await _receive(phase, host, port, wait, flow)
-                    if failure is not None:
-                        port.streams.failed(wait, failure)
-                        await flow.refuse(failure)
-                        wait.fail(failure)
-                        if wait.exit_on_error:
-                            raise failure
+                with wait.scope:
+                    while not wait.over.is_set():
+                        with closing(await wait.accept()) as flow:
+                            await _serve(phase, host, port, wait, flow)
 
 
-async def _receive(phase: Phase, host: Host, port: IncomingPort, wait: StreamWait, flow: Inflow) -> VmmError | None:
+async def _serve(phase: Phase, host: Host, port: IncomingPort, wait: StreamWait, flow: Inflow) -> None:
+    """See what has come through to its end, which is that of `wait` unless it was no source at all.
+
+    Raises:
+        VmmError: why it was refused, where that ends the process.
+    """
+    failure: VmmError | None = None
+    try:
+        record, processor = await wait.read_head(flow, (host.start.limits or CprLimits()).describing)
+    except VmmError as error:
+        failure = error
+    else:
+        failure = await _receive(phase, host, port, wait, flow, record, processor)
+    if failure is None:
+        return
+    if wait.others_may_come:
+        # A stranger, not a source: whoever is awaited may still come.
+        host.complain(str(failure))
+        await flow.refuse(failure)
+        return
+    port.streams.failed(wait, failure)
+    await flow.refuse(failure)
+    wait.fail(failure)
+    if wait.exit_on_error:
+        raise failure
+
+
+async def _receive(
+    phase: Phase,
+    host: Host,
+    port: IncomingPort,
+    wait: StreamWait,
+    flow: Inflow,
+    record: RecipeRecord,
+    processor: Section,
+) -> VmmError | None:
     """See one stream through; return why it was refused before phase incoming had it."""
     failure: VmmError | None = None
     try:
-        record, processor = await flow.read_head()
         source, cpu = Recipe.from_json("of the source", [dict(command) for command in record.commands]), processor.state
         if phase.tree.machine_phase == "no-machine":
             # The recipe that is being replayed may define one. Where it has, it may be that which waits for this.
