@@ -97,6 +97,24 @@ async def test_nothing_is_left_of_what_was_written_before_the_guest_came(way: st
         assert ram(destination) == ram(source)
 
 
+async def test_a_reset_that_was_asked_for_before_the_guest_came_is_not_the_guest_s(tmp_path: Path) -> None:
+    path = tmp_path / "qt"
+    address = {"type": "unix", "data": {"path": str(path)}}
+    backend = {"type": "socket", "data": {"addr": address, "wait": False}}
+    async with started() as source, empty() as destination, destination.events() as events:
+        for step in commands(upto="cpu-model-set"):
+            await destination.execute(step["execute"], **step.get("arguments", {}))
+        await destination.execute("chardev-add", id="qt", backend=backend)
+        await destination.execute("object-add", qom_type="qtest", id="qtest0", chardev="qt")
+        async with await QtestClient.connect(path) as client:
+            await client.do("outb 0x64 0xfe")
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "running")
+        await goes_on(destination)
+        await destination.execute("quit")
+        assert "RESET" not in [event["event"] async for event in events]
+
+
 @pytest.mark.parametrize("size", [16 << 20, 64 << 20, 3 * GIB, 3 * GIB + 4096, 5 * GIB])
 async def test_all_of_ram_is_there_byte_for_byte(size: int, tmp_path: Path) -> None:
     async with started(size=size) as source, empty(autostart=False) as destination:

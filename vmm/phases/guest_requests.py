@@ -66,6 +66,11 @@ class GuestBells:
             self.exit_status = wishes.exit_status
         self.bell.ring()
 
+    def forget(self) -> None:
+        """Have nothing asked for: another guest is put in the place of the one that did. Every vCPU is out."""
+        self.wants_reset = False
+        self.exit_status = None
+
     def request_power_off(self) -> None:
         """The guest turns the power off."""
         self.request_exit(0)

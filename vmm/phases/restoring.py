@@ -127,7 +127,7 @@ async def _replace(run: Run, flow: Inflow, grants: RestoringGrants) -> None:
 
 def _go_on(run: Run, pause: Pause, *, ran: bool) -> None:
     bells = run.machine.bells
-    bells.wants_reset, bells.exit_status = False, None
+    bells.forget()
     bells.take_over(pause.wishes)
     if ran:
         run.start_nowait()

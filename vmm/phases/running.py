@@ -233,6 +233,7 @@ class Copied:
     def take_up(self, run: Run, *, start: bool) -> None:
         """Go on where it stood; run it if it ran and `start` says so."""
         pause = self.pause
+        run.machine.bells.forget()  # What a client of qtest did here before.
         if pause.runs and start:
             run.machine.processors.note_pause()
             run.gang.start_nowait()
