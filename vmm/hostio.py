@@ -458,22 +458,35 @@ def open_state_file(path: str, offset: int) -> int:
     Its content stays until `cut_off`.
 
     Raises:
-        HostFileRefused: it may not be written, or is of another kind.
+        HostFileRefused: it may not be written, is of another kind, or cannot be so long.
     """
     fd = _open("write", path, os.O_RDWR | os.O_CREAT, 0o600)
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         os.close(fd)
         raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
-    os.lseek(fd, offset, os.SEEK_SET)
+    _stand_at(fd, offset, "write", path)
     return fd
 
 
 def open_saved_state(path: str, offset: int) -> int:
-    """Open regular file `path` for reading, and stand at byte `offset`. Raises as `open_input_file`."""
+    """Open regular file `path` for reading, and stand at byte `offset`.
+
+    Raises:
+        HostFileRefused: as `open_input_file`, or it cannot be so long.
+    """
     fd = open_input_file(path)
-    os.lseek(fd, offset, os.SEEK_SET)
+    _stand_at(fd, offset, "read", path)
     return fd
+
+
+def _stand_at(fd: int, offset: int, action: str, path: str) -> None:
+    # How long a file can be is its file system's to say: fewer than 2^63 bytes.
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+    except OSError as error:
+        os.close(fd)
+        raise HostFileRefused(action=action, path=path, reason=f"no file there can have {offset} bytes") from error
 
 
 def cut_off(fd: int) -> None:

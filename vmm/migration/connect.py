@@ -36,6 +36,11 @@ def _refused(action: str, address: SocketAddress, error: OSError) -> HostFileRef
     return HostFileRefused(action=action, path=_name(address), reason=reason)
 
 
+def _no_name(action: str, address: SocketAddress, error: UnicodeError) -> HostFileRefused:
+    # A name is encoded for the DNS (IDNA), and some cannot be: a label is 1 to 63 characters, and no symbols.
+    return HostFileRefused(action=action, path=_name(address), reason=f"it has no host's name ({error})")
+
+
 async def connect(address: SocketAddress, *, within: float) -> trio.socket.SocketType:
     """Connect to `address`. For a descriptor: duplicate the connected socket; the descriptor stays the caller's.
 
@@ -63,6 +68,8 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
         raise _refused("connect to", address, late) from error
     except OSError as error:
         raise _refused("connect to", address, error) from error
+    except UnicodeError as error:
+        raise _no_name("connect to", address, error) from error
 
 
 async def connect_stream(address: SocketAddress, *, within: float) -> trio.SocketStream:
@@ -166,3 +173,5 @@ async def listen(address: SocketAddress) -> Listener:
                 return Listener(trio.socket.from_stdlib_socket(copy), address)
     except OSError as error:
         raise _refused("listen on", address, error) from error
+    except UnicodeError as error:
+        raise _no_name("listen on", address, error) from error
