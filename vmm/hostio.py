@@ -453,19 +453,28 @@ def open_output_file(path: str, append: bool) -> int:
 
 
 def open_state_file(path: str, offset: int) -> int:
-    """Open or create regular file `path`, readable by its owner alone, for a guest's state; stand at byte `offset`.
-
-    Its content stays until `cut_off`.
+    """Open or create regular file `path`, readable by its owner alone, for a guest's state; it ends at byte `offset`.
 
     Raises:
-        HostFileRefused: it may not be written, is of another kind, or cannot be so long.
+        HostFileRefused: it may not be written, is of another kind, or cannot be so long. What was there is as it was.
     """
-    fd = _open("write", path, os.O_RDWR | os.O_CREAT, 0o600)
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    flags = os.O_RDWR | os.O_CREAT
+    made = not os.path.lexists(path)
+    fd = _open("write", path, flags | os.O_EXCL if made else flags, 0o600)
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+        _stand_at(fd, offset, "write", path)
+        try:
+            os.ftruncate(fd, offset)
+        except OSError as error:
+            raise refused("write", path, error) from error
+    except HostFileRefused:
         os.close(fd)
-        raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
-    _stand_at(fd, offset, "write", path)
+        if made:
+            os.unlink(path)
+        raise
     return fd
 
 
@@ -476,7 +485,11 @@ def open_saved_state(path: str, offset: int) -> int:
         HostFileRefused: as `open_input_file`, or it cannot be so long.
     """
     fd = open_input_file(path)
-    _stand_at(fd, offset, "read", path)
+    try:
+        _stand_at(fd, offset, "read", path)
+    except HostFileRefused:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -485,16 +498,7 @@ def _stand_at(fd: int, offset: int, action: str, path: str) -> None:
     try:
         os.lseek(fd, offset, os.SEEK_SET)
     except OSError as error:
-        os.close(fd)
         raise HostFileRefused(action=action, path=path, reason=f"no file there can have {offset} bytes") from error
-
-
-def cut_off(fd: int) -> None:
-    """Cut the regular file `fd` off at its position. Raises `HostFileRefused`."""
-    try:
-        os.ftruncate(fd, os.lseek(fd, 0, os.SEEK_CUR))
-    except OSError as error:
-        raise refused("write", os.readlink(f"/proc/self/fd/{fd}"), error) from error
 
 
 def _open(action: str, path: str, flags: int, mode: int = 0o666) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -38,3 +39,6 @@ def test_an_offset_that_no_file_can_have_is_refused_and_nothing_stays_open(tmp_p
         hostio.open_state_file(path, -1)
     assert str(caught.value) == f"Cannot write {path}: no file there can have -1 bytes"
     assert (tmp_path / "state").read_bytes() == b"x"
+    with pytest.raises(HostFileRefused):
+        hostio.open_state_file(f"{path}2", -1)
+    assert os.listdir(tmp_path) == ["state"]

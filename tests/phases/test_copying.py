@@ -373,6 +373,26 @@ async def test_a_file_that_cannot_be_is_refused_and_nothing_changes(bad: str, tm
         assert destination.path.endswith("preconfig")
 
 
+@pytest.mark.parametrize("there", [True, False])
+async def test_a_migration_that_is_refused_before_it_begins_has_not_touched_its_file(
+    there: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "state"
+    if there:
+        path.write_bytes(b"yesterday's guest")
+    steps: list[dict[str, Any]] = [
+        {"execute": "machine-set", "arguments": {"memory": {"size": 1 << 20}}},
+        {"execute": "accel-set", "arguments": {"accel": "qtest"}},
+        {"execute": "cpu-model-set"},
+        {"execute": "finish-machine-init"},
+    ]
+    async with vmm.machine(steps) as source:
+        with pytest.raises(MigrationRefused, match="accelerator qtest executes nothing"):
+            await source.execute("migrate", uri=f"file:{path}")
+    assert os.listdir(tmp_path) == (["state"] if there else [])
+    assert not there or path.read_bytes() == b"yesterday's guest"
+
+
 async def test_loadvm_is_for_a_machine_that_is_there(tmp_path: Path) -> None:
     async with empty() as machine:
         with pytest.raises(TokenNotGranted, match="may-restore-guest"):

@@ -148,8 +148,11 @@ def _copy_plan(address: ChannelAddress, wishes: Wishes, host: MayOpenHostFile | 
 
     if isinstance(address, FileAddress):
         source = _required(host, "migrate")
-        file = source.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
-        return CopyPlan(address, file, wishes)
+
+        def open_file() -> int:
+            return source.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
+
+        return CopyPlan(address, open_file, wishes)
     return CopyPlan(resolved((address,), caller)[0], wishes=wishes)
 
 

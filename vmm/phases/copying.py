@@ -6,14 +6,12 @@ the two sides agree by words which of the two runs (`vmm.migration.words`).
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
 
-from vmm import hostio
 from vmm.capabilities import MayCancelMigration, MaySaveState
 from vmm.errors import MigrationPeerGone, VmmError, leaves
 from vmm.migration.address import FileAddress
@@ -28,7 +26,7 @@ from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
 from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from vmm.capabilities import Mint
     from vmm.migration.address import ChannelAddress
@@ -51,27 +49,23 @@ _ANSWERING: Final = 60.0
 @final
 @attrs.define(eq=False)
 class CopyPlan:
-    """Where a guest is copied to. Owns the descriptor among its address, and the file."""
+    """Where a guest is copied to. Owns the descriptor among its address."""
 
     address: ChannelAddress
-    file: int = -1
-    """Of a `FileAddress`: the file, open and at its offset."""
+    open_file: Callable[[], int] | None = None
+    """Of a `FileAddress`: opens the file, which changes it. A migration that is refused before has not touched it."""
     wishes: Wishes = NO_WISHES
     _closed: bool = False
 
     async def open(self) -> Outflow:
         """Connect. Raises `HostFileRefused`: nobody listens there, or the file cannot be written."""
         if isinstance(self.address, FileAddress):
-            hostio.cut_off(self.file)
-            file, self.file = self.file, -1
-            return Outflow(file)
+            assert self.open_file is not None, "given by the command"
+            return Outflow(self.open_file())
         return Outflow(await connect(self.address, within=_CONNECTING))
 
     def close(self) -> None:
-        """Close what has not become the stream's. Idempotent."""
-        if self.file >= 0:
-            os.close(self.file)
-            self.file = -1
+        """Close the descriptor; what was connected stays. Idempotent."""
         if not self._closed:
             self._closed = True
             close_descriptors([self.address])
