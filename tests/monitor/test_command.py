@@ -760,7 +760,8 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
             *("x-cpr-check", "x-cpr-abandon", "x-allow-difference", "job-cancel", "job-dismiss"),
         }
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
-        assert {command.name for command in COMMANDS} - admitted(table, REPLAY) == {"migrate", "loadvm", "x-cpr-check"}
+        beyond_a_recipe = {command.name for command in COMMANDS} - admitted(table, REPLAY)
+        assert beyond_a_recipe == {"migrate", "loadvm", "x-cpr-check", "x-allow-resource"}
 
 
 async def test_a_command_that_comes_too_early_is_told_the_token_the_phases_and_the_way() -> None:

@@ -121,6 +121,7 @@ DEVIATIONS: Final = (
     _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
+    _but("accel", "the RAM is made in its turn, so that it can fail and be repeated", more="open-host-file"),
     _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
     _but("preconfig", "loadvm leads on from here", more="restore-guest"),
     _but(
