@@ -214,7 +214,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "x-cpr-check": ("may-start-migration",),
     "x-cpr-abandon": ("may-listen",),
     "x-allow-difference": ("may-listen",),
-    "x-allow-resource": ("may-listen", "may-open-host-file"),
+    "x-allow-resource": ("may-open-host-file", "may-listen"),
 }  # fmt: skip
 """What each command takes; alternatives are joined by `|`, a scope follows a colon."""
 

@@ -104,7 +104,7 @@ class AllowResource:
     """A descriptor that this process was started with, instead."""
 
 
-async def x_allow_resource(may: MayListen, host: MayOpenHostFile, args: AllowResource) -> None:
+async def x_allow_resource(host: MayOpenHostFile, may: MayListen, args: AllowResource) -> None:
     """Let a machine that comes in have a resource of this host, for which no descriptor comes with it."""
     await trio.lowlevel.checkpoint()
     if args.path is not None and args.fd is not None:
