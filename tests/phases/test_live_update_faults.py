@@ -358,7 +358,8 @@ async def test_a_destination_that_is_told_to_end_at_a_step_ends_and_takes_no_mor
             return
         assert step not in ("destination:taken", "destination:running")
         assert info["status"] == "failed"
-        assert info["error-desc"].startswith("The destination closed the channel at step ")
+        # It may still have said that it is ready, and have gone by the time that the source connects to it.
+        assert info["error-desc"].startswith(("The destination closed the channel at step ", "Cannot connect to "))
         assert (await made.client.execute("query-status"))["status"] == "running"
         await made.console.new_beats(3)
         made.ram.require_intact()
