@@ -22,8 +22,6 @@ from vmm.phases.start import Start
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable
     from pathlib import Path
 
 CPR = (
@@ -78,9 +76,9 @@ def definition(*arguments: str) -> dict[str, Any]:
     return dict(found)
 
 
-def refusal(*arguments: str, of: Callable[[argparse.Namespace], object] = recipe_of) -> str:
+def refusal(*arguments: str) -> str:
     with pytest.raises((OptionInvalid, Unsupported)) as caught:
-        of(parse(*arguments))
+        recipe_of(parse(*arguments))
     return str(caught.value)
 
 
