@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.phases.machine import DEFINITION, PATHS, bare, failure
+from tests.phases.machine import DEFINITION, PATHS, bare
+from tests.phases.update_kit import outcome
+from tests.qtest.client import machine
+from vmm.errors import StateRejected
+from vmm.hw.irq import IrqLines
+from vmm.hw.state import describe
 from vmm.kvm.system import Kvm
+from vmm.qtest.clock import VirtualClock
+from vmm.qtest.state import QtestSection, QtestState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,25 +91,55 @@ async def test_it_is_run_stopped_and_reset_as_any_machine(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_kvm")
-async def test_it_does_not_move_to_another_process(tmp_path: Path) -> None:
-    async with bare(tmp_path) as (_, client):
-        await build(client)
-        await client.execute("finish-machine-init")
-        await client.execute("migrate-set-parameters", mode="cpr-transfer")
-        channels = [
-            {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": str(tmp_path / kind)}}
-            for kind in ("main", "cpr")
-        ]
-        for command in ("migrate", "x-cpr-check"):
-            assert await failure(client, command, channels=channels) == (
-                f"{command}: a machine with accelerator qtest executes nothing that could go on elsewhere"
-            )
+async def test_the_clock_and_the_lines_go_into_a_file_and_come_out_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "copy"
+    async with machine(tmp_path) as bench:
+        await bench.qmp.execute("finish-machine-init")
+        await bench.qtest.do("clock_step 5000000000")
+        await bench.qtest.do("set_irq_in ioapic unnamed-gpio-in 9 1")
+        events = [{"capability": "events", "state": True}]
+        await bench.qmp.execute("migrate", uri=f"file:{path}", capabilities=events)
+        assert (await outcome(bench.qmp))["status"] == "completed"
+        await bench.qmp.execute("cont")
+        await bench.qtest.do("clock_step 1000")
+        await bench.qtest.do("set_irq_in ioapic unnamed-gpio-in 9 0")
+        await bench.qmp.execute("loadvm", name=str(path))
+        assert await bench.qtest.value("clock_step 0") == 5_000_000_000
+        await bench.qtest.do("irq_intercept_in ioapic")
+        await bench.qtest.do("set_irq_in ioapic unnamed-gpio-in 9 0")
+        assert await bench.qtest.changes() == ["lower 9"]
 
 
-async def test_it_is_not_copied_into_a_file(tmp_path: Path) -> None:
-    async with bare(tmp_path) as (_, client):
-        await build(client)
-        await client.execute("finish-machine-init")
-        assert await failure(client, "migrate", uri=f"file:{tmp_path}/copy") == (
-            "migrate: a machine with accelerator qtest executes nothing that could go on elsewhere"
-        )
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        ({"epoch_ns": 0, "now_ns": -1, "high": 0}, "qtest.now_ns is -0x1, not an integer from 0x0 to"),
+        ({"epoch_ns": 0, "now_ns": 0, "high": 1 << 24}, "qtest.high is 0x1000000, not an integer"),
+        ({"epoch_ns": 0, "now_ns": 0}, "qtest.high is missing"),
+    ],
+)
+def test_state_that_cannot_be_is_refused(state: dict[str, int], fault: str) -> None:
+    section = QtestSection(VirtualClock(0), IrqLines())
+    with pytest.raises(StateRejected) as caught:
+        section.load(1, state)
+    assert fault in str(caught.value)
+
+
+def test_stored_state_of_every_version_is_read() -> None:
+    clock, lines = VirtualClock(0), IrqLines()
+    section = QtestSection(clock, lines)
+    assert describe(QtestState) == STORED["fields"]
+    section.load(1, STORED["busy"])()
+    assert (clock.epoch_ns, clock.now_ns, lines.high()) == (1_700_000_000_000_000_000, 123_456_789, 1 << 23 | 1 << 4)
+    assert section.save() == STORED["busy"]
+
+
+STORED: dict[str, Any] = {
+    "fields": {
+        "epoch_ns": "an integer from -9223372036854775808 to 9223372036854775807",
+        "now_ns": "an integer from 0x0 to 0x7fffffffffffffff",
+        "high": "an integer from 0x0 to 0xffffff",
+    },
+    "busy": {"epoch_ns": 1_700_000_000_000_000_000, "now_ns": 123_456_789, "high": 1 << 23 | 1 << 4},
+}
+"""Version 1. Once released it never changes."""

@@ -32,6 +32,15 @@ class IrqLines:
         """Return the level that line `gsi` was driven to last; low at first."""
         return self._levels.get(gsi, False)
 
+    def high(self) -> int:
+        """Return the lines that are high, bit N for line N. Nobody drives one meanwhile."""
+        return sum(1 << gsi for gsi, level in self._levels.items() if level)
+
+    def put(self, high: int) -> None:
+        """Let the lines have had these levels, as `high` returned them; none of them is driven, and nobody told."""
+        self._levels.clear()
+        self._levels.update({gsi: True for gsi in range(high.bit_length()) if high >> gsi & 1})
+
     def set(self, gsi: int, level: bool) -> None:
         """Drive line `gsi`. Any thread."""
         self._drive(gsi, level)

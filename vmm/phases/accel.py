@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, final
 import attrs
 
 from vmm.capabilities import MayOpenHostFile, MayOpenKvm
-from vmm.errors import MigrationRefused
 from vmm.hw.irq import IrqLines
 from vmm.kvm.system import Kvm
 from vmm.nursery_tree import Inbox
@@ -70,10 +69,6 @@ class Accelerator(Protocol):
     """What the machine is built on: KVM, or a stand-in that executes nothing."""
 
     @property
-    def why_it_stays(self) -> str:
-        """Why a machine on it cannot move to another process, as a sentence; empty if it can."""
-
-    @property
     def vm(self) -> VirtualMachine:
         """The virtual machine."""
 
@@ -112,7 +107,6 @@ class Accelerator(Protocol):
 class KvmAccelerator:
     """An open KVM, and the virtual machine in it with its interrupt chips and timer."""
 
-    why_it_stays: ClassVar[str] = ""
     clock: ClassVar[None] = None
 
     kvm: Kvm
@@ -159,14 +153,12 @@ class KvmAccelerator:
         self.kvm.close()
 
 
-def _open(phase: Phase, made: Precreated, options: AcceleratorOptions) -> Accelerator:
+def _open(phase: Phase, options: AcceleratorOptions) -> Accelerator:
     """Open what `options` say. On a failure nothing stays open."""
     if options.accel == "kvm":
         return KvmAccelerator.open()
     from vmm.qtest.accelerator import QtestAccelerator  # For tests of devices; no guest needs it.
 
-    if made.incoming.brings_recipe():
-        raise MigrationRefused(reason=f"accel-set: {QtestAccelerator.why_it_stays}, and none can come in")
     accelerator = QtestAccelerator()
     phase.residents.start_soon("irqfds", accelerator.vm.serve)
     return accelerator
@@ -205,7 +197,7 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
                     with ExitStack() as undo:
                         ram = make_ram(window.grants.open_host_file, made.definition.options.memory.size)
                         memory = undo.enter_context(closing(ram))
-                        accelerator = undo.enter_context(closing(_open(phase, made, options)))
+                        accelerator = undo.enter_context(closing(_open(phase, options)))
                         stack.enter_context(undo.pop_all())
                     made.host.recorder.record_options("accel-set", options)
                     return accelerator, memory

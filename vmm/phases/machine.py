@@ -57,11 +57,6 @@ class Machine:
         """The vCPUs, by number."""
         return self.processors.vcpus
 
-    @property
-    def why_it_stays(self) -> str:
-        """Why the machine cannot move to another process, as a sentence; empty if it can."""
-        return self.accelerator.why_it_stays
-
     def prepare_to_move(self) -> None:
         """Do now what would else be done at the first save or load, inside the guest's pause: make the codecs."""
         self.made.host.stores.declare_again(self.state)

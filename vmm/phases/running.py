@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import ExitStack, closing
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -22,7 +22,7 @@ from vmm.capabilities import (
     MayStartMigration,
 )
 from vmm.cpr.handover import take
-from vmm.errors import CprError, InvalidState, MigrationRefused, VmmError
+from vmm.errors import CprError, InvalidState, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.building import SavedState
@@ -153,29 +153,15 @@ class _Departure:
         self._run = run
 
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
-        """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
+        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
         with closing(plan):
-            self._require_movable("x-cpr-check")
             return await ask_destination(self._run.machine, plan)
 
     def start(self, plan: TransferPlan | CopyPlan) -> Awaitable[None]:
-        """Post `plan`, whose descriptors are closed if it is not carried out.
-
-        Raises:
-            MigrationRefused: the machine cannot leave this process.
-        """
-        with ExitStack() as undo:
-            undo.callback(plan.close)
-            self._require_movable("migrate")
-            undo.pop_all()
+        """Post `plan`, whose descriptors are closed if it is not carried out."""
         turn = self._inbox.post(plan, until="migrating")
         turn.on_settled(lambda: plan.close() if turn.failed else None)
         return turn
-
-    def _require_movable(self, command: str) -> None:
-        reason = self._run.machine.why_it_stays
-        if reason:
-            raise MigrationRefused(reason=f"{command}: {reason}")
 
 
 @final

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 from vmm.hw.irq import IrqLines
 from vmm.qtest.clock import VirtualClock
 from vmm.qtest.cpu import IdleCpu
+from vmm.qtest.state import QtestSection, QtestState
 from vmm.qtest.vm import QtestVm
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ class QtestAccelerator:
     """The stand-in for KVM. `vm.serve` is its one task, which also ends it."""
 
     has_tsc_deadline: ClassVar[bool] = False
-    why_it_stays: ClassVar[str] = "a machine with accelerator qtest executes nothing that could go on elsewhere"
 
     def __init__(self) -> None:
         """Begin at virtual time 0, which is the present second of the host's clock."""
@@ -46,7 +46,7 @@ class QtestAccelerator:
         self, leaves: Sequence[tuple[CpuidEntry, ...]], ports: IoSpace, mmio: IoSpace, stack: ExitStack
     ) -> IdleProcessors:
         """Make vCPUs that access nothing."""
-        return IdleProcessors(len(leaves))
+        return IdleProcessors(len(leaves), QtestSection(self.clock, self.lines))
 
     def time_ns(self) -> int:
         """Return Unix time in ns, which moves with the virtual clock alone."""
@@ -62,15 +62,18 @@ class QtestAccelerator:
 
 @final
 class IdleProcessors:
-    """vCPUs without registers or chips: nothing to reset, and no state."""
+    """vCPUs without registers or chips: nothing to reset, and no state but that of the clock and the lines."""
 
-    sections: ClassVar[tuple[str, ...]] = ()
+    sections: ClassVar[tuple[str, ...]] = ("qtest",)
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, section: QtestSection) -> None:
         self.vcpus: Final = tuple(IdleCpu(index) for index in range(count))
+        self._section: Final = section
 
     def declare(self, may: MayDeclareState) -> None:
-        """Declare nothing."""
+        """Declare section `qtest`."""
+        schema, section = QtestState.SCHEMA, self._section
+        may.register(schema.name, schema.version, save=section.save, load=section.load, accepts=schema.accepts)
 
     def answer(self, leaves: Sequence[tuple[CpuidEntry, ...]]) -> None:
         """Do nothing: none is asked."""

@@ -16,12 +16,12 @@ class VirtualClock:
 
     def __init__(self, epoch_ns: int) -> None:
         """Begin at 0, which is `epoch_ns` of Unix time."""
-        self._epoch_ns = epoch_ns
+        self.epoch_ns = epoch_ns
         self.now_ns = 0
 
     def time_ns(self) -> int:
         """Return Unix time in nanoseconds, for the devices that tell the time of day."""
-        return self._epoch_ns + self.now_ns
+        return self.epoch_ns + self.now_ns
 
     def step(self, ns: int) -> int:
         """Let `ns` nanoseconds pass, 0 or more; return the time then. `OptionInvalid` beyond `LAST`."""
