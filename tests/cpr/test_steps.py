@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from vmm.cpr.limits import CprLimits
-from vmm.cpr.steps import DESTINATION_STEPS, SOURCE_STEPS, STEPS, Steps, check_step
+from vmm.cpr.steps import DESTINATION_STEPS, MEANING, SOURCE_STEPS, STEPS, Steps, check_step
 from vmm.errors import OptionInvalid
 
 
@@ -31,8 +31,19 @@ def test_the_steps_of_the_other_side_stop_nobody() -> None:
     assert steps.current == "described"
 
 
-def test_every_step_has_its_side() -> None:
+def test_who_follows_the_steps_is_told_the_present_one_and_each_later_one() -> None:
+    steps, told = Steps("source"), list[str]()
+    steps.reach("begun")
+    steps.follow(told.append)
+    steps.reach("connected")
+    steps.reach("greeted")
+    assert told == ["begun", "connected", "greeted"]
+    assert steps.current == "greeted"
+
+
+def test_every_step_has_its_side_and_its_meaning() -> None:
     assert len(STEPS) == len(SOURCE_STEPS) + len(DESTINATION_STEPS) == len(set(STEPS))
+    assert tuple(MEANING) == STEPS
     for step in ("", *STEPS):
         check_step(step)
 

@@ -249,6 +249,17 @@ async def test_a_destination_without_a_main_channel_fails_the_update_before_the_
         assert str(caught.value) == f"Live update refused by the source at step 'building': {info['error-desc']}"
 
 
+async def test_of_a_destination_that_goes_when_it_is_ready_it_is_told_that_it_went() -> None:
+    async with machine() as (bench, _, client), stranger(bench, client) as there:
+        await there.reach("machine")
+        there.main.close()
+        await there.channel.send("ready", {})
+        there.channel.close()
+        assert (await outcome(client))["error-desc"] == (
+            "The destination closed the channel at step 'building'; the guest stays where it was"
+        )
+
+
 async def test_a_socket_that_cannot_pass_descriptors_is_no_cpr_channel() -> None:
     async with machine() as (bench, _, client):
         addr = {"transport": "socket", "type": "inet", "host": "127.0.0.1"}

@@ -152,6 +152,8 @@ class MigrationInfo:
     socket_address: list[SocketAddress] | None = None
     x_pause: dict[str, float] | None = None
     """How long each stage of a live update's pause took, in milliseconds. Not in QEMU."""
+    x_step: str | None = None
+    """The step that a live update has reached on this side, and after a failure the last one. Not in QEMU."""
 
     def to_json(self) -> dict[str, object]:
         """Return the reply with its names on the wire."""
@@ -180,6 +182,8 @@ class MigrationProgress:
         """Of a target: where it listens, with the real ports."""
         self.pause_stages: Mapping[str, float] | None = None
         """Stage of a live update's pause -> milliseconds."""
+        self.step: str | None = None
+        """Of a live update: the step that this side has reached; see `vmm.cpr.steps`."""
         self._steps: Final = SOURCE_STEPS if side == "source" else TARGET_STEPS
         self._observer: Final = observer
         self._clock: Final = clock
@@ -214,6 +218,7 @@ class MigrationProgress:
         self.ram = MigrationRamStats()
         self.addresses = tuple(addresses)
         self.pause_stages = None
+        self.step = None
         self._enter(_S.SETUP)
 
     def advance(self, status: MigrationStatus) -> None:
@@ -232,6 +237,10 @@ class MigrationProgress:
             return
         self._error = reason
         self._enter(_S.FAILING)
+
+    def note_step(self, step: str) -> None:
+        """Note the step that this side of a live update has reached."""
+        self.step = step
 
     def pause_begins(self) -> None:
         """Note that the guest stands still from now."""
@@ -254,6 +263,7 @@ class MigrationProgress:
             blocked_reasons=blocked,
             socket_address=list(self.addresses) or None,
             x_pause=dict(self.pause_stages) if self.pause_stages is not None else None,
+            x_step=self.step,
         )
         if self.side == "target" or self._status in _BARE:
             return bare

@@ -26,7 +26,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprPeerGone, MigrationCancelled, MigrationRefused, VmmError, leaves
+from vmm.errors import CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError, leaves
 from vmm.migration.address import FileAddress
 from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.capabilities import Mint
+    from vmm.migration.address import SocketAddress
     from vmm.migration.channel import Channels
     from vmm.nursery_tree import Phase, Turn
     from vmm.phases.machine import Machine
@@ -49,6 +50,9 @@ STDERR: Final = "stderr"
 
 _CONNECTING: Final = 10.0
 """Seconds for the CPR channel to be connected. It is a unix socket: only a full backlog makes it wait."""
+
+_DYING: Final = 1.0
+"""Seconds for a destination whose main channel is gone to be seen to go itself. The guest runs on meanwhile."""
 
 WITHHELD: Final = (
     MayPlugDevice, MayCreateBackend, MayOpenHostFile, MaySetMigrationCap, MayStartMigration,
@@ -128,6 +132,7 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
     migration = made.migration
     steps = Steps("source", made.host.start.stop_at)
     limits = made.host.start.limits or CprLimits()
+    steps.reach("begun")
     with (
         closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel,
         closing(OwnershipCell.create()) as cell,
@@ -144,6 +149,7 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
 
             running.tree.move(turn)
             progress = migration.begin("source")
+            steps.follow(progress.note_step)
             async with phase.window(grants, withholds=WITHHELD) as window:
                 try:
                     with canceller.scope:
@@ -151,8 +157,9 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                         assert may is not None, "minted above"
                         await _describe(may, channel, steps, machine, cell, limits)
                         assert not isinstance(plan.channels.main, FileAddress), "checked by the command"
-                        main = await connect_stream(plan.channels.main, within=limits.building)
+                        main = await _connect_main(plan.channels.main, channel, limits)
                         async with main:
+                            steps.reach("main-connected")
                             await run_quiesced(phase, run, Transfer(channel, cell, main, steps, limits, progress, may))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
@@ -165,6 +172,21 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     progress.advance(MigrationStatus.CANCELLING)
                     progress.advance(MigrationStatus.CANCELLED)
         return not cell.ours
+
+
+async def _connect_main(address: SocketAddress, channel: CprChannel, limits: CprLimits) -> trio.SocketStream:
+    """Connect the main channel.
+
+    Raises:
+        HostFileRefused: it cannot be connected, and the destination lives.
+        CprError: what the destination said, or that it has gone: the reason for the other.
+    """
+    try:
+        return await connect_stream(address, within=limits.building)
+    except HostFileRefused:
+        with trio.move_on_after(_DYING):
+            await channel.watch()
+        raise
 
 
 async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, Any]:
@@ -209,6 +231,7 @@ async def _describe(
     host = machine.made.host
     with trio.move_on_after(limits.building) as patience:
         await channel.hello(host.start.version.package)
+        steps.reach("greeted")
         body: Mapping[str, Any] = {
             "recipe": _recipe(machine),
             "cpu": cpu_to_json(machine.cpu),
