@@ -403,7 +403,7 @@ async def test_a_machine_that_somebody_builds_is_not_lent_to_others() -> None:
         looked_up(boot, MaySetMigrationCap)
     assert str(caught.value) == (
         "Command 'some-command' needs may-set-migration-cap, reserved for the incoming recipe until it is done; "
-        "query and quit are not"
+        "query, quit and migrate_cancel are not"
     )
 
 

@@ -125,7 +125,8 @@ class MachineReserved(TokenError):
     """Somebody else is in the middle of building the machine."""
 
     text: ClassVar[str] = (
-        "Command {command!r} needs {kind}, reserved for {holder} until it is done; query and quit are not"
+        "Command {command!r} needs {kind}, reserved for {holder} until it is done; "
+        "query, quit and migrate_cancel are not"
     )
     command: str
     kind: str

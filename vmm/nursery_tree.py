@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 import attrs
 import trio
 
-from vmm.capabilities import AnyToken, Grant, MayQuery, MayQuit, Mint, Token
+from vmm.capabilities import AnyToken, Grant, MayCancelMigration, MayQuery, MayQuit, Mint, Token
 from vmm.errors import (
     CommandAborted,
     DeviceNotActive,
@@ -41,7 +41,7 @@ ResultT = TypeVar("ResultT")
 ValueT = TypeVar("ValueT")
 ViewT = TypeVar("ViewT")
 
-_ALWAYS_LENT: Final = frozenset({MayQuery, MayQuit})
+_ALWAYS_LENT: Final = frozenset({MayQuery, MayQuit, MayCancelMigration})
 """What every session may be lent even while somebody else builds the machine."""
 
 
@@ -415,7 +415,7 @@ class Tree:
         self.root: Phase | None = None
         self.innermost: Phase | None = None
         self.reserved_for: str | None = None
-        """Who alone may be lent more than may-query and may-quit; None for nobody in particular."""
+        """Who alone may be lent more than what all always may; None for nobody in particular."""
         self._begun = trio.Event()
         self._begun.set()
         self._over = False
@@ -444,7 +444,7 @@ class Tree:
     # Who goes first.
 
     def begin_with(self, holder: str) -> None:
-        """Let `holder` build the machine before anybody else may do more than query and quit."""
+        """Let `holder` build the machine before anybody else may do more than query, call off and quit."""
         self.reserved_for = holder
         self._begun = trio.Event()
 

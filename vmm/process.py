@@ -69,7 +69,8 @@ async def _run(start: Start) -> int:
         errors = list(leaves(group))
         if not all(isinstance(error, VmmError) for error in errors):
             raise
-        for error in errors:
-            start.complain(str(error))
+        # The same reason can have ended more than one task.
+        for reason in dict.fromkeys(str(error) for error in errors):
+            start.complain(reason)
         return 1
     return statuses[0] if statuses else 1

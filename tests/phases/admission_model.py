@@ -116,10 +116,12 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 DEVIATIONS: Final = (
     _but("boot", "a job that has concluded is dismissed in whatever phase", more="dismiss-job"),
-    _but("precreate", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
+    _but(
+        "boot",
+        "what comes in passes through many phases, and QEMU's clients cancel to be sure that nothing is under way",
+        more="cancel-migration",
+    ),
     _but("precreate", "what a machine that is awaited shall have otherwise is noted", more="append-recipe:overrides"),
-    _but("preconfig", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
-    _but("running", "QEMU's clients cancel to be sure that nothing is under way", more="cancel-migration"),
     _but("accel", "there is nothing but the accelerator to decide there", less="configure-machine"),
     _but("accel", "the RAM is made in its turn, so that it can fail and be repeated", more="open-host-file"),
     _but("preconfig", "cont leads on from here, and stop is no error before anything runs", more="run-vcpus"),
@@ -134,6 +136,7 @@ DEVIATIONS: Final = (
         "incoming", "a guest that is copied comes into RAM of this process; after a failure another may be awaited",
         more="write-guest-memory listen restore-guest",
     ),
+    _but("incoming", "it is called off by what boot grants, as before", less="cancel-migration"),
     _but("running", "a machine with a guest awaits none", less="listen"),
     _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
     _but("migrating", "no dirty log is read: RAM is shared, or copied while the guest stands", less="read-dirty-log"),
@@ -144,7 +147,7 @@ ONLY: Final[Mapping[tuple[str, str], str]] = {
     **dict.fromkeys(
         (
             ("incoming", f"may-{name}")
-            for name in ("run-vcpus", "cancel-migration", "write-guest-memory", "listen", "restore-guest")
+            for name in ("run-vcpus", "write-guest-memory", "listen", "restore-guest")
         ),
         "copied",
     ),
@@ -294,7 +297,7 @@ def _refusal(need: str, phase: str, grant: str, reserved: bool, traits: Collecti
     allowed = [kind for kind in kinds if kind in LENDABLE[grant]]
     if not allowed:
         return Refusal(f"{kinds[0]}{suffix}", "session", grant)
-    if reserved and not {"may-query", "may-quit"}.issuperset(allowed):
+    if reserved and not {"may-query", "may-quit", "may-cancel-migration"}.issuperset(allowed):
         return Refusal(f"{allowed[0]}{suffix}", "reserved", "the incoming recipe")
     held_by: dict[str, str] = {}
     for window in _open_in(phase):
@@ -352,7 +355,7 @@ _RESTS: Final = (
     ("session", re.compile(r"this session \(grant (?P<at>\w+)\) may not be lent")),
     ("withheld", re.compile(r"phase (?P<at>\S+) withholds until it ends")),
     ("phase", re.compile(r"phase (?P<at>[^;\s]+) does not grant(?:; phases that grant it: (?P<phases>.*))?")),
-    ("reserved", re.compile(r"reserved for (?P<at>.*) until it is done; query and quit are not")),
+    ("reserved", re.compile(r"reserved for (?P<at>.*) until it is done; query, quit and migrate_cancel are not")),
 )
 
 

@@ -102,6 +102,8 @@ async def take(cell: OwnershipCell, channel: CprChannel, steps: Steps) -> None:
     except CprError as error:
         # A source that died, or broke off, right after it had offered: then the guest is for the taking.
         failure = error
+    # A cancel that has been asked for counts now, and not after the guest was taken.
+    await trio.lowlevel.checkpoint_if_cancelled()
     steps.reach("offer-seen")
     if not cell.take():
         raise failure or _lost(channel, steps, "took the guest back")

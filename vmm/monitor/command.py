@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Union, final, get_args,
 import attrs
 import trio
 
-from vmm.capabilities import Grant, MayAppendRecipe, MayQuery, MayQuit, Token
+from vmm.capabilities import Grant, MayAppendRecipe, MayCancelMigration, MayQuery, MayQuit, Token
 from vmm.errors import CommandNotFound, TokenError
 from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
@@ -182,7 +182,7 @@ class Command:
 
     @cached_property
     def harmless(self) -> bool:
-        """Whether the command cannot do more than query and quit."""
+        """Whether the command cannot do more than query, call a migration off, and quit."""
         signature = self.signature
         return all(_HARMLESS.issuperset(need.kinds) for need in (*signature.needs, *signature.extras))
 
@@ -198,7 +198,7 @@ class Command:
 OVERRIDES: Final = "overrides"
 """What may-append-recipe must cover, to note a command that is to be laid over a machine that comes from elsewhere."""
 
-_HARMLESS: Final = frozenset({MayQuery, MayQuit})
+_HARMLESS: Final = frozenset({MayQuery, MayQuit, MayCancelMigration})
 
 
 def _need(parameter: str, hint: Any) -> Need | None:

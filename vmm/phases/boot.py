@@ -11,6 +11,7 @@ import trio
 from vmm.capabilities import (
     ADMIN,
     MayAddDescriptor,
+    MayCancelMigration,
     MayCreateBackend,
     MayDismissJob,
     MayOpenHostFile,
@@ -49,6 +50,7 @@ class BootGrants:
     query: MayQuery
     quit: MayQuit
     dismiss_job: MayDismissJob
+    cancel_migration: MayCancelMigration
     add_descriptor: MayAddDescriptor
     create_backend: MayCreateBackend
     open_host_file: MayOpenHostFile
@@ -117,6 +119,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                     query=mint(MayQuery, tree),
                     quit=mint(MayQuit, ending),
                     dismiss_job=mint(MayDismissJob, jobs),
+                    cancel_migration=mint(MayCancelMigration, host.calling_off),
                     add_descriptor=mint(MayAddDescriptor, fdsets),
                     create_backend=mint(MayCreateBackend, stores, only=frozenset({"chardev", "monitor"})),
                     open_host_file=mint(MayOpenHostFile, host.files),

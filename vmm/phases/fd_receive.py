@@ -19,7 +19,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprError, RecipeInvalid, VmmError
+from vmm.errors import CprError, MigrationCancelled, RecipeInvalid, VmmError
 from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
@@ -105,11 +105,7 @@ async def run_fd_receive(
                 while True:
                     sock = await listener.accept()
                     with closing(CprChannel(sock, side="destination", peer="source")) as channel:
-                        try:
-                            arrival = await _receive(channel, host, port, inheritance)
-                        except CprError as error:
-                            host.complain(str(error))
-                            continue
+                        arrival = await _attempt(channel, host, port, inheritance)
                         if arrival is None:
                             continue
                         # No second source: it is told so when it connects, and not left waiting.
@@ -122,15 +118,37 @@ async def run_fd_receive(
                             return
 
 
+async def _attempt(channel: CprChannel, host: Host, port: IncomingPort, inheritance: Inheritance) -> Arrival | None:
+    """Return what a source brings. None where it only asked, or was refused: the next one is awaited."""
+    host.calling_off.begin()
+    arrival: Arrival | None = None
+    try:
+        try:
+            with host.calling_off.block():
+                arrival = await _receive(channel, host, port, inheritance)
+        except MigrationCancelled as error:
+            raise await channel.refuse(str(error)) from error
+    except CprError as error:
+        host.complain(str(error))
+    finally:
+        if arrival is None:
+            host.calling_off.end()
+    return arrival
+
+
 async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inheritance: Inheritance) -> Arrival | None:
     """Return what a source brings; None where it only asked what would become of it. Raises `CprError`."""
     steps = Steps("destination", host.start.stop_at)
+    assert port.progress is not None
+    steps.follow(port.progress.note_step)
     steps.reach("accepted")
     limits = host.start.limits or CprLimits()
     with trio.move_on_after(limits.describing):
         await channel.hello(host.start.version.package)
+        steps.reach("greeted")
         channel.step = "describing"
         message = await channel.receive("machine", "check")
+        steps.reach("received")
         with closing(message):
             # The channel may have been given up since this came, and with it what was to be laid over it.
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -181,7 +199,8 @@ async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival)
     port.arrived(arrival)
     arrival.channel.step = "building"
     try:
-        await replay_incoming(host, phase.tree, arrival.recipe)
+        with host.calling_off.block():
+            await replay_incoming(host, phase.tree, arrival.recipe)
     except VmmError as error:
         await arrival.refuse(error)
         raise

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 import trio
 
+from vmm.phases.calling_off import CallingOff
+
 if TYPE_CHECKING:
     from vmm.monitor.command import CommandTable
     from vmm.monitor.events import EventHub
@@ -38,6 +40,8 @@ class Host:
     files: HostFiles
     monitors: MonitorMaker
     overrides: Overrides
+    calling_off: CallingOff = attrs.Factory(CallingOff)
+    """Of what comes in."""
 
     def complain(self, text: str) -> None:
         """Tell the operator something that the machine survives."""

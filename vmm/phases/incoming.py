@@ -10,7 +10,6 @@ import attrs
 import trio
 
 from vmm.capabilities import (
-    MayCancelMigration,
     MayListen,
     MayLoadState,
     MayRestoreGuest,
@@ -29,6 +28,7 @@ from vmm.phases.running import Run, run_running
 if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.cpr.channel import CprChannel, Message
+    from vmm.cpr.steps import Steps
     from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
     from vmm.migration.stream_io import StateStream
@@ -56,7 +56,6 @@ class IncomingGrants:
     listen: MayListen | None = None
     restore_guest: MayRestoreGuest | None = None
     """For another attempt after one that failed and did not end this process."""
-    cancel_migration: MayCancelMigration | None = None
 
 
 @final
@@ -73,10 +72,9 @@ class Loaded:
 async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> None:
     """Say that all is built, load the state that comes, and go on to running, where the guest is taken."""
     made = machine.made
-    host, channel, steps = made.host, arrival.channel, arrival.steps
+    host = made.host
     progress = made.incoming.progress
     assert progress is not None
-    assert made.incoming.main is not None
     async with devices.child("incoming", machine_phase="machine-ready") as phase:
 
         def grants(mint: Mint) -> IncomingGrants:
@@ -91,35 +89,13 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                 host.status.stands("inmigrate")
                 failure: VmmError | None = None
                 try:
-                    arrival.inheritance.require_empty()
-                    await machine.rehearse_load()
-                    run = Run(machine, here=False)
-                    await run.gang.warm()
-                    steps.reach("built")
-                    # The guest may be paused from the next message on.
-                    urgency.begin()
-                    await channel.send("ready", {})
-                    channel.step = "loading"
-                    message, stream = await _receive_state(channel, made.incoming.main, progress)
-                    moments = {"received-ns": time.monotonic_ns()}
-                    with closing(message):
-                        checked = window.grants.load_state.check(stream.sections)
-                        pause = Pause.from_json(message.body)
-                        gone = message.body.get("gone")
-                        if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
-                            raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
-                        new = arrival.inheritance.used(message.descriptors)
-                        host.stores.adopt_changes(new, gone)
-                    steps.reach("state-received")
-                    checked.apply()
-                    host.stores.require_all_adopted()
-                    moments["loaded-ns"] = time.monotonic_ns()
-                    # At once: the source works on while this side leaves one phase and opens the next.
-                    await channel.send("loaded", moments)
+                    with host.calling_off.block():
+                        run = Run(machine, here=False)
+                        pause = await _load(run, arrival, urgency, window.grants.load_state)
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
                 if failure is not None:
-                    made.migration.failed(progress, str(failure))
+                    made.migration.ended(progress, failure)
                     with suppress(DescriptorsUnclaimed):
                         host.stores.require_all_adopted()
                     await arrival.refuse(failure)
@@ -127,8 +103,42 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
             await run_running(phase, run, start=False, loaded=Loaded(arrival, pause, urgency))
 
 
+async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState) -> Pause:
+    """Say that all is built, and load what comes. Return how the guest was when it was paused. Raises `VmmError`s."""
+    machine, made = run.machine, run.machine.made
+    host, channel, steps = made.host, arrival.channel, arrival.steps
+    progress = made.incoming.progress
+    assert progress is not None
+    assert made.incoming.main is not None
+    arrival.inheritance.require_empty()
+    await machine.rehearse_load()
+    await run.gang.warm()
+    steps.reach("built")
+    # The guest may be paused from the next message on.
+    urgency.begin()
+    await channel.send("ready", {})
+    channel.step = "loading"
+    message, stream = await _receive_state(channel, steps, made.incoming.main, progress)
+    moments = {"received-ns": time.monotonic_ns()}
+    with closing(message):
+        checked = may.check(stream.sections)
+        pause = Pause.from_json(message.body)
+        gone = message.body.get("gone")
+        if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
+            raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
+        new = arrival.inheritance.used(message.descriptors)
+        host.stores.adopt_changes(new, gone)
+    steps.reach("state-received")
+    checked.apply()
+    host.stores.require_all_adopted()
+    moments["loaded-ns"] = time.monotonic_ns()
+    # At once: the source works on while this side leaves one phase and opens the next.
+    await channel.send("loaded", moments)
+    return pause
+
+
 async def _receive_state(
-    channel: CprChannel, listener: Listener, progress: MigrationProgress
+    channel: CprChannel, steps: Steps, listener: Listener, progress: MigrationProgress
 ) -> tuple[Message, StateStream]:
     """Wait until the guest is paused, and read its state. Waits as long as the source lives.
 
@@ -146,6 +156,7 @@ async def _receive_state(
             nursery.start_soon(accept)
             message = await channel.receive("paused")
         listener.close()
+        steps.reach("paused")
         progress.advance(MigrationStatus.ACTIVE)
         try:
             async with trio.open_nursery() as nursery:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from vmm.capabilities import (
-    MayCancelMigration,
     MayListen,
     MayLoadState,
     MayRestoreGuest,
@@ -26,7 +25,6 @@ from vmm.nursery_tree import Turn
 from vmm.phases.building import SavedState
 from vmm.phases.incoming import IncomingGrants
 from vmm.phases.loading import read_state
-from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.running import Copied, Run, run_running
 from vmm.phases.stream_port import Admission, settled
 
@@ -111,7 +109,6 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                 run_vcpus=mint(MayRunVcpus, autostart),
                 listen=mint(MayListen, again),
                 restore_guest=mint(MayRestoreGuest, again),
-                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
             )
 
         async with phase.window(grants) as window:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 import attrs
 import trio
 
+from vmm.errors import MigrationCancelled
 from vmm.migration.capability_table import MigrationCapabilities
 from vmm.migration.parameter_table import MigrationParameters
 from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
@@ -15,6 +16,7 @@ from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from vmm.errors import VmmError
     from vmm.migration.status import Side
     from vmm.monitor.events import EventHub
     from vmm.phases.jobs import Job, Jobs
@@ -24,14 +26,6 @@ _INCOMING: Final = (
     "cancel it where it comes from; a live update that is only awaited is given up by x-cpr-abandon",
 )
 """Why the job of an incoming migration cannot be cancelled, and what to do instead."""
-
-
-@final
-class NothingUnderWay:
-    """The facet of `may-cancel-migration` where there is nothing to cancel, which QEMU's clients do to be sure."""
-
-    def cancel(self, by: str) -> None:
-        """Do nothing."""
 
 
 @final
@@ -91,6 +85,14 @@ class MigrationState:
         if self._job is not None:
             self._job.start()
         return self.progress
+
+    def ended(self, progress: MigrationProgress, error: VmmError) -> None:
+        """Note that a migration has come to nothing because of `error`, a cancel perhaps, and all of it is undone."""
+        if isinstance(error, MigrationCancelled):
+            progress.advance(MigrationStatus.CANCELLING)
+            progress.advance(MigrationStatus.CANCELLED)
+        else:
+            self.failed(progress, str(error))
 
     def failed(self, progress: MigrationProgress, reason: str) -> None:
         """Note that a migration has failed and all of it is undone."""

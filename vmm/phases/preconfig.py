@@ -8,7 +8,6 @@ import attrs
 
 from vmm.capabilities import (
     MayAppendRecipe,
-    MayCancelMigration,
     MayConfigureMachine,
     MayCreateBackend,
     MayListen,
@@ -24,7 +23,6 @@ from vmm.phases.building import Onward, WishToRun
 from vmm.phases.config import CpuOptions, GoOn
 from vmm.phases.cpus import CpuOffer
 from vmm.phases.devices import run_devices
-from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.slot_plan import PlannedDevices, SlotPlan
 
 if TYPE_CHECKING:
@@ -52,7 +50,6 @@ class PreconfigGrants:
     set_migration_param: MaySetMigrationParam
     listen: MayListen
     restore_guest: MayRestoreGuest
-    cancel_migration: MayCancelMigration
     run_vcpus: MayRunVcpus
 
 
@@ -93,7 +90,6 @@ async def run_preconfig(backends: Phase, made: Precreated, accelerator: Accelera
                 set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
                 listen=mint(MayListen, Onward(inbox, made.incoming)),
                 restore_guest=mint(MayRestoreGuest, Onward(inbox, made.incoming)),
-                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
                 run_vcpus=mint(MayRunVcpus, WishToRun(inbox, made.incoming)),
             )
 

@@ -12,7 +12,6 @@ import attrs
 
 from vmm.capabilities import (
     MayAppendRecipe,
-    MayCancelMigration,
     MayConfigureMachine,
     MayListen,
     MaySetMigrationCap,
@@ -21,7 +20,7 @@ from vmm.capabilities import (
 from vmm.nursery_tree import Inbox
 from vmm.phases.imports import import_the_rest
 from vmm.phases.incoming_port import IncomingPort
-from vmm.phases.migration_state import MigrationState, NothingUnderWay
+from vmm.phases.migration_state import MigrationState
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -42,7 +41,6 @@ class PrecreateGrants:
     set_migration_cap: MaySetMigrationCap
     set_migration_param: MaySetMigrationParam
     listen: MayListen
-    cancel_migration: MayCancelMigration
 
 
 @final
@@ -76,7 +74,6 @@ async def run_precreate(boot: Phase, host: Host) -> None:
                 set_migration_cap=mint(MaySetMigrationCap, migration.capabilities),
                 set_migration_param=mint(MaySetMigrationParam, migration.parameters),
                 listen=mint(MayListen, incoming),
-                cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
             )
 
         def carry_out(definition: Definition) -> Definition:

@@ -10,7 +10,6 @@ import attrs
 import trio
 
 from vmm.capabilities import (
-    MayCancelMigration,
     MayCreateBackend,
     MayInject,
     MayOpenHostFile,
@@ -29,7 +28,6 @@ from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.guest_requests import GuestRequests, GuestWishes
 from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
-from vmm.phases.migration_state import NothingUnderWay
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
@@ -62,7 +60,6 @@ class RunningGrants:
     set_migration_param: MaySetMigrationParam
     start_migration: MayStartMigration
     restore_guest: MayRestoreGuest
-    cancel_migration: MayCancelMigration
 
 
 @final
@@ -244,10 +241,12 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     assert progress is not None
     try:
         arrival.steps.reach("loaded")
-        await take(arrival.cell, arrival.channel, arrival.steps)
+        with made.host.calling_off.block():
+            await take(arrival.cell, arrival.channel, arrival.steps)
     except VmmError as error:
-        made.migration.failed(progress, str(error))
+        made.migration.ended(progress, error)
         raise
+    made.host.calling_off.end()
     # The guest is ours. Nothing waits, and nothing may fail, before it runs.
     run.here = True
     pause = loaded.pause
@@ -291,7 +290,6 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
             start_migration=mint(MayStartMigration, _Departure(inbox, run)),
             restore_guest=mint(MayRestoreGuest, _Restoration(inbox)),
-            cancel_migration=mint(MayCancelMigration, NothingUnderWay()),
         )
 
     async with phase.window(grants):
