@@ -5,6 +5,8 @@ VENV ?= .venv
 py := $(VENV)/bin/python
 # Arguments for pytest, for example: make test PYTEST_ARGS='-k uart -x'
 PYTEST_ARGS ?=
+# Each test has files, sockets and ports of its own, so several run at once. By hand (pytest tests/…) they run one by one.
+parallel := -n auto --maxprocesses 8 --dist worksteal
 
 COMPILED := build/compiled
 C_SOURCES := vmm/kvm/build_ffi.py $(wildcard vmm/kvm/binding.*) \
@@ -39,7 +41,7 @@ demo: compile
 test: test-host test-box
 
 test-host: compile
-	VMM_REQUIRE_KVM=1 $(py) -m pytest $(PYTEST_ARGS)
+	VMM_REQUIRE_KVM=1 $(py) -m pytest $(parallel) $(PYTEST_ARGS)
 
 # One box for all of them. Ends at once on a machine whose own KVM boots stock Linux: test-host ran them there.
 test-box: compile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEVICE = "/dev/kvm"
+WORKER_OUTPUT = "left_to_the_box"
+LEFT_TO_THE_BOX = pytest.StashKey[int]()
 
 
 def why_no_kvm(device: str = DEVICE) -> str | None:
@@ -53,14 +55,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if not item.get_closest_marker("kvmbox")]
+    config.stash[LEFT_TO_THE_BOX] = len(elsewhere)
+    if hasattr(config, "workeroutput"):  # one of several processes, each of which has collected all tests
+        config.workeroutput[WORKER_OUTPUT] = len(elsewhere)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+class WorkerNotes:
+    """Hooks of xdist, where several processes run the tests."""
+
+    @staticmethod
+    def pytest_testnodedown(node: Any) -> None:
+        """Take over what a process that ends has left to the box."""
+        node.config.stash[LEFT_TO_THE_BOX] = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT, 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Know xdist's hooks where it is there: tests run one by one without it."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.pluginmanager.register(WorkerNotes())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Name what was left to the box, so that a run without it can't be taken for the whole."""
-    left = [item for item in terminalreporter.stats.get("deselected", []) if item.get_closest_marker("kvmbox")]
-    if left and not boots_stock_linux():
+    left = config.stash.get(LEFT_TO_THE_BOX, 0)
+    if left:
         terminalreporter.write_line(
-            f"{len(left)} kvmbox tests did not run here: this machine's KVM boots no stock Linux guest. "
+            f"{left} kvmbox tests did not run here: this machine's KVM boots no stock Linux guest. "
             "Run them with `python -m tests.kvmbox`, as `make test` does.",
             yellow=True,
         )

@@ -110,7 +110,8 @@ def test_it_shows_the_phases_and_an_update_that_lost_nothing(folder: Path) -> No
     assert sum(float(value) for value in re.findall(r"[\d.]{3,}", stages)) == pytest.approx(total, abs=0.05)
     assert "No tick was lost, repeated or torn: " in demo.text
     assert "\x1b" not in demo.text
-    assert max(len(line) for line in demo.text.splitlines()) <= 80
+    # A path cannot be broken; an ordinary one is no longer than this.
+    assert max(len(line.replace(str(folder), "/tmp")) for line in demo.text.splitlines()) <= 80
     assert not demo.left()
 
 

@@ -14,8 +14,9 @@ from tests.kvmbox.box import BOX_FAILED, Box, BoxFailed
 from tests.kvmbox.host import boots_stock_linux
 from tests.kvmbox.stock_linux import KernelUnavailable, StockLinux
 
-# Hypothesis takes seconds to import at the box's speed, and nothing here uses it; the box keeps no cache of failures.
-_PYTEST = ("-m", "pytest", "-m", "kvmbox", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", "--durations=10")
+# Plugins take seconds to import at the box's speed, and nothing here uses these; the box keeps no cache of failures.
+_WITHOUT = ("hypothesispytest", "xdist", "xdist.looponfail", "cacheprovider")
+_PYTEST = ("-m", "pytest", "-m", "kvmbox", *(f"-pno:{plugin}" for plugin in _WITHOUT), "--durations=10")
 
 
 def main(arguments: list[str]) -> int:

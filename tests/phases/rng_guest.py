@@ -100,13 +100,13 @@ ask: mov dword [BUFFER], 0
  mov [AVAILABLE + 2], si
  inc dword [RECORD + 4]
  mov dword [ebx + 0x50], 0
+ ; Not looked at before it has been waited for: on a busy host the answer may always be there already.
+wait_interrupt: sti
+ hlt
 wait_used: cli
  cmp [USED + 2], si
- je got
- sti
- hlt
- jmp wait_used
-got: mov eax, [BUFFER]
+ jne wait_interrupt
+ mov eax, [BUFFER]
  or eax, [BUFFER + 4]
  jnz .good
  inc dword [RECORD + 12]
