@@ -24,6 +24,7 @@ ORDER: Final = (
         "capabilities",
         "nursery_tree",
         "hostio",
+        "host_tcp",
         "terminals",
         "recipe",
         "monitor",
@@ -42,7 +43,7 @@ LONGEST: Final = 800
 """Lines. Aim at 200, justify 400."""
 
 HOST_RESOURCES: Final = (
-    *("hostio.py", "terminals.py", "kvm/"),
+    *("hostio.py", "host_tcp.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "guests/build.py",  # a program of its own
 )

@@ -104,8 +104,9 @@ REFUSED = {
     "--preconfig -kernel k -cpu host": "trio-vmm: -cpu: 'host' is not possible with --preconfig: "
     "send cpu-model-set over the monitor",
     # Character devices and monitors.
-    "-qmp tcp:localhost:1": "trio-vmm: -qmp: 'tcp:localhost:1' is not unix:PATH[,server=on][,wait=off], stdio, "
-    "chardev:ID or fd:N",
+    "-qmp tcp:localhost": "trio-vmm: -qmp: 'localhost' is not [HOST]:PORT with a decimal port, and an IPv6 address "
+    "in brackets",
+    "-qmp tcp:127.0.0.1:1": f"{CLI} 1 (chardev-add): Cannot connect to 127.0.0.1 port 1: Connection refused",
     "-qmp unix:q,wait=on": "trio-vmm: -qmp: 'q,wait=on' is not possible: wait=on would hold up the monitor; "
     "use wait=off",
     "-qmp fd:77": f"{CLI} 1 (object-add): Descriptor '77' is not open, not a connected unix socket",
@@ -116,8 +117,8 @@ REFUSED = {
     "-qmp unix:q -qmp unix:q": f"{CLI} 3 (chardev-add): Cannot listen on q: another process answers there; "
     "stop it or choose another path",
     "-qmp unix:q -qmp chardev:c": f"{CLI} 3 (object-add): Chardev 'c' does not exist; there are: compat_monitor0",
-    "-serial bogus -kernel k": "trio-vmm: -serial: 'bogus' is not null, stdio, pty, file:PATH, unix:PATH[,server=on] "
-    "or chardev:ID",
+    "-serial bogus -kernel k": "trio-vmm: -serial: 'bogus' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+    "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     "-serial chardev:c -kernel builtin:heartbeat": f"{CLI} 1 (machine-set): Chardev 'c' does not exist; "
     "there are: none",
     "-serial file:none/s -kernel k": f"{CLI} 1 (chardev-add): Cannot write none/s: No such file or directory",

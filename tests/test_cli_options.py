@@ -313,6 +313,31 @@ def test_qtest_is_a_chardev_and_an_object_and_connects_as_its_drivers_expect() -
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "address", "more"),
+    [
+        ("tcp:h:5", {"host": "h", "port": "5"}, {"server": False}),
+        ("tcp:h:5,server=on,wait=off", {"host": "h", "port": "5"}, {"server": True}),
+        ("tcp::0,server,nowait,nodelay", {"host": "", "port": "0"}, {"server": True, "nodelay": True}),
+        ("tcp:[::1]:5,server=on,to=9,ipv4=off,ipv6=on,numeric=on,keep-alive=on",
+         {"host": "::1", "port": "5", "to": 9, "ipv4": False, "ipv6": True, "numeric": True, "keep-alive": True},
+         {"server": True}),
+    ],
+)  # fmt: skip
+def test_a_tcp_socket_is_a_socket_chardev_however_it_is_said(
+    text: str, address: dict[str, object], more: dict[str, object]
+) -> None:
+    data = {"addr": {"type": "inet", "data": address}, "wait": False, **more}
+    backend = {"type": "socket", "data": data}
+    host, port = address["host"], address["port"]
+    long = text.replace(f"tcp:[{host}]:{port}", f"socket,id=c,host={host},port={port}")
+    long = long.replace(f"tcp:{host}:{port}", f"socket,id=c,host={host},port={port}").replace(",nowait", ",wait=off")
+    for option in ("-serial", "-qmp", "-qtest"):
+        made = [step for step in requests("-kernel", "k", option, text) if step["execute"] == "chardev-add"]
+        assert backend in [step["arguments"]["backend"] for step in made]
+    assert requests("-chardev", long)[0] == {"execute": "chardev-add", "arguments": {"id": "c", "backend": backend}}
+
+
 def test_a_monitor_may_be_over_any_chardev() -> None:
     assert requests("-mon", "c", "-mon", "chardev=d,mode=control,id=m") == [
         {"execute": "object-add", "arguments": {"qom-type": "monitor-qmp", "id": "mon0", "chardev": "c"}},
@@ -410,6 +435,8 @@ def test_beside_a_cpr_channel_options_say_only_what_is_to_be_otherwise() -> None
 
 # --- what cannot be ---------------------------------------------------------------------------------------
 
+TCP = "[HOST]:PORT with a decimal port, and an IPv6 address in brackets"
+
 REFUSED = [
     *((((name, "x"), f"{name[1:].capitalize()} 'x' is not supported here; there is none; "
         f"use {name} none or no option")) for name in ABSENT),
@@ -447,8 +474,27 @@ REFUSED = [
      "socket that this process was started with"),
     (("-chardev", "socket,id=c,fd=3,path=/run/q"),
      "Option of chardev kind socket 'fd' is not supported here; leave it out"),
-    (("-qmp", "chardev:"), "-qmp: 'chardev:' is not unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
-    (("-qtest", "tcp:a:1"), "-qtest: 'tcp:a:1' is not unix:PATH[,server=on|off], stdio or chardev:ID"),
+    (("-qmp", "chardev:"), "-qmp: 'chardev:' is not unix:PATH[,server=on][,wait=off], "
+     "tcp:HOST:PORT[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
+    (("-qtest", "vc"), "-qtest: 'vc' is not unix:PATH[,server=on|off], tcp:HOST:PORT[,server=on], stdio or chardev:ID"),
+    (("-serial", "tcp:h"), f"-serial: 'h' is not {TCP}"),
+    (("-qmp", "tcp:h:http"), f"-qmp: 'h:http' is not {TCP}"),
+    (("-serial", "tcp:::1:5"), f"-serial: '::1:5' is not {TCP}"),
+    (("-serial", "tcp:h:5,port=6"), "-serial: 'h:5,port=6' is not possible: port is given twice"),
+    (("-serial", "tcp:h:5,server=on,wait=on"), "-serial: 'h:5,server=on,wait=on' is not possible: use wait=off"),
+    (("-serial", "tcp:h:5,nodelay=yes"), "-serial: 'h:5,nodelay=yes' is not possible: nodelay is on or off"),
+    (("-serial", "tcp:h:5,ipv4=1"), "-serial: ipv4: '1' is not on or off"),
+    (("-serial", "tcp:h:5,reconnect-ms=10"), "Option of tcp: 'reconnect-ms' is not supported here; leave it out; "
+     "there are server, wait, nodelay, to, ipv4, ipv6, numeric, keep-alive"),
+    (("-chardev", "socket,id=c,port=5,to=x"), "-chardev: to: 'x' is not a number, decimal or 0x and hexadecimal"),
+    (("-chardev", "socket,id=c,host=h,path=/run/q"),
+     "Option of chardev kind socket 'host' is not supported here; leave it out"),
+    (("-chardev", "socket,id=c,host=h,port=5,telnet=on"),
+     "Option of chardev kind socket 'telnet' is not supported here; leave it out"),
+    (("-chardev", "socket,id=c,host=h,port=5,reconnect=1"),
+     "Option of chardev kind socket 'reconnect' is not supported here; leave it out"),
+    (("-chardev", "socket,id=c,path=/run/q,nodelay=on"),
+     "Option of chardev kind socket 'nodelay' is not supported here; leave it out"),
     (("-qtest", "unix:"), "-qtest: '' is not a socket with a path"),
     (("-qtest-log", "none"), "-qtest-log: 'none' is not possible without -qtest"),
     (("-incoming", "defer", "-incoming", "tcp:0:0"), "-incoming: 'defer' is not possible beside a channel: "

@@ -205,7 +205,7 @@ def test_waiting_clients_do_not_keep_a_socket_file_from_being_removed(path: str)
 def test_an_inherited_listener_finds_its_socket_file(path: str) -> None:
     with hostio.listen_unix(path) as listener:
         copy = hostio.dup(listener.fileno())
-    with hostio.adopt_listener(copy) as adopted:
+    with hostio.adopt_listener(copy, "listener", "a listening unix socket") as adopted:
         assert hostio.unlink_own(path, adopted)
 
 
@@ -213,7 +213,7 @@ def test_what_does_not_listen_is_not_adopted_and_stays_open() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         with pytest.raises(DescriptorWrongKind) as caught:
-            hostio.adopt_listener(ours.fileno(), "chardev/serial0/listener")
+            hostio.adopt_listener(ours.fileno(), "chardev/serial0/listener", "a listening unix socket")
         assert str(caught.value) == (
             "Descriptor 'chardev/serial0/listener' is a connected unix socket, not a listening unix socket"
         )
@@ -354,7 +354,13 @@ def test_kinds_of_descriptors_are_told_apart(path: str, tmp_path: Path) -> None:
     slave = os.open(name, os.O_RDWR | os.O_NOCTTY)
     file = hostio.open_output_file(f"{tmp_path}/file", append=False)
     source, sink = os.pipe()
-    with hostio.listen_unix(path) as listener, hostio.connect_unix(path) as client, socket.socket() as tcp:
+    with (
+        hostio.listen_unix(path) as listener,
+        hostio.connect_unix(path) as client,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as tcp,
+        socket.create_connection(tcp.getsockname()[:2]) as tcp_client,
+        socket.socket(type=socket.SOCK_DGRAM) as udp,
+    ):
         expected = {
             "a pty master": master,
             "a terminal": slave,
@@ -362,7 +368,9 @@ def test_kinds_of_descriptors_are_told_apart(path: str, tmp_path: Path) -> None:
             "a pipe": source,
             "a listening unix socket": listener.fileno(),
             "a connected unix socket": client.fileno(),
-            "a socket of another family": tcp.fileno(),
+            "a listening tcp socket": tcp.fileno(),
+            "a connected tcp socket": tcp_client.fileno(),
+            "a socket of another family": udp.fileno(),
             "not open": 9999,
         }
         assert {kind: hostio.descriptor_kind(fd) for kind, fd in expected.items()} == {kind: kind for kind in expected}
@@ -492,43 +500,6 @@ def test_a_private_file_keeps_the_position(tmp_path: Path) -> None:
 
 
 # --- tcp, of this machine alone ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("host", hostio.LOOPBACK)
-def test_a_loopback_listener_has_a_port_of_its_own_and_goes_to_another_process(host: str) -> None:
-    with hostio.listen_loopback(host, 0) as listener:
-        port = listener.getsockname()[1]
-        assert not listener.get_inheritable()
-        assert not listener.getblocking()
-        with pytest.raises(HostFileRefused) as caught:
-            hostio.listen_loopback(host, port)
-        assert str(caught.value) == f"Cannot listen on {host} port {port}: Address already in use"
-        copy = hostio.dup(listener.fileno())
-        with hostio.adopt_loopback_listener(copy, "listener", host, port) as adopted:
-            assert adopted.getsockname()[:2] == (host, port)
-            with hostio.adopt_loopback_listener(hostio.dup(copy), "listener", host, 0) as again:
-                assert again.getsockname()[1] == port
-
-
-def test_what_does_not_listen_on_the_very_port_is_no_loopback_listener(path: str) -> None:
-    with (
-        hostio.listen_loopback("127.0.0.1", 0) as listener,
-        hostio.listen_unix(path) as unix,
-        socket.socket() as unbound,
-        open("/dev/null") as null,
-    ):
-        port = listener.getsockname()[1]
-        for fd, found in {
-            listener.fileno(): f"a socket that listens on 127.0.0.1 port {port}",
-            unix.fileno(): "a socket",
-            unbound.fileno(): "a socket",
-            null.fileno(): "a character device",
-        }.items():
-            with pytest.raises(DescriptorWrongKind) as caught:
-                hostio.adopt_loopback_listener(fd, "monitor/ws/listener", "127.0.0.1", 1)
-            wanted = "a socket that listens on 127.0.0.1 port 1"
-            assert str(caught.value) == f"Descriptor 'monitor/ws/listener' is {found}, not {wanted}"
-            os.fstat(fd)
 
 
 def test_a_secret_is_a_file_that_its_owner_alone_has_access_to(tmp_path: Path) -> None:

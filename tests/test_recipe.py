@@ -441,15 +441,18 @@ REFUSED = [
     (("-name", "a,debug-threads=on"), "-name: 'a,debug-threads=on' is not [guest=]NAME without further options"),
     (
         ("-serial", "vc"),
-        "-serial: 'vc' is not null, stdio, pty, file:PATH, unix:PATH[,server=on] or chardev:ID",
+        "-serial: 'vc' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
         ("-serial", "file:"),
-        "-serial: 'file:' is not null, stdio, pty, file:PATH, unix:PATH[,server=on] or chardev:ID",
+        "-serial: 'file:' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
         ("-serial", "null:x"),
-        "-serial: 'null:x' is not null, stdio, pty, file:PATH, unix:PATH[,server=on] or chardev:ID",
+        "-serial: 'null:x' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
         ("-serial", "unix:/run/q,wait=on"),
@@ -459,12 +462,20 @@ REFUSED = [
     (("-serial", "unix:,server=on"), "-serial: ',server=on' is not a socket with a path"),
     (("-qmp", "unix:"), "-qmp: '' is not a socket with a path"),
     (("-qmp", "unix:/run/q,server=maybe"), "-qmp: '/run/q,server=maybe' is not PATH[,server=on|off][,wait=off]"),
-    (("-qmp", "tcp:"), "-qmp: 'tcp:' is not unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
-    (("-qmp", "fd:x"), "-qmp: 'fd:x' is not unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"),
+    (
+        ("-qmp", "tcp:"),
+        "-qmp: 'tcp:' is not unix:PATH[,server=on][,wait=off], "
+        "tcp:HOST:PORT[,server=on][,wait=off], stdio, chardev:ID or fd:N",
+    ),
+    (
+        ("-qmp", "fd:x"),
+        "-qmp: 'fd:x' is not unix:PATH[,server=on][,wait=off], "
+        "tcp:HOST:PORT[,server=on][,wait=off], stdio, chardev:ID or fd:N",
+    ),
     (("-chardev", "null"), "-chardev: 'null' is not complete: it needs id=NAME"),
     (("-chardev", "null,id="), "-chardev: 'null,id=' is not complete: it needs id=NAME"),
     (("-chardev", "file,id=c"), "-chardev: 'file,id=c' is not complete: it needs path=PATH"),
-    (("-chardev", "socket,id=c"), "-chardev: 'socket,id=c' is not complete: it needs path=PATH or fd=N"),
+    (("-chardev", "socket,id=c"), "-chardev: 'socket,id=c' is not complete: it needs path=PATH, port=N or fd=N"),
     (
         ("-chardev", "file,id=c,path=x,append=yes"),
         "-chardev: 'file,id=c,path=x,append=yes' is not possible: append is on or off",

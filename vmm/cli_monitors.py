@@ -12,9 +12,18 @@ from vmm.recipe import Step
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_SERIAL: Final = "null, stdio, pty, file:PATH, unix:PATH[,server=on] or chardev:ID"
-_MONITOR: Final = "unix:PATH[,server=on][,wait=off], stdio, chardev:ID or fd:N"
-_QTEST: Final = "unix:PATH[,server=on|off], stdio or chardev:ID"
+    from vmm.cli_values import Kind
+
+_SERIAL: Final = (
+    "null, stdio, pty, file:PATH, unix:PATH[,server=on], tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID"
+)
+_MONITOR: Final = "unix:PATH[,server=on][,wait=off], tcp:HOST:PORT[,server=on][,wait=off], stdio, chardev:ID or fd:N"
+_QTEST: Final = "unix:PATH[,server=on|off], tcp:HOST:PORT[,server=on], stdio or chardev:ID"
+_TCP: Final = "[HOST]:PORT with a decimal port, and an IPv6 address in brackets"
+_INET: Final[Mapping[str, Kind]] = {
+    "to": "number", "ipv4": "switch", "ipv6": "switch", "numeric": "switch", "keep-alive": "switch",
+}  # fmt: skip
+"""Members of a TCP address beside host and port."""
 _ADDRESS: Final = "ADDR:PORT[,token-file=PATH][,grant=observe|operate|migrate|admin], with ADDR 127.0.0.1 or [::1]"
 
 
@@ -70,7 +79,7 @@ def qmp_steps(text: str, name: str) -> list[Step]:
         return [_monitor(name, chardev=rest)]
     if kind == "fd" and re.fullmatch(r"\d{1,9}", rest):
         return [_monitor(name, fd=int(rest))]
-    if kind not in ("unix", "stdio"):
+    if kind not in ("unix", "tcp", "stdio"):
         raise OptionInvalid(option="-qmp", value=text, wanted=_MONITOR)
     backend = _backend(text, "-qmp", _MONITOR)
     return [Step("chardev-add", {"id": name, "backend": backend}), _monitor(f"qmp_{name}", chardev=name)]
@@ -138,11 +147,36 @@ def _backend(device: str, option: str, wanted: str, *, server: bool = True) -> d
     if kind == "unix" and (rest or option != "-serial"):
         path, flags = _unix(rest, option, server=server)
         return _socket({"type": "unix", "data": {"path": path}}, server=flags["server"])
+    if kind == "tcp" and rest:
+        return _tcp(rest, option)
     raise OptionInvalid(option=option, value=device, wanted=wanted)
 
 
-def _socket(address: Mapping[str, Any], *, server: bool) -> dict[str, Any]:
-    return {"type": "socket", "data": {"addr": address, "server": server, "wait": False}}
+def _socket(address: Mapping[str, Any], *, server: bool, nodelay: bool = False) -> dict[str, Any]:
+    more = {"nodelay": True} if nodelay else {}
+    return {"type": "socket", "data": {"addr": address, "server": server, "wait": False, **more}}
+
+
+def _tcp(rest: str, option: str) -> dict[str, Any]:
+    """Turn QEMU's `tcp:HOST:PORT[,...]` into a ChardevBackend. It connects, unless it says server=on."""
+    where, *parts = split(rest)
+    host, colon, port = where.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not port.isdecimal() or (":" in bare and bare == host):
+        raise OptionInvalid(option=option, value=rest, wanted=_TCP)
+    given: dict[str, str] = {"host": bare, "port": port}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name in ("host", "port"):
+            raise OptionInvalid(option=option, value=rest, wanted=f"possible: {name} is given twice")
+        given[name] = value if equals else "on"
+    if "nowait" in given:
+        given["wait"] = "off" if given.pop("nowait") == "on" else "on"
+    data = _socket_data(rest, given, option)
+    if given:
+        instead = f"leave it out; there are server, wait, nodelay, {', '.join(_INET)}"
+        raise Unsupported(what="Option of tcp:", name=sorted(given)[0], instead=instead)
+    return {"type": "socket", "data": data}
 
 
 def _unix(rest: str, option: str, *, server: bool) -> tuple[str, dict[str, bool]]:
@@ -165,33 +199,48 @@ def _unix(rest: str, option: str, *, server: bool) -> tuple[str, dict[str, bool]
     return path, flags
 
 
-def _socket_data(text: str, given: dict[str, str]) -> dict[str, Any]:
+def _socket_data(text: str, given: dict[str, str], option: str = "-chardev") -> dict[str, Any]:
     address: dict[str, Any]
+    nodelay = False
     if "fd" in given and "path" not in given:
         fd = given.pop("fd")
         if not re.fullmatch(r"\d{1,9}", fd):
             wanted = "possible: fd is the number of a socket that this process was started with"
-            raise OptionInvalid(option="-chardev", value=text, wanted=wanted)
+            raise OptionInvalid(option=option, value=text, wanted=wanted)
         address = {"type": "fd", "data": {"str": fd}}
+    elif "port" in given and "path" not in given:
+        address = {"type": "inet", "data": _inet(given, option)}
+        nodelay = _switch(text, given, "nodelay", option)
     else:
         address = {"type": "unix", "data": {"path": _path(text, given)}}
-    server = _switch(text, given, "server")
-    if _switch(text, given, "wait"):
-        raise OptionInvalid(option="-chardev", value=text, wanted="possible: use wait=off")
-    data: dict[str, Any] = _socket(address, server=server)["data"]
+    server = _switch(text, given, "server", option)
+    if _switch(text, given, "wait", option):
+        raise OptionInvalid(option=option, value=text, wanted="possible: use wait=off")
+    data: dict[str, Any] = _socket(address, server=server, nodelay=nodelay)["data"]
     return data
+
+
+def _inet(given: dict[str, str], option: str) -> dict[str, Any]:
+    """Take the members of a TCP address out of `given`."""
+    from vmm.cli_values import convert  # Which most starts need not.
+
+    found: dict[str, Any] = {"host": given.pop("host", ""), "port": given.pop("port")}
+    for name, kind in _INET.items():
+        if name in given:
+            found[name] = convert(given.pop(name), kind, f"{option}: {name}")
+    return found
 
 
 def _path(text: str, given: dict[str, str]) -> str:
     path = given.pop("path", "")
     if not path:
-        wanted = "complete: it needs path=PATH" + (" or fd=N" if text.startswith("socket") else "")
+        wanted = "complete: it needs path=PATH" + (", port=N or fd=N" if text.startswith("socket") else "")
         raise OptionInvalid(option="-chardev", value=text, wanted=wanted)
     return path
 
 
-def _switch(text: str, given: dict[str, str], name: str) -> bool:
+def _switch(text: str, given: dict[str, str], name: str, option: str = "-chardev") -> bool:
     value = given.pop(name, "off")
     if value not in ("on", "off"):
-        raise OptionInvalid(option="-chardev", value=text, wanted=f"possible: {name} is on or off")
+        raise OptionInvalid(option=option, value=text, wanted=f"possible: {name} is on or off")
     return value == "on"

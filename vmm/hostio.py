@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from vmm.errors import DescriptorWrongKind, HostFileRefused, PeerRefused, SocketInUse
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Mapping
 
 MAX_SOCKET_PATH: Final = 107
 """Bytes of a unix socket's path: sun_path has 108, and the last is a NUL. Source: unix(7)."""
@@ -46,6 +46,8 @@ _KINDS: Final = (
     (stat.S_ISBLK, "a block device"),
     (stat.S_ISCHR, "a character device"),
 )
+
+_FAMILIES: Final[Mapping[int, str]] = {socket.AF_UNIX: "unix", socket.AF_INET: "tcp", socket.AF_INET6: "tcp"}
 
 
 def _kind(mode: int) -> str:
@@ -228,13 +230,13 @@ def _check_socket_path(action: str, path: str) -> None:
         raise HostFileRefused(action=action, path=path, reason=reason)
 
 
-def adopt_listener(fd: int, name: str = "listener") -> socket.socket:
+def adopt_listener(fd: int, name: str, *kinds: str) -> socket.socket:
     """Make a socket of the listening descriptor `fd`, and own it. `name` is what error texts call it.
 
     Raises:
-        DescriptorWrongKind: it is not a listening unix stream socket; it stays the caller's.
+        DescriptorWrongKind: it is none of `kinds`, in the words of `descriptor_kind`; it stays the caller's.
     """
-    require_kind(fd, name, "a listening unix socket")
+    require_kind(fd, name, *kinds)
     listener = socket.socket(fileno=fd)
     listener.setblocking(False)
     return listener
@@ -252,7 +254,7 @@ def accept(listener: socket.socket, path: str) -> int | None:
     """Accept one client and return its descriptor, which does not block; None if nobody waits.
 
     Raises:
-        PeerRefused: the client is of another user; it was hung up on.
+        PeerRefused: the client, of a unix socket, is of another user; it was hung up on.
         HostFileRefused: the host has no descriptor left for it.
     """
     try:
@@ -262,7 +264,8 @@ def accept(listener: socket.socket, path: str) -> int | None:
     except OSError as error:
         raise refused("accept a client on", path, error) from error
     try:
-        admit_peer(client, path)
+        if client.family == socket.AF_UNIX:
+            admit_peer(client, path)
         client.setblocking(False)
         return client.detach()
     finally:
@@ -285,56 +288,6 @@ def admit_peer(sock: Socket, path: str) -> None:
     own = os.geteuid()
     if uid not in (own, 0):
         raise PeerRefused(path=path, uid=uid, wanted=own)
-
-
-# --- tcp sockets, of this machine alone ---------------------------------------------------------------------
-
-LOOPBACK: Final = ("127.0.0.1", "::1")
-"""Addresses that no other machine can connect to. (`localhost` is not among them: a name may lead anywhere.)"""
-
-
-def listen_loopback(host: str, port: int) -> socket.socket:
-    """Bind a TCP socket to `port` (0: any free one) of `host`, one of `LOOPBACK`, and listen. It does not block.
-
-    Raises:
-        HostFileRefused: the port is taken, or the host refused.
-    """
-    assert host in LOOPBACK, "the caller has checked the address"
-    family = socket.AF_INET6 if host == "::1" else socket.AF_INET
-    try:
-        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    except OSError as error:  # a kernel without IPv6
-        raise refused("listen on", f"{host} port {port}", error) from error
-    try:
-        # On Linux this lets a port be bound whose last connections linger, and never one that somebody listens on.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise refused("listen on", f"{host} port {port}", error) from error
-    return listener
-
-
-def adopt_loopback_listener(fd: int, name: str, host: str, port: int) -> socket.socket:
-    """Make a socket of the descriptor `fd`, which listens on `port` (0: whichever) of `host`. It does not block.
-
-    Raises:
-        DescriptorWrongKind: it is anything else. `name` is what the text calls it. It stays the caller's; else it
-            is the socket's.
-    """
-    found = _kind(os.fstat(fd).st_mode)
-    if found == "a socket":
-        listener = socket.socket(fileno=fd)
-        tcp = listener.family in (socket.AF_INET, socket.AF_INET6) and listener.type == socket.SOCK_STREAM
-        if tcp and listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            bound = listener.getsockname()
-            if bound[0] == host and port in (0, bound[1]):
-                listener.setblocking(False)
-                return listener
-            found = f"a socket that listens on {bound[0]} port {bound[1]}"
-        listener.detach()
-    raise DescriptorWrongKind(name=name, found=found, wanted=f"a socket that listens on {host} port {port}")
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -586,10 +539,11 @@ def descriptor_kind(fd: int) -> str:
         return _kind(mode)
     found = socket.socket(fileno=fd)
     try:
-        if found.family != socket.AF_UNIX or found.type != socket.SOCK_STREAM:
+        family = _FAMILIES.get(found.family)
+        if family is None or found.type != socket.SOCK_STREAM:
             return "a socket of another family"
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        return "a listening unix socket" if listens else "a connected unix socket"
+        return f"a {'listening' if listens else 'connected'} {family} socket"
     finally:
         found.detach()
 
@@ -658,13 +612,13 @@ def adopt_connection(fd: int) -> int:
     return fd
 
 
-def adopt_socket(fd: int, kind: str) -> int:
+def adopt_socket(fd: int, *kinds: str) -> int:
     """Take over socket number `fd`, which this process was started with or was sent: close-on-exec, and not blocking.
 
     Raises:
-        DescriptorWrongKind: it is not a `kind`, in the words of `descriptor_kind`; it stays as it is.
+        DescriptorWrongKind: it is none of `kinds`, in the words of `descriptor_kind`; it stays as it is.
     """
-    require_kind(fd, str(fd), kind)
+    require_kind(fd, str(fd), *kinds)
     os.set_inheritable(fd, False)
     os.set_blocking(fd, False)
     return fd

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -11,6 +13,8 @@ import trio
 from vmm.backends.chardev_options import (
     ChardevSocket,
     ChardevSocketWrapper,
+    InetSocketAddress,
+    InetSocketAddressWrapper,
     UnixSocketAddress,
     UnixSocketAddressWrapper,
 )
@@ -105,6 +109,24 @@ def socket_at(path: str, *, server: bool = True, wait: bool = False) -> ChardevS
     return ChardevSocketWrapper(
         ChardevSocket(UnixSocketAddressWrapper(UnixSocketAddress(path)), server=server, wait=wait)
     )
+
+
+def tcp_at(
+    host: str = "127.0.0.1", port: int | str = 0, *, server: bool = True, nodelay: bool = False, **more: Any
+) -> ChardevSocketWrapper:
+    address = InetSocketAddress(host, str(port), **more)
+    return ChardevSocketWrapper(ChardevSocket(InetSocketAddressWrapper(address), server=server, nodelay=nodelay))
+
+
+def port_of(chardev: Chardev) -> int:
+    """The port on which a TCP chardev listens."""
+    with socket.socket(fileno=os.dup(chardev.descriptors()["listener"])) as listener:
+        return int(listener.getsockname()[1])
+
+
+async def connect_tcp(chardev: Chardev) -> trio.SocketStream:
+    """Connect to a TCP chardev."""
+    return await trio.open_tcp_stream("127.0.0.1", port_of(chardev))
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ from wsproto.connection import Connection
 from wsproto.events import CloseConnection, Ping, Pong, TextMessage
 
 from tests.monitor.fakes import EVENTS, VERSION, FakeExecutor
-from vmm import hostio
+from vmm import host_tcp
 from vmm.monitor.events import EventHub
 from vmm.monitor.session import SessionOptions
 from vmm.monitor.upgrade import Door
@@ -213,7 +213,7 @@ async def serving(
     log: list[str] = []
     executor = FakeExecutor()
     hub = EventHub(EVENTS)
-    with hostio.listen_loopback(host, 0) as listener:
+    with host_tcp.listen_loopback(host, 0) as listener:
         port = listener.getsockname()[1]
         door = Door(host, port, None if token is None else token.encode())
         monitor = WebSocketMonitor(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
-from vmm import hostio, terminals
+from vmm import host_tcp, hostio, terminals
 from vmm.backends.chardev_file import FileChardev, NullChardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -18,11 +18,19 @@ from vmm.backends.chardev_options import (
     ChardevSocket,
     ChardevSocketWrapper,
     FdSocketAddress,
+    InetSocketAddress,
 )
 from vmm.backends.chardev_pty import PtyChardev
-from vmm.backends.chardev_socket import CLIENT, FIRST_CLIENT, SocketChardev, serial_of
+from vmm.backends.chardev_socket import (
+    FIRST_CLIENT,
+    UNIX_CLIENT,
+    UNIX_LISTENER,
+    SocketChardev,
+    serial_of,
+)
 from vmm.backends.chardev_stdio import StdioChardev
-from vmm.errors import DescriptorMissing, DescriptorsUnclaimed, Unsupported
+from vmm.errors import DescriptorMissing, DescriptorsUnclaimed, OptionInvalid, Unsupported
+from vmm.host_tcp import TcpPlace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +44,12 @@ _KINDS: Final = MappingProxyType(
     {
         "out": _OUTPUTS,
         "master": ("a pty master",),
-        "listener": ("a listening unix socket",),
-        CLIENT: ("a connected unix socket",),
     }
 )
 """What the descriptors must be, in the words of `hostio.descriptor_kind`. Standard input and output may be anything."""
+
+_CONNECTING: Final = 5.0
+"""Seconds for a TCP peer to answer. No other command that makes something is carried out meanwhile."""
 
 
 class ObtainsDescriptors(Protocol):
@@ -64,27 +73,50 @@ def _leave_nothing() -> None:
     """Stand in for the end of the machine where there is no machine to end."""
 
 
-def open_chardev(
+async def make_chardev(
     label: str,
     backend: ChardevBackend,
     may: ObtainsDescriptors,
     complain: Complain,
     on_escape: Callable[[], None] = _leave_nothing,
 ) -> Chardev:
+    """Make chardev `label` as `open_chardev` does, and wait for what must be waited for: a host's name, a TCP peer."""
+    _check(backend)
+    ready: dict[str, int] = {}
+    if isinstance(backend, ChardevSocketWrapper) and may.names(f"chardev/{label}/") is None:
+        place = _place(backend.data)
+        if place is not None and backend.data.server:
+            ready["listener"] = (await place.listen()).detach()
+        elif place is not None:
+            ready[FIRST_CLIENT] = (await place.connect(_CONNECTING)).detach()
+    try:
+        return open_chardev(label, backend, may, complain, on_escape, ready=ready)
+    finally:
+        _close(ready)
+
+
+def open_chardev(
+    label: str,
+    backend: ChardevBackend,
+    may: ObtainsDescriptors,
+    complain: Complain,
+    on_escape: Callable[[], None] = _leave_nothing,
+    *,
+    ready: dict[str, int] | None = None,
+) -> Chardev:
     """Make chardev `label`, with descriptors named `chardev/LABEL/...`; one with a predecessor's begins at rest.
 
-    Whoever does not serve it must `close` it.
+    Whoever does not serve it must `close` it. A TCP socket is not opened here, but taken out of `ready`.
 
     Raises:
         HostFileRefused, SocketInUse: the host or another process stood in the way.
         Unsupported: an option is QEMU's and not ours.
+        OptionInvalid: an option cannot be.
         DescriptorMissing, DescriptorsUnclaimed, DescriptorWrongKind: the predecessor sent others than needed.
     """
-    if isinstance(backend, ChardevSocketWrapper) and backend.data.server and backend.data.wait:
-        instead = "the guest starts without waiting for a client; say wait=off"
-        raise Unsupported(what="Option of a socket chardev", name="wait=on", instead=instead)
+    _check(backend)
     prefix = f"chardev/{label}/"
-    openers = _openers(backend)
+    openers = _openers(backend, {} if ready is None else ready)
     sent = may.names(prefix)
     if sent is not None:
         openers = {name.removeprefix(prefix): _never for name in sent}
@@ -123,12 +155,60 @@ def from_descriptors(
     return chardev
 
 
+def _check(backend: ChardevBackend) -> None:
+    """Check what the types of `backend` leave open. Raises `Unsupported`, `OptionInvalid`."""
+    if not isinstance(backend, ChardevSocketWrapper):
+        return
+    if backend.data.server and backend.data.wait:
+        instead = "the guest starts without waiting for a client; say wait=off"
+        raise Unsupported(what="Option of a socket chardev", name="wait=on", instead=instead)
+    address = backend.data.addr.data
+    if isinstance(address, InetSocketAddress):
+        _check_inet(address, server=backend.data.server)
+
+
+def _check_inet(address: InetSocketAddress, *, server: bool) -> None:
+    port = address.port
+    lowest = 0 if server else 1
+    if not (port.isascii() and port.isdecimal() and len(port) <= 5 and lowest <= int(port) <= 0xFFFF):
+        raise OptionInvalid(option="chardev-add: port", value=port, wanted=f"a number from {lowest} to 65535")
+    if address.to is not None and not (server and int(port) <= address.to):
+        wanted = f"a port from {port} up" if server else "possible without server on: there is one port to connect to"
+        raise OptionInvalid(option="chardev-add: to", value=address.to, wanted=wanted)
+    if len(address.host) > _HOST_LIMIT or not address.host.isprintable():
+        wanted = f"a host's name or address, of at most {_HOST_LIMIT} characters"
+        raise OptionInvalid(option="chardev-add: host", value=address.host, wanted=wanted)
+    if address.ipv4 is False and address.ipv6 is False:
+        raise OptionInvalid(option="chardev-add: ipv6", value=False, wanted="possible with ipv4 off too; leave one on")
+
+
+_HOST_LIMIT: Final = 255
+"""Characters; a name in the DNS is shorter."""
+
+
+def _place(options: ChardevSocket) -> TcpPlace | None:
+    """Return where a TCP socket is, of options that have been checked; None for another one."""
+    address = options.addr.data
+    if not isinstance(address, InetSocketAddress):
+        return None
+    return TcpPlace(
+        host=address.host,
+        port=int(address.port),
+        last_port=address.to,
+        ipv4=address.ipv4,
+        ipv6=address.ipv6,
+        numeric=address.numeric,
+        keep_alive=address.keep_alive,
+        no_delay=options.nodelay,
+    )
+
+
 def _never() -> int:
     raise AssertionError("a name that a predecessor sent is not opened here")
 
 
-def _openers(backend: ChardevBackend) -> dict[str, Callable[[], int]]:
-    """Return how to open what every chardev of that kind begins with."""
+def _openers(backend: ChardevBackend, ready: dict[str, int]) -> dict[str, Callable[[], int]]:
+    """Return how to open what every chardev of that kind begins with; a TCP socket is taken out of `ready`."""
     if isinstance(backend, ChardevNullWrapper):
         return {}
     if isinstance(backend, ChardevFileWrapper):
@@ -138,14 +218,28 @@ def _openers(backend: ChardevBackend) -> dict[str, Callable[[], int]]:
         return {"master": lambda: terminals.open_pty()[0]}
     if isinstance(backend, ChardevSocketWrapper):
         address, server = backend.data.addr.data, backend.data.server
+        name = "listener" if server else FIRST_CLIENT
+        if isinstance(address, InetSocketAddress):
+            return {name: lambda: ready.pop(name)}
         if isinstance(address, FdSocketAddress):
-            kind = "a listening unix socket" if server else "a connected unix socket"
-            return {"listener" if server else FIRST_CLIENT: lambda: hostio.adopt_socket(int(address.name), kind)}
+            kinds = socket_kinds(backend.data)[not server]
+            return {name: lambda: hostio.adopt_socket(int(address.name), *kinds)}
         path = address.path
         if server:
             return {"listener": lambda: hostio.listen_unix(path).detach()}
         return {FIRST_CLIENT: lambda: hostio.connect_unix(path).detach()}
     return {"input": lambda: terminals.open_private(0), "output": lambda: terminals.open_private(1)}
+
+
+def socket_kinds(options: ChardevSocket) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what a listener's descriptor may be, and what a client's, in the words of `hostio.descriptor_kind`."""
+    match options.addr.data:
+        case InetSocketAddress():
+            return (host_tcp.LISTENS,), (host_tcp.CONNECTED,)
+        case FdSocketAddress():
+            return (UNIX_LISTENER, host_tcp.LISTENS), (UNIX_CLIENT, host_tcp.CONNECTED)
+        case _:
+            return (UNIX_LISTENER,), (UNIX_CLIENT,)
 
 
 def _close(descriptors: Mapping[str, int]) -> None:
@@ -184,25 +278,46 @@ def _make(
 def _make_socket(
     label: str, options: ChardevSocket, found: _Found, complain: Complain, *, inherited: bool
 ) -> SocketChardev:
-    address = options.addr.data
-    path, where = (
-        (None, f"fd:{address.name}") if isinstance(address, FdSocketAddress) else (address.path, f"unix:{address.path}")
-    )
+    listeners, clients = socket_kinds(options)
     client = next((name for name in found.descriptors if name != "listener"), None)
     fd = None if client is None else found.descriptors[client]
     serial = (serial_of(client) if client is not None else None) or 1
+    path, where = _name(options)
     if not options.server:
-        return SocketChardev(label, where, path, complain, client=fd, serial=serial, inherited=inherited)
-    listener = hostio.adopt_listener(found.descriptors["listener"])
+        return SocketChardev(
+            label, where, path, complain, client=fd, serial=serial, clients_are=clients, inherited=inherited
+        )
+    listener = hostio.adopt_listener(found.descriptors["listener"], f"{found.prefix}listener", *listeners)
+    if host_tcp.is_tcp(listener):
+        where = f"tcp:{host_tcp.local_name(listener)}"
     try:
         return SocketChardev(
-            label, where, path, complain, listener=listener, client=fd, serial=serial, inherited=inherited
+            label,
+            where,
+            path,
+            complain,
+            listener=listener,
+            client=fd,
+            serial=serial,
+            clients_are=clients,
+            inherited=inherited,
         )
     except BaseException:
         if not inherited and path is not None:
             hostio.unlink_own(path, listener)
         listener.detach()  # the caller closes it with the others
         raise
+
+
+def _name(options: ChardevSocket) -> tuple[str | None, str]:
+    """Return the path of a unix socket, and what texts call a socket."""
+    match options.addr.data:
+        case FdSocketAddress(name):
+            return None, f"fd:{name}"
+        case InetSocketAddress(host, port):
+            return None, f"tcp:{f'[{host}]' if ':' in host else host}:{port}"
+        case unix:
+            return unix.path, f"unix:{unix.path}"
 
 
 @attrs.frozen
@@ -214,17 +329,20 @@ class _Found:
 
     def check(self, backend: ChardevBackend) -> None:
         """Check that all that `backend` begins with is here, and nothing else but a client, and of the right kind."""
-        needed = set(_openers(backend))
+        needed = set(_openers(backend, {}))
         clients = set()
+        kinds = {name: _KINDS.get(name) for name in self.descriptors}
         if isinstance(backend, ChardevSocketWrapper):
             needed -= {FIRST_CLIENT}  # it may have hung up since
             clients = {name for name in self.descriptors if serial_of(name) is not None}
+            kinds["listener"], of_clients = socket_kinds(backend.data)
+            kinds |= dict.fromkeys(clients, of_clients)
         for name in sorted(needed - set(self.descriptors)):
             raise DescriptorMissing(name=self.prefix + name)
         extra = sorted(set(self.descriptors) - needed - set(sorted(clients)[:1]))
         if extra:
             raise DescriptorsUnclaimed(names=tuple(self.prefix + name for name in extra))
         for name, fd in self.descriptors.items():
-            kinds = _KINDS.get(CLIENT if name in clients else name)
-            if kinds is not None:
-                hostio.require_kind(fd, self.prefix + name, *kinds)
+            wanted = kinds[name]
+            if wanted is not None:
+                hostio.require_kind(fd, self.prefix + name, *wanted)

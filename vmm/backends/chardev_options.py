@@ -9,7 +9,7 @@ from typing import Annotated, Literal, TypeAlias, final
 
 import attrs
 
-from vmm.monitor.qapi import Union
+from vmm.monitor.qapi import U16, Union
 
 ChardevKind: TypeAlias = Literal["file", "null", "pty", "socket", "stdio"]
 
@@ -48,8 +48,35 @@ class UnixSocketAddressWrapper:
 
 @final
 @attrs.frozen
+class InetSocketAddress:
+    """A TCP address. An empty host is every address of this host, to listen on, or this host, to connect to."""
+
+    host: str
+    port: str
+    """Decimal; to listen on, 0 is any free one, which `query-chardev` shows."""
+    numeric: bool = False
+    """Whether `host` is an address, and no name to look up."""
+    to: U16 | None = None
+    """To listen on: the last port of a range, whose first free one is used."""
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+    """Whether addresses of that family are used; one that is true alone rules the other out."""
+    keep_alive: bool = False
+
+
+@final
+@attrs.frozen
+class InetSocketAddressWrapper:
+    """The `inet` branch of SocketAddressLegacy."""
+
+    data: InetSocketAddress
+    type: Literal["inet"] = "inet"
+
+
+@final
+@attrs.frozen
 class FdSocketAddress:
-    """A unix socket that is open already."""
+    """A unix or TCP socket that is open already."""
 
     name: str = attrs.field(metadata={"wire": "str"})
     """Digits are the number of a descriptor that this process was started with; others a name given by `getfd`."""
@@ -69,9 +96,11 @@ class FdSocketAddressWrapper:
 class ChardevSocket:
     """Options of kind socket. A server takes one client at a time; `wait` must be off: the guest waits for nobody."""
 
-    addr: Annotated[UnixSocketAddressWrapper | FdSocketAddressWrapper, Union("type")]
+    addr: Annotated[UnixSocketAddressWrapper | InetSocketAddressWrapper | FdSocketAddressWrapper, Union("type")]
     server: bool = True
     wait: bool = False
+    nodelay: bool = False
+    """For TCP: whether output goes at once, and is not gathered while earlier output is under way."""
 
 
 @final
@@ -115,7 +144,7 @@ class ChardevPtyWrapper:
 @final
 @attrs.frozen
 class ChardevSocketWrapper:
-    """A chardev that is one end of a unix socket."""
+    """A chardev that is one end of a unix or TCP socket."""
 
     data: ChardevSocket
     type: Literal["socket"] = "socket"

@@ -1,34 +1,41 @@
-"""A chardev that is one end of a unix stream socket: of a server, which takes one client after another, or a client."""
+"""A chardev that is one end of a stream socket: of a server, which takes one client after another, or a client.
+
+The sockets are unix or TCP ones. What differs: a TCP peer has no user, and its last word may mean that it has left, or
+that it reads on: nothing tells until something is written to it.
+"""
 
 from __future__ import annotations
 
 import os
 import select
+import socket
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
-from vmm import hostio
+from vmm import host_tcp, hostio
 from vmm.backends.chardev import READ_LIMIT, Chardev
 from vmm.backends.chardev_state import BUFFER_LIMIT
 from vmm.backends.chardev_watch import poll
 from vmm.errors import DescriptorsUnclaimed, HostFileRefused, PeerRefused
 
 if TYPE_CHECKING:
-    import socket
-
     from vmm.backends.chardev import Complain
     from vmm.backends.chardev_options import ChardevKind
 
 CLIENT: Final = "client-"
 """Clients are numbered, so that a successor can tell from the names that one has left and another has come."""
 FIRST_CLIENT: Final = f"{CLIENT}1"
+UNIX_CLIENT: Final = "a connected unix socket"
+UNIX_LISTENER: Final = "a listening unix socket"
+"""In the words of `hostio.descriptor_kind`."""
 
 
 @final
 class SocketChardev(Chardev):
-    """A unix socket. While nobody is connected output is dropped.
+    """A stream socket. While nobody is connected output is dropped.
 
-    A client that shuts down its sending side is still written to. When one hangs up, what it had sent is kept for the
-    guest, up to `BUFFER_LIMIT` bytes, and the next one is taken from the listener's backlog.
+    A client that shuts down its sending side is still written to; over TCP until the next one comes, since it may have
+    left. When one hangs up, what it had sent is kept for the guest, up to `BUFFER_LIMIT` bytes, and the next one is
+    taken from the listener's backlog.
     """
 
     kind: ClassVar[ChardevKind] = "socket"
@@ -43,31 +50,48 @@ class SocketChardev(Chardev):
         listener: socket.socket | None = None,
         client: int | None = None,
         serial: int = 1,
+        clients_are: tuple[str, ...] = (UNIX_CLIENT,),
         inherited: bool = False,
     ) -> None:
         """Own `listener` (of a server) and `client` (if one is connected), the `serial`th one. They do not block.
 
-        `where` is what texts call it. `path` is the listener's to remove at the end; None if it was open already.
+        `where` is what texts call it. `path` is the listener's to remove at the end; None if it has none, or was open
+        already. A later client's descriptor, from a predecessor, must be one of `clients_are`.
         """
         super().__init__(label, complain, inherited=inherited)
         self._path = path
         self._where = where
         self._listener = listener
-        self._client = client
+        self._client: int | None = None
+        self._clients_are: Final = clients_are
         self._serial = serial if client is not None else serial - 1
+        self._tcp_ends: tuple[str, str] | None = None
+        """Of a client's TCP connection: the own end and the other."""
         self._client_is_silent = False
         self._cannot_accept = False
         if listener is not None:
             self._watch.add(listener.fileno())
         if client is not None:
-            self._watch.add(client)
+            self._take(client)
         if not inherited:
             self._open_output()
 
     @property
     def filename(self) -> str:
         server = ",server=on" if self._listener is not None else ""
-        return f"{'disconnected:' if self._client is None else ''}{self._where}{server}"
+        if self._client is None:
+            return f"disconnected:{self._where}{server}"
+        if self._tcp_ends is not None:
+            own, other = self._tcp_ends
+            return f"tcp:{own}{server} <-> {other}"
+        return f"{self._where}{server}"
+
+    @property
+    def open_to_others(self) -> str | None:
+        """Where other machines can connect to the listener, if they can; for texts."""
+        if self._listener is None or not host_tcp.is_tcp(self._listener) or host_tcp.on_loopback(self._listener):
+            return None
+        return host_tcp.local_name(self._listener)
 
     def descriptors(self) -> dict[str, int]:
         found = {}
@@ -104,10 +128,9 @@ class SocketChardev(Chardev):
                 serial = serial_of(name)
                 if serial is None or self._client is not None:
                     raise DescriptorsUnclaimed(names=(f"chardev/{self.label}/{name}",))
-                hostio.require_kind(new[name], f"chardev/{self.label}/{name}", "a connected unix socket")
+                hostio.require_kind(new[name], f"chardev/{self.label}/{name}", *self._clients_are)
                 self._serial = serial
-                self._client = new.pop(name)
-                self._watch.add(self._client)
+                self._take(new.pop(name))
         finally:
             for fd in new.values():
                 os.close(fd)
@@ -137,10 +160,17 @@ class SocketChardev(Chardev):
             return False
         self._cannot_accept = False
         self._serial += 1
-        self._client = client
-        self._watch.add(client)
+        self._take(client)
         self._output.keep()
         return True
+
+    def _take(self, client: int) -> None:
+        self._client = client
+        self._watch.add(client)
+        sock = socket.socket(fileno=client)
+        if host_tcp.is_tcp(sock):
+            self._tcp_ends = host_tcp.local_name(sock), host_tcp.peer_name(sock)
+        sock.detach()
 
     def _write_some(self) -> bool:
         return self._client is not None and self._write_to(self._client)
@@ -170,10 +200,19 @@ class SocketChardev(Chardev):
                     return self._feed()
                 self._client_is_silent = True
         # Input is not wanted, or over. A hang-up would show in a read; without one, it must be asked for.
-        if poll(client) & (select.POLLHUP | select.POLLERR):
+        if poll(client) & (select.POLLHUP | select.POLLERR) or self._has_successor():
             self._hang_up(client)
             return True
         return False
+
+    def _has_successor(self) -> bool:
+        """Whether a TCP client has said all, and another one waits."""
+        return (
+            self._client_is_silent
+            and self._tcp_ends is not None
+            and self._listener is not None
+            and bool(poll(self._listener.fileno()) & select.POLLIN)
+        )
 
     def _hang_up(self, client: int) -> None:
         """Part from a client that has left. Its last words are read now: the next one need not wait for the guest."""
@@ -198,6 +237,7 @@ class SocketChardev(Chardev):
             self._watch.remove(self._client)
             os.close(self._client)
             self._client = None
+            self._tcp_ends = None
             self._client_is_silent = False
 
     def _release(self, *, owner: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, final
 import attrs
 
 from vmm import hostio
-from vmm.backends.chardev_open import open_chardev
+from vmm.backends.chardev_open import make_chardev, socket_kinds
 from vmm.backends.chardev_options import (
     ChardevBackend,
     ChardevSocketWrapper,
@@ -77,7 +77,7 @@ async def chardev_add(
     backend = args.backend
     if isinstance(backend, ChardevSocketWrapper) and isinstance(backend.data.addr, FdSocketAddressWrapper):
         backend = _with_descriptor(args.id, backend, backend.data.addr.data.name, host, caller)
-    chardev = open_chardev(args.id, backend, host, machine.complain, machine.leave_by_key)
+    chardev = await make_chardev(args.id, backend, host, machine.complain, machine.leave_by_key)
     try:
         await may.adopt("chardev", args.id, chardev)
     except BaseException:
@@ -114,8 +114,7 @@ def _with_descriptor(
     if name not in caller.descriptors:
         known = ", ".join(sorted(caller.descriptors)) or "none"
         raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
-    kind = "a listening unix socket" if backend.data.server else "a connected unix socket"
-    hostio.require_kind(caller.descriptors[name], name, kind)
+    hostio.require_kind(caller.descriptors[name], name, *socket_kinds(backend.data)[not backend.data.server])
     number = FdSocketAddress(str(caller.descriptors.pop(name)))
     return ChardevSocketWrapper(attrs.evolve(backend.data, addr=FdSocketAddressWrapper(number)))
 

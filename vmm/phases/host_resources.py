@@ -72,7 +72,7 @@ def resources_of(step: Step) -> Iterator[HostResource]:
             is_client = backend["type"] == "socket" and backend["data"].get("server") is False
             last = "client-1" if is_client else last
             if backend["type"] == "socket" and backend["data"]["addr"]["type"] != "unix":
-                path = ()  # it was open already where it comes from
+                path = ()  # it has an address, or was open already where it comes from
             yield HostResource(name, path, f"{name}/{last}" if last else "", needed=not is_client)
     elif step.execute == "object-add" and arguments["qom-type"] in _OBJECTS:
         if arguments["qom-type"] == "qtest" and arguments.get("log", NO_LOG) == NO_LOG:

@@ -117,6 +117,8 @@ class Monitor:
         listener.close()
 
     def _admit(self, client: socket.socket) -> None:
+        if client.family != socket.AF_UNIX:
+            return  # its listener is on a loopback address: `over_chardev`
         hostio.admit_peer(client, self._chardev.filename if self._chardev is not None else "a monitor")
 
     # Live update.
@@ -144,7 +146,7 @@ def over_chardev(monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool) -
     """Let `monitor` serve a socket or stdio chardev, which must be at rest and stays so.
 
     Raises:
-        Unsupported: the chardev is of another kind.
+        Unsupported: the chardev is of another kind, or other machines can connect to it. Then nothing was taken.
     """
     if chardev.kind == "stdio":
         from vmm.backends.chardev_stdio import StdioChardev  # As whoever made it has done.
@@ -154,6 +156,10 @@ def over_chardev(monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool) -
     if not isinstance(chardev, SocketChardev):
         instead = "a monitor needs a chardev of kind socket or stdio"
         raise Unsupported(what="Monitor over a chardev of kind", name=chardev.kind, instead=instead)
+    others = chardev.open_to_others
+    if others is not None:
+        instead = "whoever connects there would be the machine's administrator; use 127.0.0.1, ::1 or a unix socket"
+        raise Unsupported(what="Monitor over a socket that listens on", name=others, instead=instead)
     client = chardev.surrender_client()
     listener = chardev.descriptors().get("listener")
     return Monitor(

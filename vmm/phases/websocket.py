@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_tcp, hostio
 from vmm.capabilities import ADMIN, MIGRATE, OBSERVE, OPERATE
 from vmm.errors import OptionInvalid
 from vmm.monitor.json_stream import Limits
@@ -146,9 +146,9 @@ def make_websocket(
             token_fd = host.obtain(f"monitor/{args.id}/token", lambda: hostio.open_secret_file(path))
             undo.callback(os.close, token_fd)
             token = check_token(os.pread(token_fd, 4096, 0), path)
-        fd = host.obtain(f"monitor/{args.id}/listener", lambda: hostio.listen_loopback(address, port).detach())
+        fd = host.obtain(f"monitor/{args.id}/listener", lambda: host_tcp.listen_loopback(address, port).detach())
         try:
-            listener = hostio.adopt_loopback_listener(fd, f"monitor/{args.id}/listener", address, port)
+            listener = host_tcp.adopt_loopback_listener(fd, f"monitor/{args.id}/listener", address, port)
         except BaseException:
             os.close(fd)
             raise
@@ -170,8 +170,8 @@ def make_websocket(
 
 
 def _address(args: MonitorWebsocket) -> tuple[str, int]:
-    if args.addr.host not in hostio.LOOPBACK:
-        wanted = f"a loopback address; a websocket monitor listens on {' or '.join(hostio.LOOPBACK)} only"
+    if args.addr.host not in host_tcp.LOOPBACK:
+        wanted = f"a loopback address; a websocket monitor listens on {' or '.join(host_tcp.LOOPBACK)} only"
         raise OptionInvalid(option="object-add, addr.host", value=args.addr.host, wanted=wanted)
     port = args.addr.port
     if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
