@@ -73,7 +73,7 @@ REFUSED = {
     "-display gtk -kernel k": "trio-vmm: Display 'gtk' is not supported here; "
     "there is none; use -display none or no option",
     "-chardev vc,id=a -qmp unix:q": "trio-vmm: Chardev kind 'vc' is not supported here; "
-    "there are file, null, pty, socket, stdio",
+    "there are file, null, pipe, pty, socket, stdio",
     "-chardev socket,id=a,path=p,tls-creds=t -qmp unix:q": "trio-vmm: Option of chardev kind socket 'tls-creds' "
     "is not supported here; leave it out",
     # Sizes and counts.
@@ -117,8 +117,8 @@ REFUSED = {
     "-qmp unix:q -qmp unix:q": f"{CLI} 3 (chardev-add): Cannot listen on q: another process answers there; "
     "stop it or choose another path",
     "-qmp unix:q -qmp chardev:c": f"{CLI} 3 (object-add): Chardev 'c' does not exist; there are: compat_monitor0",
-    "-serial bogus -kernel k": "trio-vmm: -serial: 'bogus' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
-    "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
+    "-serial bogus -kernel k": "trio-vmm: -serial: 'bogus' is not null, stdio, pty, file:PATH, pipe:PATH, "
+    "unix:PATH[,server=on], tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     "-serial chardev:c -kernel builtin:heartbeat": f"{CLI} 1 (machine-set): Chardev 'c' does not exist; "
     "there are: none",
     "-serial file:none/s -kernel k": f"{CLI} 1 (chardev-add): Cannot write none/s: No such file or directory",

@@ -338,6 +338,14 @@ def test_a_tcp_socket_is_a_socket_chardev_however_it_is_said(
     assert requests("-chardev", long)[0] == {"execute": "chardev-add", "arguments": {"id": "c", "backend": backend}}
 
 
+def test_pipes_are_a_chardev() -> None:
+    backend = {"type": "pipe", "data": {"device": "/run/p"}}
+    assert requests("-chardev", "pipe,id=c,path=/run/p")[0]["arguments"] == {"id": "c", "backend": backend}
+    made = [step for step in requests("-kernel", "k", "-serial", "pipe:/run/p") if step["execute"] == "chardev-add"]
+    assert [step["arguments"]["backend"] for step in made] == [backend]
+    assert refusal("-qmp", "pipe:/run/p").startswith("-qmp: 'pipe:/run/p' is not unix:PATH")
+
+
 def test_a_monitor_may_be_over_any_chardev() -> None:
     assert requests("-mon", "c", "-mon", "chardev=d,mode=control,id=m") == [
         {"execute": "object-add", "arguments": {"qom-type": "monitor-qmp", "id": "mon0", "chardev": "c"}},

@@ -441,17 +441,17 @@ REFUSED = [
     (("-name", "a,debug-threads=on"), "-name: 'a,debug-threads=on' is not [guest=]NAME without further options"),
     (
         ("-serial", "vc"),
-        "-serial: 'vc' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "-serial: 'vc' is not null, stdio, pty, file:PATH, pipe:PATH, unix:PATH[,server=on], "
         "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
         ("-serial", "file:"),
-        "-serial: 'file:' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "-serial: 'file:' is not null, stdio, pty, file:PATH, pipe:PATH, unix:PATH[,server=on], "
         "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
         ("-serial", "null:x"),
-        "-serial: 'null:x' is not null, stdio, pty, file:PATH, unix:PATH[,server=on], "
+        "-serial: 'null:x' is not null, stdio, pty, file:PATH, pipe:PATH, unix:PATH[,server=on], "
         "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID",
     ),
     (
@@ -490,7 +490,7 @@ REFUSED = [
     ),
     (
         ("-chardev", "vc,id=c"),
-        "Chardev kind 'vc' is not supported here; there are file, null, pty, socket, stdio",
+        "Chardev kind 'vc' is not supported here; there are file, null, pipe, pty, socket, stdio",
     ),
     (
         ("-chardev", "null,id=c,logfile=x"),

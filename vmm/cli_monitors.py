@@ -14,17 +14,19 @@ if TYPE_CHECKING:
 
     from vmm.cli_values import Kind
 
+
 _SERIAL: Final = (
-    "null, stdio, pty, file:PATH, unix:PATH[,server=on], tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID"
+    "null, stdio, pty, file:PATH, pipe:PATH, unix:PATH[,server=on], "
+    "tcp:[HOST]:PORT[,server=on][,nodelay=on] or chardev:ID"
 )
 _MONITOR: Final = "unix:PATH[,server=on][,wait=off], tcp:HOST:PORT[,server=on][,wait=off], stdio, chardev:ID or fd:N"
 _QTEST: Final = "unix:PATH[,server=on|off], tcp:HOST:PORT[,server=on], stdio or chardev:ID"
+_ADDRESS: Final = "ADDR:PORT[,token-file=PATH][,grant=observe|operate|migrate|admin], with ADDR 127.0.0.1 or [::1]"
 _TCP: Final = "[HOST]:PORT with a decimal port, and an IPv6 address in brackets"
 _INET: Final[Mapping[str, Kind]] = {
     "to": "number", "ipv4": "switch", "ipv6": "switch", "numeric": "switch", "keep-alive": "switch",
 }  # fmt: skip
 """Members of a TCP address beside host and port."""
-_ADDRESS: Final = "ADDR:PORT[,token-file=PATH][,grant=observe|operate|migrate|admin], with ADDR 127.0.0.1 or [::1]"
 
 
 def uses_stdio(steps: Sequence[Step]) -> bool:
@@ -61,12 +63,14 @@ def chardev_step(text: str) -> Step:
         data = {"out": _path(text, given)}
         if "append" in given:
             data["append"] = _switch(text, given, "append")
+    elif kind == "pipe":
+        data = {"device": _path(text, given)}
     elif kind == "socket":
         data = _socket_data(text, given)
     elif kind == "stdio" and "signal" in given:
         data = {"signal": _switch(text, given, "signal")}
     elif kind not in ("null", "pty", "stdio"):
-        raise Unsupported(what="Chardev kind", name=kind, instead="there are file, null, pty, socket, stdio")
+        raise Unsupported(what="Chardev kind", name=kind, instead="there are file, null, pipe, pty, socket, stdio")
     if given:
         raise Unsupported(what=f"Option of chardev kind {kind}", name=sorted(given)[0], instead="leave it out")
     return Step("chardev-add", {"id": label, "backend": {"type": kind, "data": data}})
@@ -144,6 +148,8 @@ def _backend(device: str, option: str, wanted: str, *, server: bool = True) -> d
         return {"type": kind, "data": {}}
     if kind == "file" and rest:
         return {"type": "file", "data": {"out": rest}}
+    if kind == "pipe" and rest and option == "-serial":
+        return {"type": "pipe", "data": {"device": rest}}
     if kind == "unix" and (rest or option != "-serial"):
         path, flags = _unix(rest, option, server=server)
         return _socket({"type": "unix", "data": {"path": path}}, server=flags["server"])

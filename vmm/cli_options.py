@@ -81,8 +81,9 @@ OPTIONS: Final = (
     Option("-boot", "boot", "what firmware boots from", metavar="[order=]ORDER[,menu=on|off]", command="machine-set"),
     Option("-option-rom", "boot", "an option ROM", metavar="[romfile=]FILE[,bootindex=N]", repeated=True,
            command="machine-set"),
-    Option("-serial", "devices", "null, none, stdio, pty, file:PATH, unix:PATH[,server=on], tcp:HOST:PORT[,server=on], "
-           "chardev:ID", metavar="DEV", repeated=True, command="chardev-add and machine-set"),
+    Option("-serial", "devices", "null, none, stdio, pty, file:PATH, pipe:PATH, unix:PATH[,server=on], "
+           "tcp:HOST:PORT[,server=on], chardev:ID",
+           metavar="DEV", repeated=True, command="chardev-add and machine-set"),
     Option("-device", "devices", "a device, as JSON or with its properties", metavar="DRIVER[,id=ID][,PROP=VALUE]",
            repeated=True, command="device_add"),
     Option("-object", "devices", "an object: a monitor, a back end, qtest", metavar="TYPE,id=ID[,PROP=VALUE]",
@@ -94,7 +95,7 @@ OPTIONS: Final = (
         ("display", "graphics card", "sound", "HMP monitor", "parallel port", "network card", "network card"),
         strict=True,
     )),
-    Option("-chardev", "monitors", "null, stdio, pty, file,path=, socket,path=[,server=on], "
+    Option("-chardev", "monitors", "null, stdio, pty, file,path=, pipe,path=, socket,path=[,server=on], "
            "socket,host=,port=[,server=on], socket,fd=[,server=on]",
            metavar="KIND,id=ID[,...]", repeated=True, command="chardev-add", admitted=True),
     Option("-qmp", "monitors",

@@ -16,7 +16,7 @@ import socket
 import stat
 import struct
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from vmm.errors import DescriptorWrongKind, HostFileRefused, PeerRefused, SocketInUse
 
@@ -402,6 +402,31 @@ def open_output_file(path: str, append: bool) -> int:
     if stat.S_ISBLK(mode):
         os.close(fd)
         raise HostFileRefused(action="write", path=path, reason=f"it is {_kind(mode)}, not a regular file")
+    return fd
+
+
+def open_pipe(path: str, end: Literal["in", "out"]) -> int:
+    """Open pipe `path`.in or `path`.out, if both are there, and else `path` itself. The descriptor does not block.
+
+    It is opened for both directions, so that a pipe has a peer. Character devices will do as well.
+
+    Raises:
+        HostFileRefused: there is none, it may not be opened, or it is of another kind.
+    """
+    parts = [f"{path}.in", f"{path}.out"]
+    found = f"{path}.{end}" if all(map(os.path.lexists, parts)) else path
+    try:
+        fd = _open("open", found, os.O_RDWR)
+    except HostFileRefused as error:
+        if found != path or os.path.lexists(path):
+            raise
+        reason = f"{error.reason}, nor are there pipes {parts[0]} and {parts[1]}"
+        raise HostFileRefused(action="open", path=path, reason=reason) from error
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or (stat.S_ISCHR(mode) and found == path)):
+        os.close(fd)
+        wanted = "a pipe or a character device" if found == path else "a pipe"
+        raise HostFileRefused(action="open", path=found, reason=f"it is {_kind(mode)}, not {wanted}")
     return fd
 
 

@@ -118,6 +118,12 @@ def tcp_at(
     return ChardevSocketWrapper(ChardevSocket(InetSocketAddressWrapper(address), server=server, nodelay=nodelay))
 
 
+def named_pipe(path: str) -> int:
+    """Make a named pipe and open it for both directions, as if for its other end."""
+    os.mkfifo(path)
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+
+
 def port_of(chardev: Chardev) -> int:
     """The port on which a TCP chardev listens."""
     with socket.socket(fileno=os.dup(chardev.descriptors()["listener"])) as listener:

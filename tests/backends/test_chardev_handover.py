@@ -22,18 +22,24 @@ from tests.backends.chardev_kit import (
     Heritage,
     Host,
     connect,
+    connect_tcp,
+    named_pipe,
+    port_of,
     read_all,
     read_exactly,
     served,
     socket_at,
+    tcp_at,
 )
 from vmm import hostio, terminals
-from vmm.backends.chardev_open import from_descriptors, open_chardev
+from vmm.backends.chardev_open import from_descriptors, make_chardev, open_chardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
     ChardevFile,
     ChardevFileWrapper,
+    ChardevHostdev,
     ChardevNullWrapper,
+    ChardevPipeWrapper,
     ChardevPtyWrapper,
     ChardevStdioWrapper,
 )
@@ -192,6 +198,30 @@ async def test_a_socket_loses_and_repeats_nothing(path: str, complain: Complaint
         await print_through_hand_overs(first, socket_at(path), complain, LINES, console)
         assert await read_all(client) == b""
     assert not exists(path), "the last owner removes the socket file"
+
+
+async def test_a_tcp_socket_loses_and_repeats_nothing(complain: Complaints) -> None:
+    first = await make_chardev("serial0", tcp_at(), Host(), complain)
+    port = port_of(first)
+    with socket.socket(fileno=hostio.dup(first.descriptors()["listener"])) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # its client has it, too
+    async with await connect_tcp(first) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        console = Console(client, LINES, numbered(500))
+        await print_through_hand_overs(first, tcp_at(port=port), complain, LINES, console)
+        assert await read_all(client) == b""
+    with pytest.raises(OSError, match="all attempts to connect to"):
+        await trio.open_tcp_stream("127.0.0.1", port)
+
+
+async def test_named_pipes_lose_and_repeat_nothing(tmp_path: Path, complain: Complaints) -> None:
+    path = str(tmp_path / "com1")
+    typing, reading = (named_pipe(f"{path}.{end}") for end in ("in", "out"))
+    backend = ChardevPipeWrapper(ChardevHostdev(path))
+    first = open_chardev("serial0", backend, Host(), complain)
+    async with trio.lowlevel.FdStream(typing) as input_end, trio.lowlevel.FdStream(reading) as output_end:
+        console = Console(trio.StapledStream(input_end, output_end), LINES, numbered(500))
+        await print_through_hand_overs(first, backend, complain, LINES, console)
 
 
 async def test_a_pty_loses_and_repeats_nothing(complain: Complaints) -> None:
@@ -571,8 +601,9 @@ async def test_descriptors_that_mean_nothing_are_named_and_closed(complain: Comp
         (ChardevPtyWrapper(), "master", "a pty master"),
         (ChardevFileWrapper(ChardevFile("log")), "out", "a regular file or a pipe or a character device or a terminal"),
         (socket_at("/tmp/none"), "listener", "a listening unix socket"),
+        (tcp_at(), "listener", "a listening tcp socket"),
     ],
-    ids=["pty", "file", "socket"],
+    ids=["pty", "file", "socket", "tcp"],
 )
 async def test_a_descriptor_of_another_kind_is_refused_and_closed(
     complain: Complaints, backend: ChardevBackend, name: str, wanted: str
@@ -580,6 +611,19 @@ async def test_a_descriptor_of_another_kind_is_refused_and_closed(
     with pytest.raises(DescriptorWrongKind) as caught:
         from_descriptors("serial0", backend, {name: a_socket()}, None, complain)
     assert str(caught.value) == f"Descriptor 'chardev/serial0/{name}' is a connected unix socket, not {wanted}"
+
+
+async def test_each_end_of_a_pipe_must_be_one(tmp_path: Path, complain: Complaints) -> None:
+    backend = ChardevPipeWrapper(ChardevHostdev("com1"))
+    for end, other in (("in", "out"), ("out", "in")):
+        with pytest.raises(DescriptorMissing, match=f"^The source sent no descriptor named 'chardev/serial0/{other}'$"):
+            from_descriptors("serial0", backend, {end: a_socket()}, None, complain)
+        sent = {end: os.open(tmp_path, os.O_RDONLY), other: named_pipe(f"{tmp_path}/{end}")}
+        with pytest.raises(DescriptorWrongKind) as caught:
+            from_descriptors("serial0", backend, sent, None, complain)
+        assert str(caught.value) == (
+            f"Descriptor 'chardev/serial0/{end}' is a directory, not a pipe or a character device or a terminal"
+        )
 
 
 async def test_clients_that_cannot_be_are_refused_and_closed(path: str, complain: Complaints) -> None:
@@ -591,6 +635,27 @@ async def test_clients_that_cannot_be_are_refused_and_closed(path: str, complain
             new.take_over(ChardevState(), {"client-1": a_socket(), "client-2": a_socket()})
         new.close()
     assert exists(path)
+
+
+async def test_a_listener_and_a_client_of_the_other_family_are_refused_by_name(path: str, complain: Complaints) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as tcp, hostio.listen_unix(path) as unix:
+        client = socket.create_connection(tcp.getsockname())
+        for backend, listener, found, wanted in (
+            (socket_at(path), tcp, "tcp", "unix"),
+            (tcp_at(), unix, "unix", "tcp"),
+        ):
+            with pytest.raises(DescriptorWrongKind) as caught:
+                from_descriptors("serial0", backend, {"listener": hostio.dup(listener.fileno())}, None, complain)
+            assert str(caught.value) == (
+                f"Descriptor 'chardev/serial0/listener' is a listening {found} socket, not a listening {wanted} socket"
+            )
+        new = from_descriptors("serial0", socket_at(path), {"listener": hostio.dup(unix.fileno())}, None, complain)
+        with pytest.raises(DescriptorWrongKind) as caught:
+            new.take_over(ChardevState(), {"client-1": client.detach()})
+        assert str(caught.value) == (
+            "Descriptor 'chardev/serial0/client-1' is a connected tcp socket, not a connected unix socket"
+        )
+        new.close()
 
 
 LISTENS_AND_ENDS = """

@@ -164,7 +164,7 @@ def precreate(directory: Path) -> list[Step]:
         wrong("chardev-add", "'id' is missing; 'backend' is missing"),
         wrong(
             "chardev-add", "'backend.type' does not accept \"vc\"; "
-            "it accepts 'file', 'null', 'pty', 'socket', 'stdio'", id="c", backend={"type": "vc"},
+            "it accepts 'file', 'null', 'pipe', 'pty', 'socket', 'stdio'", id="c", backend={"type": "vc"},
         ),
         bad(
             "chardev-add", f"Cannot write {directory}/none/f: No such file or directory",

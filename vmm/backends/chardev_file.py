@@ -58,7 +58,7 @@ class FileChardev(Chardev):
         super().__init__(label, complain, inherited=inherited)
         self._fd = fd
         self._path = path
-        self._watch.add(fd)
+        self._watch.add(fd, reads=False)
 
     @property
     def filename(self) -> str:

@@ -14,12 +14,14 @@ from vmm.backends.chardev_options import (
     ChardevBackend,
     ChardevFileWrapper,
     ChardevNullWrapper,
+    ChardevPipeWrapper,
     ChardevPtyWrapper,
     ChardevSocket,
     ChardevSocketWrapper,
     FdSocketAddress,
     InetSocketAddress,
 )
+from vmm.backends.chardev_pipe import PipeChardev
 from vmm.backends.chardev_pty import PtyChardev
 from vmm.backends.chardev_socket import (
     FIRST_CLIENT,
@@ -39,11 +41,12 @@ if TYPE_CHECKING:
     from vmm.backends.chardev_state import ChardevState
 
 
-_OUTPUTS: Final = ("a regular file", "a pipe", "a character device", "a terminal")
-_KINDS: Final = MappingProxyType(
+_PIPES: Final = ("a pipe", "a character device", "a terminal")
+_KINDS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
     {
-        "out": _OUTPUTS,
-        "master": ("a pty master",),
+        "file": {"out": ("a regular file", *_PIPES)},
+        "pipe": {"in": _PIPES, "out": _PIPES},
+        "pty": {"master": ("a pty master",)},
     }
 )
 """What the descriptors must be, in the words of `hostio.descriptor_kind`. Standard input and output may be anything."""
@@ -214,6 +217,9 @@ def _openers(backend: ChardevBackend, ready: dict[str, int]) -> dict[str, Callab
     if isinstance(backend, ChardevFileWrapper):
         file = backend.data
         return {"out": lambda: hostio.open_output_file(file.out, file.append)}
+    if isinstance(backend, ChardevPipeWrapper):
+        path = backend.data.device
+        return {"in": lambda: hostio.open_pipe(path, "in"), "out": lambda: hostio.open_pipe(path, "out")}
     if isinstance(backend, ChardevPtyWrapper):
         return {"master": lambda: terminals.open_pty()[0]}
     if isinstance(backend, ChardevSocketWrapper):
@@ -264,6 +270,9 @@ def _make(
             return NullChardev(label, complain, inherited=inherited)
         if isinstance(backend, ChardevFileWrapper):
             return FileChardev(label, descriptors["out"], backend.data.out, complain, inherited=inherited)
+        if isinstance(backend, ChardevPipeWrapper):
+            source, sink, path = descriptors["in"], descriptors["out"], backend.data.device
+            return PipeChardev(label, source, sink, path, complain, inherited=inherited)
         if isinstance(backend, ChardevPtyWrapper):
             return PtyChardev(label, descriptors["master"], complain, inherited=inherited)
         if isinstance(backend, ChardevSocketWrapper):
@@ -331,7 +340,7 @@ class _Found:
         """Check that all that `backend` begins with is here, and nothing else but a client, and of the right kind."""
         needed = set(_openers(backend, {}))
         clients = set()
-        kinds = {name: _KINDS.get(name) for name in self.descriptors}
+        kinds: dict[str, tuple[str, ...]] = dict(_KINDS.get(backend.type, {}))
         if isinstance(backend, ChardevSocketWrapper):
             needed -= {FIRST_CLIENT}  # it may have hung up since
             clients = {name for name in self.descriptors if serial_of(name) is not None}
@@ -343,6 +352,5 @@ class _Found:
         if extra:
             raise DescriptorsUnclaimed(names=tuple(self.prefix + name for name in extra))
         for name, fd in self.descriptors.items():
-            wanted = kinds[name]
-            if wanted is not None:
-                hostio.require_kind(fd, self.prefix + name, *wanted)
+            if name in kinds:
+                hostio.require_kind(fd, self.prefix + name, *kinds[name])

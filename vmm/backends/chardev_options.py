@@ -11,7 +11,7 @@ import attrs
 
 from vmm.monitor.qapi import U16, Union
 
-ChardevKind: TypeAlias = Literal["file", "null", "pty", "socket", "stdio"]
+ChardevKind: TypeAlias = Literal["file", "null", "pipe", "pty", "socket", "stdio"]
 
 
 @final
@@ -27,6 +27,14 @@ class ChardevFile:
 
     out: str
     append: bool = False
+
+
+@final
+@attrs.frozen
+class ChardevHostdev:
+    """Options of kind pipe. `device` is a path: of pipes with `.in` and `.out` at its end, or of one file for both."""
+
+    device: str
 
 
 @final
@@ -134,6 +142,15 @@ class ChardevNullWrapper:
 
 @final
 @attrs.frozen
+class ChardevPipeWrapper:
+    """A chardev on named pipes, or on a character device."""
+
+    data: ChardevHostdev
+    type: Literal["pipe"] = "pipe"
+
+
+@final
+@attrs.frozen
 class ChardevPtyWrapper:
     """A chardev that is a new pty of the host."""
 
@@ -160,6 +177,11 @@ class ChardevStdioWrapper:
 
 
 ChardevBackend: TypeAlias = Annotated[
-    ChardevFileWrapper | ChardevNullWrapper | ChardevPtyWrapper | ChardevSocketWrapper | ChardevStdioWrapper,
+    ChardevFileWrapper
+    | ChardevNullWrapper
+    | ChardevPipeWrapper
+    | ChardevPtyWrapper
+    | ChardevSocketWrapper
+    | ChardevStdioWrapper,
     Union("type"),
 ]

@@ -98,7 +98,7 @@ class StdioChardev(Chardev):
         self._input_is_over = False
         self._reader_is_gone = False
         self._watch.add(source)
-        self._watch.add(sink)
+        self._watch.add(sink, reads=False)
 
     @property
     def filename(self) -> str:

@@ -10,6 +10,8 @@ edge triggered:
   the slave, once it has been opened again, is an edge too. (Level triggered, a hung-up master would keep us busy.)
 - an eventfd's edge comes with every write, so it need not be read.
 - regular files and /dev/null can't be added (EPERM), but never would block.
+- a write to a pipe is an edge for its readers even if the pipe is full and nothing was written (fs/pipe.c,
+  `poll_usage`). So where we have a pipe for both directions, the end to be written must not be watched for input.
 
 Source: epoll(7), and Linux drivers/tty/pty.c, fs/eventfd.c.
 """
@@ -27,7 +29,8 @@ import trio
 from vmm import hostio
 
 _INPUT: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_BOTH: Final = _INPUT | select.EPOLLOUT
+_HANG_UP: Final = select.EPOLLET
+"""It is told whether asked for or not."""
 
 
 @final
@@ -44,6 +47,8 @@ class Watch:
             os.close(self._bell)
             raise
         self._epoll.register(self._bell, _INPUT)
+        self._masks: Final[dict[int, int]] = {}
+        """Of each descriptor, what is watched for besides room."""
         self._waiting_for_room: Final[set[int]] = set()
 
     def ring(self) -> None:
@@ -57,14 +62,16 @@ class Watch:
         await trio.lowlevel.wait_readable(self._epoll.fileno())
         self._epoll.poll(0)
 
-    def add(self, fd: int) -> None:
-        """Watch `fd` for input and hang-up."""
+    def add(self, fd: int, *, reads: bool = True) -> None:
+        """Watch `fd` for hang-up, and if it `reads` for input."""
+        self._masks[fd] = _INPUT if reads else _HANG_UP
         with suppress(PermissionError):
-            self._epoll.register(fd, _INPUT)
+            self._epoll.register(fd, self._masks[fd])
 
     def remove(self, fd: int) -> None:
         """Forget `fd`. Call it before the close: a descriptor that was passed on stays in the set otherwise."""
         self._waiting_for_room.discard(fd)
+        self._masks.pop(fd, None)
         with suppress(OSError):
             self._epoll.unregister(fd)
 
@@ -73,7 +80,7 @@ class Watch:
         if wants != (fd in self._waiting_for_room):
             (self._waiting_for_room.add if wants else self._waiting_for_room.remove)(fd)
             with suppress(FileNotFoundError):  # of a kind that can't be watched
-                self._epoll.modify(fd, _BOTH if wants else _INPUT)
+                self._epoll.modify(fd, self._masks[fd] | (select.EPOLLOUT if wants else 0))
 
     def close(self) -> None:
         """Close the bell and the set. Nobody may wait any more."""

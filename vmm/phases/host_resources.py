@@ -24,6 +24,7 @@ NO_LOG: Final = "none"
 
 _CHARDEVS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "file": ("out", ("backend", "data", "out")),
+    "pipe": ("", ("backend", "data", "device")),
     "socket": ("listener", ("backend", "data", "addr", "data", "path")),
     "pty": ("master", ()),
     "stdio": ("", ()),
