@@ -242,6 +242,23 @@ class ResourcesMissing(RequestError):
         return self.text.format(joined=", ".join(self.names), hint=hint)
 
 
+class SectionsUnreadable(RequestError):
+    """A source would send sections that are not read here; `faults` has every one."""
+
+    text: ClassVar[str] = "The state that would come is not read here: {joined}; {advice}"
+    faults: tuple[str, ...]
+    later: bool
+    """Whether one of them is of a later program than this."""
+
+    def __str__(self) -> str:
+        advice = (
+            "use a destination whose program is as new as the source's"
+            if self.later
+            else "update by way of a program that reads these and writes later ones"
+        )
+        return self.text.format(joined="; ".join(self.faults), advice=advice)
+
+
 # --- the host ---------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
 
-from vmm.cpr.channel import MAGIC, PROTOCOL_VERSION, CprChannel
+from vmm.cpr.channel import MAGIC, CprChannel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class Peer:
     def hello(self, side: str = "source", **changes: Any) -> None:
         """Send a `hello`, with members of its body changed."""
         pidfd = os.pidfd_open(os.getpid())
-        body = {"version": PROTOCOL_VERSION, "program": "a test", "side": side, **changes}
+        body = {"version": 1, "program": "a test", "side": side, **changes}
         self.send(frame("hello", body, ["pidfd"]), pidfd)
         os.close(pidfd)
 

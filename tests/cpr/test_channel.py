@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, packed
+from vmm.cpr import versions
 from vmm.cpr.channel import MAGIC, MAX_FRAME, CprChannel
 from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing
 
@@ -334,14 +335,55 @@ async def hello(channel: CprChannel, peer: Peer) -> tuple[str, list[dict[str, An
     return str(caught.value), answers
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-async def test_another_version_is_refused_and_told_so(pair: tuple[CprChannel, Peer], version: object) -> None:
+OLDER = "the older program is this one: update it first"
+
+
+@pytest.mark.parametrize(
+    ("changes", "there"),
+    [
+        ({"version": 0}, "version 0, not 1"),
+        ({"version": 2}, f"version 2, not 1; {OLDER}"),
+        ({"version": "1"}, "version '1', not 1"),
+        ({"version": None}, "version None, not 1"),
+        ({"version": True}, "version True, not 1"),
+        ({"version": 1, "versions": [2, 3]}, f"versions 2 to 3, not 1; {OLDER}"),
+        ({"version": 1, "versions": [2, 1]}, "version [2, 1], not 1"),
+        ({"version": 1, "versions": [True, True]}, "version [True, True], not 1"),
+        ({"version": 1, "versions": [1, 2, 3]}, "version [1, 2, 3], not 1"),
+        ({"version": 1, "versions": {}}, "version {}, not 1"),
+    ],
+)
+async def test_another_version_is_refused_and_told_so(
+    pair: tuple[CprChannel, Peer], changes: dict[str, Any], there: str
+) -> None:
     channel, peer = pair
-    peer.hello(version=version)
+    peer.hello(**changes)
     text, answers = await hello(channel, peer)
-    reason = f"the source speaks CPR protocol version {version!r}, not 1"
+    reason = f"the source speaks CPR protocol {there}"
     assert text == f"Live update refused by the destination at step 'hello': {reason}"
     assert answers == [{"kind": "refused", "body": {"step": "hello", "reason": reason}, "descriptors": []}]
+
+
+@pytest.mark.parametrize("changes", [{}, {"versions": [1, 1]}, {"version": 7, "versions": [1, 9]}])
+async def test_of_the_versions_that_both_speak_the_newest_is_spoken(
+    pair: tuple[CprChannel, Peer], changes: dict[str, Any]
+) -> None:
+    channel, peer = pair
+    peer.hello(**changes)
+    await channel.hello("a test")
+    assert channel.version == 1
+
+
+def test_two_ranges_have_their_newest_common_version_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "OLDEST", 3)
+    monkeypatch.setattr(versions, "NEWEST", 5)
+    assert versions.spoken() == {"version": 3, "versions": [3, 5]}
+    ranges = {(1, 3): 3, (4, 4): 4, (1, 9): 5, (5, 9): 5, (1, 2): None, (6, 7): None}
+    assert {range_: versions.agreed({"version": 1, "versions": list(range_)}) for range_ in ranges} == ranges
+    said = (
+        "the destination speaks CPR protocol versions 1 to 2, not 3 to 5; the older program is that of the destination"
+    )
+    assert versions.disagreement({"version": 1, "versions": [1, 2]}, "destination") == f"{said}: update it first"
 
 
 async def test_without_a_pidfd_a_peer_is_refused(pair: tuple[CprChannel, Peer]) -> None:

@@ -497,7 +497,7 @@ async def test_a_destination_refuses_a_source_that_breaks_the_protocol_and_waits
         async with connected(bench, destination) as channel:
             await channel.send("hello", {"version": 99, "program": "a later one", "side": "source"})
             (await channel.receive("hello")).close()
-            reason = "the source speaks CPR protocol version 99, not 1"
+            reason = "the source speaks CPR protocol version 99, not 1; the older program is this one: update it first"
             text = f"Live update refused by the destination at step 'hello': {reason}"
             assert await told(channel) == text
             expected.append(f"trio-vmm: {text}")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
+from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
 from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
 from vmm.monitor.json_text import nests_within
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAGIC: Final = b"TVCP"
-PROTOCOL_VERSION: Final = 1
 MAX_FRAME: Final = 8 << 20
 """Bytes of JSON in one frame; a recipe is at most half of it."""
 
@@ -84,6 +84,8 @@ class CprChannel:
         self.peer: Final = peer
         self.step = "hello"
         """What is being done, for error texts."""
+        self.version = OLDEST
+        """Of the protocol, as both speak it."""
         self.peer_pid = 0
         self._peer_pidfd = -1
         self._data = bytearray()
@@ -225,17 +227,16 @@ class CprChannel:
         """
         pidfd = os.pidfd_open(os.getpid())
         try:
-            body = {"version": PROTOCOL_VERSION, "program": program, "side": self.side}
+            body = {**spoken(), "program": program, "side": self.side}
             await self.send("hello", body, {"pidfd": pidfd})
         finally:
             os.close(pidfd)
         message = await self.receive("hello")
         try:
-            version = message.body.get("version")
-            if version != PROTOCOL_VERSION:
-                raise await self.refuse(
-                    f"the {self.peer} speaks CPR protocol version {version!r}, not {PROTOCOL_VERSION}"
-                )
+            version = agreed(message.body)
+            if version is None:
+                raise await self.refuse(disagreement(message.body, self.peer))
+            self.version = version
             assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
             pid, uid, _gid = self._sender
             if uid not in (0, os.getuid()):

@@ -116,6 +116,10 @@ class StateRegistry:
             self._append(name, ordered)
         return tuple(ordered)
 
+    def versions(self) -> dict[str, int]:
+        """Return the version of every section by name, in order."""
+        return {name: self._owners[name].version for name in self.order()}
+
     def save(self) -> dict[str, Section]:
         """Return every section's content by name, in order. The guest stands still."""
         return {name: Section(name, self._owners[name].version, self._owners[name].save()) for name in self.order()}

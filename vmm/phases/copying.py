@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from vmm.phases.running import Run
     from vmm.recipe import Recipe
 
-PAUSE: Final = "pause"
-PAUSE_VERSION: Final = 1
 """The section that says how the guest was when it was stopped: what a live update sends as a message."""
 
 _CONNECTING: Final = 10.0
@@ -218,7 +216,7 @@ async def _announce(run: Run, flow: Outflow) -> None:
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
     progress = copy.progress
-    sections = [Section(PAUSE, PAUSE_VERSION, pause.to_json()), *may.save().values()]
+    sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
 
     def report(statistics: Any) -> None:
         # From the thread that sends; whole, so that the loop sees all of it or nothing.

@@ -170,7 +170,8 @@ def _verdict(message: Message, port: IncomingPort) -> dict[str, Any]:
     sent = message.body.get("descriptors")
     names = [name for name in sent if isinstance(name, str)] if isinstance(sent, list) else []
     try:
-        port.consider(Recipe.from_json("of the source", message.body.get("recipe")), names, message.body.get("cpu"))
+        recipe = Recipe.from_json("of the source", message.body.get("recipe"))
+        port.consider(recipe, names, message.body.get("cpu"), message.body.get("sections"))
         reason = ""
     except VmmError as error:
         reason = str(error)
@@ -185,7 +186,7 @@ def _arrival_of(
     run_state = message.body.get("run-state")
     if run_state_named(run_state) is None:
         raise RecipeInvalid(source=source.source, where="as a whole", reason=f"run state {run_state!r} is none")
-    arriving = port.consider(source, message.descriptors.keys(), message.body.get("cpu"))
+    arriving = port.consider(source, message.descriptors.keys(), message.body.get("cpu"), message.body.get("sections"))
     inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
     stderr = message.descriptors.pop(STDERR, -1)

@@ -180,11 +180,12 @@ class IncomingPort:
         """Let a machine that comes in have host resource `name`: at a path, as `fd:N`, or where its recipe says."""
         self.resources_here[name] = where
 
-    def consider(self, source: Recipe, sent: Collection[str], cpu: object = None) -> Arriving:
+    def consider(self, source: Recipe, sent: Collection[str], cpu: object = None, sections: object = None) -> Arriving:
         """Check a recipe that came, and what was `sent` with it; nothing is carried out yet.
 
         Args:
             cpu: what the source said of its processor (`vmm.phases.cpu_differences`); None where it said nothing.
+            sections: what it said that it will send (`vmm.phases.section_kinds`); likewise.
 
         Raises:
             VmmError: why it is not admitted.
@@ -200,6 +201,10 @@ class IncomingPort:
             # By the source's own recipe: what an override changes is an item of its own.
             arriving = arriving.with_more(compare_cpus(cpu, source))
         self.differences = arriving.differences
+        if sections is not None:
+            from vmm.phases.section_kinds import require_readable
+
+            require_readable(sections)
         arriving.require_same_guest(self.allowed)
         arriving.require_resources(sent)
         return arriving

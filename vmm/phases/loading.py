@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
 from vmm.migration.stream_records import RamContent, RamExtents, Section
-from vmm.phases.copying import PAUSE, PAUSE_VERSION
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
@@ -45,17 +44,17 @@ async def read_state(
 
     await flow.read(take)
     ram.require_complete()
-    return _pause_of(sections), [section for section in sections if section.name != PAUSE]
+    return _pause_of(sections), [section for section in sections if section.name != Pause.KIND]
 
 
 def _pause_of(sections: Sequence[Section]) -> Pause:
-    found = next((section for section in sections if section.name == PAUSE), None)
+    found = next((section for section in sections if section.name == Pause.KIND), None)
     if found is None:
-        raise StateRejected(section=PAUSE, faults=(f"{PAUSE!r} is missing from the stream",))
-    if found.version != PAUSE_VERSION:
-        fault = f"it has version {found.version}, read here: {PAUSE_VERSION}"
-        raise StateRejected(section=PAUSE, faults=(fault,))
+        raise StateRejected(section=Pause.KIND, faults=(f"{Pause.KIND!r} is missing from the stream",))
+    if found.version != Pause.VERSION:
+        fault = f"it has version {found.version}, read here: {Pause.VERSION}"
+        raise StateRejected(section=Pause.KIND, faults=(fault,))
     try:
         return Pause.from_json(found.state)
     except StreamCorrupt as error:
-        raise StateRejected(section=PAUSE, faults=(error.reason,)) from error
+        raise StateRejected(section=Pause.KIND, faults=(error.reason,)) from error

@@ -33,6 +33,7 @@ from vmm.migration.status import MigrationStatus
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import Transfer, run_quiesced
+from vmm.phases.section_kinds import sections_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -205,6 +206,7 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
                 "recipe": _recipe(machine),
                 "cpu": cpu_to_json(machine.cpu),
                 "descriptors": sorted(machine.descriptors()),
+                "sections": sections_of(machine),
             }
             await channel.send("check", body)
             with closing(await channel.receive("checked")) as message:
@@ -236,6 +238,7 @@ async def _describe(
             "recipe": _recipe(machine),
             "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
+            "sections": sections_of(machine),
         }
         descriptors = {**machine.descriptors(), "owner": cell.fd}
         if host.start.stderr is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
 import trio
@@ -78,7 +78,13 @@ class StandingGuest:
 @final
 @attrs.frozen
 class Pause:
-    """How a guest was when it was paused, beside its state."""
+    """How a guest was when it was paused, beside its state.
+
+    Where the guest is copied it is a section of its own, in a live update it is in message ``paused``.
+    """
+
+    KIND: ClassVar[str] = "pause"
+    VERSION: ClassVar[int] = 1
 
     runs: bool
     """Whether it ran, and shall run on."""

@@ -1,0 +1,120 @@
+"""Every kind of section that a machine's state is made of, with the versions of it that are read here.
+
+A section is told by its name (``uart0``), and what is in it by its kind (``uart16550``) and version. A source says
+which it will send along with its machine, so that a destination which could not read one refuses while the guest
+still runs. The versions of all kinds are held by golden files (`tests/golden`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+
+from vmm.backends.chardev_state import ChardevState
+from vmm.errors import RecipeInvalid, SectionsUnreadable
+from vmm.hw.acpi_pm import AcpiPmState
+from vmm.hw.debug_exit import DebugExitState
+from vmm.hw.i8042 import I8042State
+from vmm.hw.legacy import PostCodeState, SystemControlState
+from vmm.hw.rtc import RtcState
+from vmm.hw.uart import UartState
+from vmm.hw.virtio.rng import VirtioRngState
+from vmm.kvm.state import ChipState, VcpuState
+from vmm.phases.processors import KernelState
+from vmm.phases.quiesced import Pause
+from vmm.qtest.state import QtestState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from vmm.phases.machine import Machine
+
+
+@final
+@attrs.frozen
+class SectionKind:
+    """What a section may be."""
+
+    name: str
+    version: int
+    """That is written."""
+    accepts: int
+    """The oldest that is read."""
+    declared: tuple[type, ...]
+    """The classes whose fields it has."""
+
+    @property
+    def read(self) -> str:
+        """The versions that are read, in words."""
+        return f"{self.version}" if self.accepts == self.version else f"{self.accepts} to {self.version}"
+
+
+DECLARED: Final[tuple[Any, ...]] = (
+    AcpiPmState, ChardevState, DebugExitState, I8042State, PostCodeState, QtestState, RtcState, SystemControlState,
+    UartState, VirtioRngState,
+)  # fmt: skip
+"""The classes that have a schema, which is a kind each."""
+
+_SECTIONS: Final = 4096
+
+
+def section_kinds() -> Mapping[str, SectionKind]:
+    """Return every kind by its name."""
+    kinds = [SectionKind(kind.SCHEMA.name, kind.SCHEMA.version, kind.SCHEMA.accepts, (kind,)) for kind in DECLARED]
+    kinds.append(SectionKind("kvm", KernelState.VERSION, KernelState.VERSION, (VcpuState, ChipState)))
+    kinds.append(SectionKind(Pause.KIND, Pause.VERSION, Pause.VERSION, (Pause,)))
+    return {kind.name: kind for kind in kinds}
+
+
+def sections_of(machine: Machine) -> list[dict[str, Any]]:
+    """Return name, kind and version of each section that `machine` will send, as message ``machine`` has them."""
+    machine.made.host.stores.declare_again(machine.state)
+    kinds = {device.name: device.state.SCHEMA.name for device in (*machine.devices, *machine.slots.devices)}
+    told = [
+        {"name": name, "kind": kinds.get(name, name.partition("/")[0]), "version": version}
+        for name, version in machine.state.versions().items()
+    ]
+    return [*told, {"name": Pause.KIND, "kind": Pause.KIND, "version": Pause.VERSION}]
+
+
+def require_readable(sections: object) -> None:
+    """Refuse sections that a source, which may be hostile, announced and that are not read here.
+
+    Args:
+        sections: as `sections_of` returns them; None of a source that announces none, whose sections are looked at
+            when they come.
+
+    Raises:
+        RecipeInvalid: they are no such list.
+        SectionsUnreadable: naming each, with what to do.
+    """
+    if sections is None:
+        return
+    kinds = section_kinds()
+    faults, later = [], False
+    for name, kind, version in _listed(sections):
+        known = kinds.get(kind)
+        if known is None:
+            faults.append(f"{name} is a {kind}, which is not known here")
+            later = True
+        elif not known.accepts <= version <= known.version:
+            faults.append(f"{name} has version {version} of {kind}, read here: {known.read}")
+            later = later or version > known.version
+    if faults:
+        raise SectionsUnreadable(faults=tuple(faults), later=later)
+
+
+def _listed(sections: object) -> Iterable[tuple[str, str, int]]:
+    if not isinstance(sections, list) or len(sections) > _SECTIONS:
+        raise _malformed(f"sections must be a list of at most {_SECTIONS}")
+    for number, section in enumerate(sections):
+        match section:
+            case {"name": str(name), "kind": str(kind), "version": int(version)} if len(name) + len(kind) <= 512:
+                yield name, kind, version
+            case _:
+                raise _malformed(f"sections[{number}] must have name and kind, texts, and version, a number")
+
+
+def _malformed(reason: str) -> RecipeInvalid:
+    return RecipeInvalid(source="of the source", where="as a whole", reason=reason)
