@@ -25,6 +25,7 @@ ORDER: Final = (
         "nursery_tree",
         "hostio",
         "host_tcp",
+        "hostmem",
         "terminals",
         "recipe",
         "monitor",
@@ -43,7 +44,7 @@ LONGEST: Final = 800
 """Lines. Aim at 200, justify 400."""
 
 HOST_RESOURCES: Final = (
-    *("hostio.py", "host_tcp.py", "terminals.py", "kvm/"),
+    *("hostio.py", "host_tcp.py", "hostmem.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "guests/build.py",  # a program of its own
 )

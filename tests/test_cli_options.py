@@ -449,9 +449,9 @@ REFUSED = [
     *((((name, "x"), f"{name[1:].capitalize()} 'x' is not supported here; there is none; "
         f"use {name} none or no option")) for name in ABSENT),
     (("-machine", "microvm,usb=on"),
-     "Option of -machine 'usb' is not supported here; leave it out; there are type and accel"),
-    (("-machine", "memory-backend=m"),
-     "Option of -machine 'memory-backend' is not supported here; leave it out; there are type and accel"),
+     "Option of -machine 'usb' is not supported here; leave it out; there are type, accel and memory-backend"),
+    (("-object", "memory-backend-memfd,id=m,size=16X"),
+     "-object: size: '16X' is not a size such as 512, 512M or 2G"),
     (("-machine", "aux-ram-share=off"),
      "Option of -machine 'aux-ram-share=off' is not supported here; it is on, always"),
     (("-machine", "a,b"), "-machine: 'b' is not of the form key=value"),

@@ -31,9 +31,12 @@ _NUMA: Final[Mapping[str, Mapping[str, Kind]]] = {
 }
 _TEXT: Final = frozenset(
     {"driver", "id", "bus", "qom-type", "chardev", "log", "filename", "rng", "host", "port", "token-file", "grant"}
-    | {"drive", "netdev", "serial", "mac", "name"}
+    | {"drive", "netdev", "serial", "mac", "name", "mem-path"}
 )
 """Members of `-device` and `-object` that are text even where they look like numbers or switches."""
+
+_SIZES: Final = frozenset({"size", "hugetlbsize"})
+"""Members of `-object` that are sizes in bytes, with a suffix or without."""
 
 
 def machine_step(options: argparse.Namespace, serial: Sequence[str]) -> Step:
@@ -45,6 +48,8 @@ def machine_step(options: argparse.Namespace, serial: Sequence[str]) -> Step:
             raise OptionInvalid(option="-name", value=options.name, wanted="[guest=]NAME without further options")
     if options.uuid is not None:
         arguments["uuid"] = options.uuid
+    if "memory-backend" in _machine(options):
+        arguments["memory-backend"] = _machine(options)["memory-backend"]
     if options.memory is not None:
         arguments["memory"] = {"size": parse_size(first(options.memory, "size"), "-m")}
     if options.smp is not None:
@@ -120,7 +125,16 @@ def device_step(text: str) -> Step:
 
 def object_step(text: str) -> Step:
     """Return the command that an `-object` stands for: JSON, or `TYPE,id=ID[,PROPERTY=VALUE]`."""
-    return Step("object-add", _described(text, "qom-type", "-object"))
+    arguments = _described(text, "qom-type", "-object")
+    for name in _SIZES & arguments.keys():
+        if isinstance(arguments[name], str):
+            arguments[name] = _bytes(arguments[name], f"-object: {name}")
+    return Step("object-add", arguments)
+
+
+def _bytes(text: str, option: str) -> int:
+    """Parse a size of which a bare number is bytes, as QEMU's properties have it."""
+    return parse_size(f"{text}B" if text.isdecimal() else text, option)
 
 
 def _described(text: str, implied: str, option: str) -> dict[str, Any]:
@@ -131,15 +145,16 @@ def _described(text: str, implied: str, option: str) -> dict[str, Any]:
 
 
 def _machine(options: argparse.Namespace) -> dict[str, str]:
-    """Return type and accel of `-machine`."""
+    """Return type, accel and memory-backend of `-machine`."""
     given = members(options.machine or "microvm", "type", "-machine")
     given.setdefault("type", "microvm")
     # A machine's memory is shared with a successor always.
     if given.pop("aux-ram-share", "on") != "on":
         raise Unsupported(what="Option of -machine", name="aux-ram-share=off", instead="it is on, always")
-    other = sorted(given.keys() - {"type", "accel"})
+    other = sorted(given.keys() - {"type", "accel", "memory-backend"})
     if other:
-        raise Unsupported(what="Option of -machine", name=other[0], instead="leave it out; there are type and accel")
+        instead = "leave it out; there are type, accel and memory-backend"
+        raise Unsupported(what="Option of -machine", name=other[0], instead=instead)
     return given
 
 

@@ -53,8 +53,8 @@ ABSENT: Final = ("-display", "-vga", "-audio", "-monitor", "-parallel", "-net", 
 """Options that say that there is none of something; of these things this VMM has none."""
 
 OPTIONS: Final = (
-    Option("-machine", "machine", "machine type; there is microvm", metavar="[type=]TYPE[,accel=NAME]", also=("-M",),
-           command="machine-set"),
+    Option("-machine", "machine", "machine type; there is microvm",
+           metavar="[type=]TYPE[,accel=][,memory-backend=ID]", also=("-M",), command="machine-set"),
     Option("-accel", "machine", "accelerator: kvm, or qtest, which runs no guest", metavar="NAME", command="accel-set"),
     Option("-cpu", "machine", "CPU model, and features on and off", metavar="MODEL[,FEATURE=on|off][,+F][,-F]",
            command="cpu-model-set"),
@@ -86,7 +86,7 @@ OPTIONS: Final = (
            metavar="DEV", repeated=True, command="chardev-add and machine-set"),
     Option("-device", "devices", "a device, as JSON or with its properties", metavar="DRIVER[,id=ID][,PROP=VALUE]",
            repeated=True, command="device_add"),
-    Option("-object", "devices", "an object: a monitor, a back end, qtest", metavar="TYPE,id=ID[,PROP=VALUE]",
+    Option("-object", "devices", "an object: a monitor, RAM, a back end, qtest", metavar="TYPE,id=ID[,PROP=VALUE]",
            repeated=True, command="object-add"),
     Option("-nodefaults", "devices", "no serial port unless one is named", admitted=True),
     Option("-nographic", "devices", "accepted: there is no display to leave out", admitted=True),

@@ -42,6 +42,7 @@ class State:
     qtest: bool = False
     """Whether the accelerator executes nothing."""
     rngs: set[str] = attrs.Factory(set)
+    memories: set[str] = attrs.Factory(set)
     devices: set[str] = attrs.Factory(set)
     """`d1` uses `r0`."""
     chardevs: set[str] = attrs.Factory(set)
@@ -303,6 +304,19 @@ CASES: Final = (
         lambda state, grant: state.rngs.add("r0"),
     ),
     Case("object-add", {"qom-type": "rng-random", "id": "r1", "filename": "/nowhere"}, _never, well_formed=True),
+    Case(
+        "object-add", {"qom-type": "memory-backend-memfd", "id": "r9", "size": 1 << 20},
+        lambda state, grant: "r9" not in state.memories, lambda state, grant: state.memories.add("r9"),
+    ),
+    Case("object-add", {"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20}, _never),
+    Case(
+        "object-add", {"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20, "mem-path": "/", "share": False},
+        _never, well_formed=True,
+    ),
+    Case(
+        "object-del", {"id": "r9"}, lambda state, grant: "r9" in state.memories,
+        lambda state, grant: state.memories.discard("r9"),
+    ),
     Case(
         # Where only boot's token is open, that does for monitors alone.
         "object-del", {"id": "r0"},

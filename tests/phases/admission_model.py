@@ -115,6 +115,10 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 
 DEVIATIONS: Final = (
+    _but(
+        "boot", "what RAM is made of is there before the machine, so that it can be checked when that is defined",
+        more="create-backend:chardev,monitor,memory", less="create-backend:chardev,monitor",
+    ),
     _but("boot", "a job that has concluded is dismissed in whatever phase", more="dismiss-job"),
     _but(
         "boot",
@@ -223,6 +227,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
 
 OBJECTS: Final[Mapping[str, str]] = {
     "monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng",
+    "memory-backend-file": "memory", "memory-backend-memfd": "memory",
 }  # fmt: skip
 """Type of an object -> what `object-add` must be allowed to create."""
 

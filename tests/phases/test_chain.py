@@ -255,8 +255,8 @@ async def test_a_machine_set_with_wrong_arguments_names_them_all(tmp_path: Path)
     async with bare(tmp_path) as (_, client):
         text = await failure(client, "machine-set", memory={"size": "16M"}, colour="red")
         assert text == (
-            "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', 'smp', "
-            "'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', 'rtc', and 4 more; "
+            "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', "
+            "'memory-backend', 'smp', 'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', and 5 more; "
             "'memory.size' must be an integer, not \"16M\""
         )
 
@@ -639,8 +639,8 @@ async def test_a_start_recipe_whose_third_command_fails_leaves_nothing(tmp_path:
         ),
         (
             Step("machine-set", {"colour": "red"}),
-            "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', 'smp', "
-            "'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', 'rtc', and 4 more",
+            "Command 'machine-set': 'colour' is unexpected; there are 'type', 'name', 'uuid', 'memory', "
+            "'memory-backend', 'smp', 'kernel', 'initrd', 'append', 'serial', 'reboot-action', 'boot', and 5 more",
         ),
     ],
     ids=["unknown", "too early", "wrong argument"],

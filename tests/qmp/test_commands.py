@@ -198,7 +198,8 @@ def precreate(directory: Path) -> list[Step]:
         ),
         wrong(
             "object-add", "'qom-type' does not accept \"rng\"; "
-            "it accepts 'monitor-qmp', 'monitor-websocket', 'qtest', 'rng-builtin', 'rng-random'",
+            "it accepts 'memory-backend-file', 'memory-backend-memfd', 'monitor-qmp', 'monitor-websocket', 'qtest', "
+            "'rng-builtin', 'rng-random'",
             qom_type="rng", id="r",
         ),
         bad(

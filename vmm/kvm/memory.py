@@ -1,4 +1,4 @@
-"""The guest's RAM: one shared memfd, mapped once."""
+"""The guest's RAM: one shared memfd or file, mapped once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 
 import attrs
 
+from vmm import hostmem
 from vmm.errors import DescriptorWrongKind, GuestAddressInvalid, HostFileRefused, KvmCallFailed, OptionInvalid
 from vmm.kvm._kvm import ffi, lib
 
@@ -61,6 +62,8 @@ class GuestMemory:
         self.fd = fd
         self.size = size
         self.regions = ram_layout(size)
+        self.page_size = hostmem.page_size_of(fd)
+        """Of the pages that are mapped: huge ones, or 4096."""
         self._base = base
         self._bytes: Buffer | None = ffi.buffer(ffi.cast("char *", base), size)
 
@@ -190,6 +193,11 @@ class GuestMemory:
             HostFileRefused: the host has no memory left; a part may have been written.
         """
         at = self._locate(address, len(data))
+        if self.page_size != PAGE_SIZE:
+            # A file of huge pages cannot be written to; all of them have been reserved.
+            assert self._bytes is not None, "guest memory was used after close()"
+            self._bytes[at : at + len(data)] = data
+            return
         done = 0
         while done < len(data):
             try:
@@ -202,11 +210,49 @@ class GuestMemory:
     def clear(self) -> None:
         """Make all of it zero, as it was at first, and give it back to the host until it is used. No vCPU runs.
 
+        A file that is marked for a saved state (`stay`) is that no longer: this comes first.
+
         Raises:
-            KvmCallFailed: the host refused.
+            KvmCallFailed, HostFileRefused: the host refused.
         """
+        hostmem.unmark(self.fd, self.size)
         if error := lib.tv_forget(self._base, self.size):
             raise KvmCallFailed(ioctl="madvise", errno=error, context=f"{self.size} bytes of guest RAM")
+        if self.page_size != PAGE_SIZE:
+            # Given back, they are anybody's. Reserved again, before a guest lacks one.
+            hostmem.allocate(self.fd, self.size, "guest RAM")
+
+    # RAM in a file with a name can be left in it, for a later process, while the rest of the guest is saved elsewhere.
+
+    @property
+    def can_stay(self) -> bool:
+        """Whether another process can find this RAM again by the name of its file."""
+        return self.page_size == PAGE_SIZE and os.fstat(self.fd).st_nlink > 0
+
+    @property
+    def path(self) -> str:
+        """The name of the file, for texts."""
+        return os.readlink(f"/proc/self/fd/{self.fd}")
+
+    def stay(self, identity: bytes) -> None:
+        """Put all of it on its disk, marked as that of the state `identity`. The guest stands. For a thread.
+
+        Raises:
+            HostFileRefused: the disk did not take it.
+        """
+        hostmem.mark(self.fd, self.size, identity)
+
+    def stays_for(self) -> bytes | None:
+        """Return the identity of the state whose RAM this is; None if it is of none, or was used since."""
+        return hostmem.mark_of(self.fd, self.size)
+
+    def begin_use(self) -> None:
+        """Take the mark off: what is in it changes from here on, and no saved state can go on with it any more.
+
+        Raises:
+            HostFileRefused: the disk did not take it.
+        """
+        hostmem.unmark(self.fd, self.size)
 
     def close(self) -> None:
         """Unmap, and close the descriptor. No VM may have slots in it any more. Closing twice is harmless."""

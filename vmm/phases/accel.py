@@ -195,7 +195,7 @@ async def run_accel(precreate: Phase, made: Precreated) -> None:
                 def carry_out(options: AcceleratorOptions) -> tuple[Accelerator, GuestMemory]:
                     options.check()
                     with ExitStack() as undo:
-                        ram = make_ram(window.grants.open_host_file, made.definition.options.memory.size)
+                        ram = make_ram(window.grants.open_host_file, made.definition)
                         memory = undo.enter_context(closing(ram))
                         accelerator = undo.enter_context(closing(_open(phase, options)))
                         stack.enter_context(undo.pop_all())

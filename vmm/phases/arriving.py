@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
-from vmm.errors import DifferencesVisible, InvalidArguments, OptionInvalid, RecipeInvalid, ResourcesMissing, Unsupported
+from vmm.errors import (
+    DifferencesVisible,
+    InvalidArguments,
+    MigrationRefused,
+    OptionInvalid,
+    RecipeInvalid,
+    ResourcesMissing,
+    Unsupported,
+)
 from vmm.monitor.arguments import structure, unstructure
 from vmm.phases.catalog import rank
 from vmm.phases.differences import DECISIONS, compare, name_of, visible
-from vmm.phases.host_resources import missing, redirected, resources_of
+from vmm.phases.host_resources import missing, private, redirected, resources_of
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
@@ -40,6 +48,8 @@ class Arriving:
     differences: tuple[Difference, ...]
     here: frozenset[str]
     """Names of the host resources that this host opens itself. Descriptors of theirs that were sent are not used."""
+    private: frozenset[str]
+    """Names of the resources that are made where the recipe is carried out, unless their descriptors came."""
     given: Mapping[str, int]
     """Descriptors that the operator gave this process for what the source sent none for, by name. They stay open."""
 
@@ -73,19 +83,25 @@ def checked(recipe: Recipe, table: CommandTable) -> Recipe:
     return Recipe(recipe.source, steps)
 
 
-def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapping[str, str]) -> Arriving:
+def arrive(
+    recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapping[str, str], *, live: bool = False
+) -> Arriving:
     """Check `recipe`, lay `overrides` over it, and say in what the machine here will differ from the source's.
 
     Args:
         overrides: commands that were checked for their form when they were given.
         allowed: name of a host resource -> the path that it has here, `fd:N` for a descriptor of this process, or
             nothing for the path that the recipe says.
+        live: whether the guest's RAM comes as it is, in a live update.
 
     Raises:
         RecipeInvalid: `recipe`, alone or with the overrides, is not that of a whole machine.
+        MigrationRefused: the overrides would have the guest find other RAM than its own.
     """
     source = checked(recipe, table)
     _require_no_numbers(source)
+    if live:
+        overrides = _without_same_ram(source, overrides, table)
     made = checked(_overridden(source, overrides), table)
     numbers = {name: int(where[3:]) for name, where in allowed.items() if where.startswith("fd:")}
     given = {
@@ -96,7 +112,35 @@ def arrive(recipe: Recipe, table: CommandTable, overrides: Recipe, allowed: Mapp
     }
     paths = {name: path for name, path in allowed.items() if name not in numbers}
     here = frozenset(paths) | frozenset(_opened(overrides)) - frozenset(numbers)
-    return Arriving(redirected(made, paths), compare(source, made), here, given)
+    return Arriving(redirected(made, paths), compare(source, made), here, private(made), given)
+
+
+def _without_same_ram(source: Recipe, overrides: Recipe, table: CommandTable) -> Recipe:
+    """Return `overrides` without what they say of the guest's RAM, which must be what `source` says."""
+    name = _definition(source).get("memory-backend")
+    other = _definition(overrides).get("memory-backend", name)
+    if other != name:
+        raise _other_ram(f"machine-set has memory-backend {other!r} here, and {name!r} at the source")
+    kept: list[Step] = []
+    for step in overrides:
+        if step.execute != "object-add" or name is None or step.arguments.get("id") != name:
+            kept.append(step)
+        elif not any(_complete(step, table) == _complete(theirs, table) for theirs in source):
+            raise _other_ram(f"object-add {name} is not the same here as at the source")
+    return Recipe(overrides.source, tuple(kept))
+
+
+def _definition(recipe: Recipe) -> Mapping[str, Any]:
+    return next((step.arguments for step in recipe if step.execute == "machine-set"), {})
+
+
+def _complete(step: Step, table: CommandTable) -> tuple[str, object]:
+    kind = table[step.execute].arguments
+    return step.execute, unstructure(structure(kind, step.arguments, step.execute)) if kind is not None else None
+
+
+def _other_ram(what: str) -> MigrationRefused:
+    return MigrationRefused(reason=f"{what}; in a live update the guest's RAM is the source's, so leave it out here")
 
 
 def _checked(source: str, where: str, step: Step, table: CommandTable) -> Step:

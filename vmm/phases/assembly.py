@@ -20,6 +20,7 @@ from vmm.phases.numa import NumaTable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vmm.backends.memory import MemoryBackend
     from vmm.capabilities import MayAdoptDescriptor, MayOpenHostFile
     from vmm.hw.boot.numa import Numa
     from vmm.hw.boot.plan import BootPlan
@@ -43,6 +44,8 @@ class Definition:
     tables: tuple[AcpiTable, ...]
     _fds: dict[str, int]
     plan: BootPlan | None = None
+    ram: MemoryBackend | None = None
+    """What its RAM is made of; None for a memfd of its own."""
     numa: NumaTable = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:

@@ -1,12 +1,13 @@
-"""Phase ``backends``: the guest's RAM, a shared memfd; in a live update the predecessor's own."""
+"""Phase ``backends``: the guest's RAM, shared memory of its back end; in a live update the predecessor's own."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, final
 
 import attrs
 
-from vmm import hostio
+from vmm import hostio, hostmem
 from vmm.capabilities import MayCreateBackend, MayOpenHostFile
 from vmm.kvm.memory import GuestMemory
 from vmm.phases.preconfig import run_preconfig
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
     from vmm.phases.accel import Accelerator
-    from vmm.phases.assembly import Precreated
+    from vmm.phases.assembly import Definition, Precreated
 
 
 @final
@@ -27,9 +28,18 @@ class BackendsGrants:
     open_host_file: MayOpenHostFile
 
 
-def make_ram(may: MayOpenHostFile, size: int) -> GuestMemory:
+def make_ram(may: MayOpenHostFile, definition: Definition) -> GuestMemory:
     """Create or claim the guest's RAM, and map it. Raises `VmmError`; then nothing stays open."""
-    return GuestMemory.from_memfd(may.obtain("ram", lambda: hostio.create_ram(size, "ram")), size)
+    size = definition.options.memory.size
+    if definition.ram is not None:
+        return GuestMemory.from_memfd(hostio.dup(definition.ram.fd), size)
+    fd = may.obtain("ram", lambda: hostio.create_ram(size, "ram"))
+    try:
+        hostmem.require_ram(fd, "ram", "memfd", size)
+    except BaseException:
+        os.close(fd)
+        raise
+    return GuestMemory.from_memfd(fd, size)
 
 
 async def run_backends(accel: Phase, made: Precreated, accelerator: Accelerator, memory: GuestMemory) -> None:

@@ -121,7 +121,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                     dismiss_job=mint(MayDismissJob, jobs),
                     cancel_migration=mint(MayCancelMigration, host.calling_off),
                     add_descriptor=mint(MayAddDescriptor, fdsets),
-                    create_backend=mint(MayCreateBackend, stores, only=frozenset({"chardev", "monitor"})),
+                    create_backend=mint(MayCreateBackend, stores, only=frozenset({"chardev", "monitor", "memory"})),
                     open_host_file=mint(MayOpenHostFile, host.files),
                 )
 

@@ -36,6 +36,11 @@ LATE_OBJECTS: Final = frozenset({"rng-builtin", "rng-random"})
 
 LATE_OBJECT: Final = "object-add of a back end of devices"
 
+MEMORY_OBJECTS: Final = frozenset({"memory-backend-file", "memory-backend-memfd"})
+"""Types of objects that RAM is made of: they come before the machine, and where one is awaited they are only noted."""
+
+MEMORY_OBJECT: Final = "object-add of memory"
+
 COMMANDS: Final = (
     Command("query-version", f"{_MONITOR}:query_version"),
     Command("query-commands", f"{_MONITOR}:query_commands"),
@@ -186,6 +191,7 @@ _ORDER: Final = (
     ("chardev-add", "object-add", "add-fd", "getfd"),
     ("migrate-set-capabilities", "migrate-set-parameters", "x-allow-difference", "x-allow-resource"),
     ("migrate-incoming",),
+    (MEMORY_OBJECT,),
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),
     (LATE_OBJECT,),
@@ -198,6 +204,8 @@ _ORDER: Final = (
 
 def rank(step: Step) -> int:
     """Return the place of a step in a recipe: by the phase that it belongs to. Others come last, as they stand."""
-    late = step.execute == "object-add" and step.arguments.get("qom-type") in LATE_OBJECTS
-    place = LATE_OBJECT if late else step.execute
+    place = step.execute
+    if place == "object-add":
+        kind = step.arguments.get("qom-type")
+        place = LATE_OBJECT if kind in LATE_OBJECTS else MEMORY_OBJECT if kind in MEMORY_OBJECTS else place
     return next((number for number, places in enumerate(_ORDER) if place in places), len(_ORDER))

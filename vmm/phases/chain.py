@@ -81,7 +81,7 @@ def chain() -> tuple[PhaseFacts, ...]:
     append: Final = "may-append-recipe"
     return (
         PhaseFacts(
-            "boot", "no-machine", BootGrants, scopes={"may-create-backend": ("chardev", "monitor")},
+            "boot", "no-machine", BootGrants, scopes={"may-create-backend": ("chardev", "memory", "monitor")},
             left_by="the end of the process",
         ),
         PhaseFacts(

@@ -12,7 +12,7 @@ from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFi
 from vmm.errors import BackendInUse, InvalidState, NameTaken, OptionInvalid
 from vmm.monitor.command import ForEach
 from vmm.monitor.ports import Caller
-from vmm.monitor.qapi import Union
+from vmm.monitor.qapi import Size, Union
 from vmm.phases.commands_backends import Id
 from vmm.phases.foundation import Host
 from vmm.phases.host_resources import NO_LOG
@@ -100,12 +100,51 @@ class Qtest(_Object):
     """A file for every line received and sent; `none` for no file."""
 
 
-ObjectAdd: TypeAlias = Annotated[MonitorQmp | MonitorWebsocket | Qtest | RngBuiltin | RngRandom, Union("qom-type")]
+@final
+@attrs.frozen(kw_only=True)
+class MemoryBackendMemfd(_Object):
+    """RAM of this process's own making, which a successor gets. Its size is sealed, so `seal` is on."""
+
+    qom_type: Literal["memory-backend-memfd"]
+    size: Size
+    """Bytes."""
+    hugetlb: bool = False
+    """Whether it is of huge pages, which are reserved at once."""
+    hugetlbsize: Size | None = None
+    """Bytes of a huge page; by default 2 MiB."""
+    prealloc: bool = False
+    """Whether all of it is allocated at once."""
+    seal: bool = True
+    share: bool = True
+    """On, always: so that a live update is possible."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MemoryBackendFile(_Object):
+    """RAM in a file, where it can stay while no process has it. One machine has it at a time."""
+
+    qom_type: Literal["memory-backend-file"]
+    size: Size
+    """Bytes."""
+    mem_path: str
+    """The file, which is made where there is none; in a directory, one without a name is made."""
+    prealloc: bool = False
+    share: bool = False
+    """Must be on: RAM is shared, always, so that a live update is possible."""
+
+
+ObjectAdd: TypeAlias = Annotated[
+    MemoryBackendFile | MemoryBackendMemfd | MonitorQmp | MonitorWebsocket | Qtest | RngBuiltin | RngRandom,
+    Union("qom-type"),
+]
 """Arguments of `object-add`, for the types there are."""
 
 BY_TYPE: Final = ForEach(
     "qom-type",
     {
+        "memory-backend-file": "memory",
+        "memory-backend-memfd": "memory",
         "monitor-qmp": "monitor",
         "monitor-websocket": "monitor",
         "qtest": "monitor",
@@ -113,13 +152,13 @@ BY_TYPE: Final = ForEach(
         "rng-random": "rng",
     },
 )
-"""Monitors, and qtest, are there from the beginning; back ends of devices come after the accelerator."""
+"""Monitors, qtest and memory are there from the beginning; back ends of devices come after the accelerator."""
 
 
 async def object_add(
     may: Annotated[MayCreateBackend, BY_TYPE], host: HostSource, query: MayQuery, args: ObjectAdd
 ) -> None:
-    """Make an object: a monitor, a qtest, or a back end for devices."""
+    """Make an object: a monitor, a qtest, a back end for devices, or one that RAM is made of."""
     machine = query.view(Host)
     _require_free(machine.stores, args.id)
     match args:
@@ -131,12 +170,14 @@ async def object_add(
             await _add_qtest(may, host, machine, args)
         case RngBuiltin() | RngRandom():
             await _add_rng(may, host, machine, args)
+        case MemoryBackendMemfd() | MemoryBackendFile():
+            await _add_memory(may, host, machine, args)
 
 
 def _require_free(stores: BootStores, name: str) -> None:
     if name in stores.monitors:
         raise NameTaken(what="Monitor", name=name)
-    if name in stores.rngs:
+    if name in stores.rngs or name in stores.memories:
         raise NameTaken(what="Object", name=name)
 
 
@@ -223,10 +264,26 @@ async def _add_rng(may: MayCreateBackend, host: HostSource, machine: Host, args:
     machine.recorder.record_options("object-add", args)
 
 
+async def _add_memory(
+    may: MayCreateBackend, host: HostSource, machine: Host, args: MemoryBackendMemfd | MemoryBackendFile
+) -> None:
+    from vmm.phases.memory_objects import open_memory  # Which a monitor alone does not need.
+
+    memory = await open_memory(host, args)
+    try:
+        await may.adopt("memory", args.id, memory)
+    except BaseException:
+        memory.close()
+        raise
+    machine.recorder.record_options("object-add", args)
+
+
 async def object_del(may: MayCreateBackend, caller: Caller, query: MayQuery, args: Id) -> None:
     """End an object that nothing uses. A session cannot end its own monitor."""
     machine = query.view(Host)
     if caller.name.startswith(f"{args.id}/"):
         raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")
-    await may.dismiss("rng" if args.id in machine.stores.rngs else "monitor", args.id)
+    stores = machine.stores
+    family = "rng" if args.id in stores.rngs else "memory" if args.id in stores.memories else "monitor"
+    await may.dismiss(family, args.id)
     machine.recorder.forget("object-add", "id", args.id)

@@ -53,6 +53,8 @@ class MachineOptions:
     name: str | None = None
     uuid: str | None = None
     memory: MemoryOptions = MemoryOptions()
+    memory_backend: str | None = attrs.field(default=None, metadata={"wire": "memory-backend"})
+    """Id of the object that the RAM is made of, of the same size; None for a memfd of its own."""
     smp: SmpOptions = SmpOptions()
     kernel: str | None = None
     """Path of a bzImage or an ELF file with a PVH note; `flat:PATH` for a flat binary; `builtin:NAME` for a guest

@@ -171,7 +171,7 @@ def _verdict(message: Message, port: IncomingPort) -> dict[str, Any]:
     names = [name for name in sent if isinstance(name, str)] if isinstance(sent, list) else []
     try:
         recipe = Recipe.from_json("of the source", message.body.get("recipe"))
-        port.consider(recipe, names, message.body.get("cpu"), message.body.get("sections"))
+        port.consider(recipe, names, message.body.get("cpu"), message.body.get("sections"), live=True)
         reason = ""
     except VmmError as error:
         reason = str(error)
@@ -186,7 +186,9 @@ def _arrival_of(
     run_state = message.body.get("run-state")
     if run_state_named(run_state) is None:
         raise RecipeInvalid(source=source.source, where="as a whole", reason=f"run state {run_state!r} is none")
-    arriving = port.consider(source, message.descriptors.keys(), message.body.get("cpu"), message.body.get("sections"))
+    arriving = port.consider(
+        source, message.descriptors.keys(), message.body.get("cpu"), message.body.get("sections"), live=True
+    )
     inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
     stderr = message.descriptors.pop(STDERR, -1)

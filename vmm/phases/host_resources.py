@@ -34,6 +34,8 @@ the path (empty where there is none). The others have no resource."""
 
 _OBJECTS: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "rng-random": ("object", "file", ("filename",)),
+    "memory-backend-file": ("object", "memory", ("mem-path",)),
+    "memory-backend-memfd": ("object", "memory", ()),
     "monitor-websocket": ("monitor", "", ()),
     "qtest": ("monitor", "log", ("log",)),
 }
@@ -52,6 +54,9 @@ class HostResource:
     """Name of its descriptor, if it has one alone."""
     needed: bool = True
     """Whether the machine cannot be without. The client of a socket may have hung up."""
+    private: bool = False
+    """Whether it is made here, of nothing that others could have: nobody need allow it. Where it goes over in a live
+    update it is claimed all the same."""
 
 
 def resources_of(step: Step) -> Iterator[HostResource]:
@@ -80,7 +85,8 @@ def resources_of(step: Step) -> Iterator[HostResource]:
             return
         prefix, last, path = _OBJECTS[arguments["qom-type"]]
         name = f"{prefix}/{arguments['id']}"
-        yield HostResource(name, path, f"{name}/{last}" if last else "")
+        private = arguments["qom-type"] == "memory-backend-memfd"
+        yield HostResource(name, path, f"{name}/{last}" if last else "", private=private)
 
 
 def socket_paths(recipe: Recipe) -> dict[str, str]:
@@ -113,8 +119,16 @@ def missing(recipe: Recipe, sent: Iterable[str], allowed: Iterable[str]) -> list
         resource.name
         for step in recipe
         for resource in resources_of(step)
-        if resource.needed and resource.name not in at_hand and not any(is_of(name, resource.name) for name in names)
+        if resource.needed
+        and not resource.private
+        and resource.name not in at_hand
+        and not any(is_of(name, resource.name) for name in names)
     ]
+
+
+def private(recipe: Recipe) -> frozenset[str]:
+    """Return the names of the resources of `recipe` that are made wherever it is carried out."""
+    return frozenset(resource.name for step in recipe for resource in resources_of(step) if resource.private)
 
 
 def redirected(recipe: Recipe, paths: Mapping[str, str]) -> Recipe:

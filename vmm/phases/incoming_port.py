@@ -180,12 +180,21 @@ class IncomingPort:
         """Let a machine that comes in have host resource `name`: at a path, as `fd:N`, or where its recipe says."""
         self.resources_here[name] = where
 
-    def consider(self, source: Recipe, sent: Collection[str], cpu: object = None, sections: object = None) -> Arriving:
+    def consider(
+        self,
+        source: Recipe,
+        sent: Collection[str],
+        cpu: object = None,
+        sections: object = None,
+        *,
+        live: bool = False,
+    ) -> Arriving:
         """Check a recipe that came, and what was `sent` with it; nothing is carried out yet.
 
         Args:
             cpu: what the source said of its processor (`vmm.phases.cpu_differences`); None where it said nothing.
             sections: what it said that it will send (`vmm.phases.section_kinds`); likewise.
+            live: whether it is a live update.
 
         Raises:
             VmmError: why it is not admitted.
@@ -196,7 +205,7 @@ class IncomingPort:
         host = self._host
         self.differences = ()
         here = {name: path for name, path in self.resources_here.items() if not any(is_of(s, name) for s in sent)}
-        arriving = arrive(source, host.table, host.overrides.recipe(), here)
+        arriving = arrive(source, host.table, host.overrides.recipe(), here, live=live)
         if cpu is not None:
             # By the source's own recipe: what an override changes is an item of its own.
             arriving = arriving.with_more(compare_cpus(cpu, source))

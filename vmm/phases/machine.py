@@ -131,8 +131,9 @@ class Machine:
 
     def descriptors(self) -> Mapping[str, int]:
         """Return the descriptors that a successor needs before the pause, by resource name."""
+        own = {"ram": self.memory.fd} if self.made.definition.ram is None else {}
         return {
-            "ram": self.memory.fd,
+            **own,
             **self.made.definition.descriptors(),
             **self.made.host.stores.standing_descriptors(),
         }

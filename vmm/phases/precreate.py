@@ -84,6 +84,8 @@ async def run_precreate(boot: Phase, host: Host) -> None:
                 for number, label in enumerate(options.serial, 1):
                     host.stores.take_chardev(label, f"COM{number}")
                     undo.callback(host.stores.free_chardev, label)
+                if options.memory_backend is not None:
+                    definition.ram = host.stores.take_memory(options.memory_backend, options.memory.size)
                 undo.pop_all()
             stack.callback(definition.close)
             host.start.identity.name, host.start.identity.uuid = options.name, options.uuid

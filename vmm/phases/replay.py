@@ -74,9 +74,10 @@ async def replay_incoming(host: Host, tree: Tree, recipe: Recipe) -> None:
 async def _take_back(host: Host, recipe: Recipe, renamed: Mapping[str, str]) -> None:
     """End what was made under the names in `recipe`, and give those names back to what had stepped aside for it."""
     stores, recorder = host.stores, host.recorder
-    # Monitors first: they use chardevs. Of the other objects there are none without a machine.
+    # Monitors first: they use chardevs. Of objects for devices there are none without a machine.
     for command, family, there in (
         ("object-add", "monitor", stores.monitors),
+        ("object-add", "memory", stores.memories),
         ("chardev-add", "chardev", stores.chardevs),
     ):
         for name in {str(step.arguments.get("id")) for step in recipe if step.execute == command} & there.keys():

@@ -1,4 +1,4 @@
-"""The back ends that phase boot runs: chardevs, monitors, and sources of random bytes."""
+"""The back ends that phase boot runs: chardevs, monitors, memory, and sources of random bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vmm.errors import (
     DescriptorsUnclaimed,
     DeviceNotFound,
     NameTaken,
+    OptionInvalid,
     StateRejected,
 )
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from vmm.backends.chardev import Chardev
+    from vmm.backends.memory import MemoryBackend
     from vmm.backends.rng import Rng
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
@@ -50,6 +52,16 @@ class HeldRng:
 
 
 @final
+@attrs.define(eq=False)
+class HeldMemory:
+    """A back end of RAM with its task, and whether it is the machine's RAM."""
+
+    memory: MemoryBackend
+    resident: Resident
+    in_use: bool = False
+
+
+@final
 @attrs.frozen
 class SectionOwner:
     """How a back end's state is saved and loaded; see `vmm.migration.registry`."""
@@ -71,6 +83,7 @@ class BootStores:
         self.chardevs: Final[dict[str, Held]] = {}
         self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend | QtestBackend, Resident]]] = {}
         self.rngs: Final[dict[str, HeldRng]] = {}
+        self.memories: Final[dict[str, HeldMemory]] = {}
         self._sent: frozenset[str] = frozenset()
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
@@ -80,7 +93,7 @@ class BootStores:
     async def adopt(self, family: str, name: str, backend: Any) -> None:
         """Start `backend` and register it. Raises `NameTaken` before anything was started."""
         stores: Mapping[str, Mapping[str, object]] = {
-            "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs,
+            "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs, "memory": self.memories,
         }  # fmt: skip
         if name in stores[family]:
             raise NameTaken(what=family.capitalize(), name=name)
@@ -89,6 +102,8 @@ class BootStores:
             self.chardevs[name] = Held(backend, resident)
         elif family == "rng":
             self.rngs[name] = HeldRng(backend, resident)
+        elif family == "memory":
+            self.memories[name] = HeldMemory(backend, resident)
         else:
             self.monitors[name] = (backend, resident)
 
@@ -106,16 +121,35 @@ class BootStores:
                 raise BackendInUse(what="Object", name=name, user=f"device {', '.join(source.users)}")
             del self.rngs[name]
             await source.resident.leave()
+        elif family == "memory":
+            memory = self.memories[name]
+            if memory.in_use:
+                raise BackendInUse(what="Object", name=name, user="the machine, whose RAM it is")
+            del self.memories[name]
+            await memory.resident.leave()
         else:
             await self._dismiss_monitor(name)
 
     async def _dismiss_monitor(self, name: str) -> None:
         if name not in self.monitors:
-            raise BackendNotFound(what="Object", name=name, known=_known({**self.monitors, **self.rngs}))
+            raise BackendNotFound(
+                what="Object", name=name, known=_known({**self.monitors, **self.rngs, **self.memories})
+            )
         monitor, resident = self.monitors.pop(name)
         await resident.leave()
         if monitor.chardev is not None:
             self.free_chardev(monitor.chardev)
+
+    def take_memory(self, name: str, size: int) -> MemoryBackend:
+        """Make back end `name` the machine's RAM, of `size` bytes. Raises `BackendNotFound`, `OptionInvalid`."""
+        if name not in self.memories:
+            raise BackendNotFound(what="Memory back end", name=name, known=_known(self.memories))
+        held = self.memories[name]
+        if held.memory.size != size:
+            wanted = f"the size of memory back end {name!r}, which is {held.memory.size}"
+            raise OptionInvalid(option="memory.size", value=size, wanted=wanted)
+        held.in_use = True
+        return held.memory
 
     def take_rng(self, name: str, user: str) -> Rng:
         """Let device `user` use a source of random bytes. Raises `DeviceNotFound`, as QEMU does."""
@@ -145,19 +179,21 @@ class BootStores:
         held.chardev.set_free()
 
     def step_aside(self, recipe: Recipe, suffix: str) -> dict[str, str]:
-        """Rename the chardevs and monitors that have a name which `recipe` gives to another; return old -> new."""
+        """Rename chardevs, monitors and memory whose names `recipe` gives to others; return old -> new."""
         wanted = {str(step.arguments.get("id")) for step in recipe if step.execute in ("chardev-add", "object-add")}
-        renamed = {name: f"{name}{suffix}" for name in wanted & (self.chardevs.keys() | self.monitors.keys())}
+        renamed = {name: f"{name}{suffix}" for name in wanted & {*self.chardevs, *self.monitors, *self.memories}}
         self.rename(renamed)
         return renamed
 
     def rename(self, renamed: Mapping[str, str]) -> None:
-        """Give the chardevs and monitors in `renamed` their new names."""
+        """Give the chardevs, monitors and memory in `renamed` their new names."""
         for label in renamed.keys() & self.chardevs.keys():
             held = self.chardevs[renamed[label]] = self.chardevs.pop(label)
             held.chardev.label = renamed[label]
         for name in renamed.keys() & self.monitors.keys():
             self.monitors[renamed[name]] = self.monitors.pop(name)
+        for name in renamed.keys() & self.memories.keys():
+            self.memories[renamed[name]] = self.memories.pop(name)
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(MONITOR):
                 name = held.user.removeprefix(MONITOR)
@@ -232,6 +268,11 @@ class BootStores:
             f"object/{name}/{suffix}": fd
             for name, held in self.rngs.items()
             for suffix, fd in held.rng.descriptors().items()
+        }
+        objects |= {
+            f"object/{name}/{suffix}": fd
+            for name, held in self.memories.items()
+            for suffix, fd in held.memory.descriptors().items()
         }
         return chardevs | monitors | objects
 

@@ -214,7 +214,7 @@ async def _receive(
         else:
             arriving = port.consider(source, ())
             wait.inheritance.add_copies(arriving.given)
-            wait.inheritance.open_here(arriving.here, {})
+            wait.inheritance.open_here(arriving.here | arriving.private, {})
             wait.replays = True
             wait.come(StreamArrival(flow, arriving.recipe, cpu))
             await replay_incoming(host, phase.tree, arriving.recipe)
