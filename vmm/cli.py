@@ -32,6 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
     update.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
     update.add_argument("--json", action="store_true", help="report as JSON")
+    save = commands.add_parser(
+        "save", help="save a running machine in a file, and end it", allow_abbrev=False,
+        description="Save a machine in a file, its RAM where it is if that is a file, and end it.",
+    )  # fmt: skip
+    save.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
+    save.add_argument("file", metavar="FILE", help="where to; readable by its owner alone")
+    resume = commands.add_parser(
+        "resume", help="go on with a machine that was saved", allow_abbrev=False,
+        description="Go on with the machine in FILE, with its monitors and chardevs; FILE is removed then.",
+    )  # fmt: skip
+    resume.add_argument("file", metavar="FILE", help="what save has written")
+    add_run_options(resume)
     demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
     demo.add_argument("--plain", action="store_true", help="no colours")
     options = parser.parse_args(arguments)
@@ -45,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.check:
                     return check_update(options.qmp, options.binary, as_json=options.json)
                 return update_machine(options.qmp, options.binary, as_json=options.json)
+            case "save":
+                from vmm.cli_save import save_machine
+
+                return save_machine(options.qmp, options.file)
+            case "resume":
+                from vmm.cli_save import resume_machine
+
+                return resume_machine(options.file, options)
             case "demo":
                 from vmm.cli_demo import run_demo
 

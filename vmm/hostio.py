@@ -456,6 +456,11 @@ def open_state_file(path: str, offset: int) -> int:
     return fd
 
 
+def open_directory(path: str) -> int:
+    """Open directory `path`, to put on disk what names are in it. Raises `HostFileRefused`."""
+    return _open("read", path, os.O_RDONLY | os.O_DIRECTORY)
+
+
 def open_saved_state(path: str, offset: int) -> int:
     """Open regular file `path` for reading, and stand at byte `offset`.
 

@@ -16,6 +16,7 @@ from vmm.phases.start import Start
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from vmm.cpr.limits import CprLimits
     from vmm.phases.config import GoOn
@@ -27,8 +28,12 @@ SWITCH_INTERVAL = 0.001
 larger part of a live update's pause."""
 
 
-def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
-    """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order."""
+def run_process(recipe: Recipe, options: argparse.Namespace, *, begun: Callable[[], None] | None = None) -> int:
+    """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order.
+
+    Args:
+        begun: called once all of `recipe` has been carried out.
+    """
     check_step(options.x_cpr_stop_at)
     sys.setswitchinterval(SWITCH_INTERVAL)
     after_preconfig: GoOn | None = None
@@ -48,6 +53,7 @@ def run_process(recipe: Recipe, options: argparse.Namespace) -> int:
         limits=limits,
         stderr=2 if sys.stderr is not None else None,
         autostart=not options.stopped,
+        begun=begun,
     )
     return trio.run(_run, start)
 

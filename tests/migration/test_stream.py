@@ -13,7 +13,7 @@ from tests.migration.sample_stream import COMMANDS, DIGEST, EXTENTS, MACHINE, SA
 from tests.migration.test_section_payload import STATES
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.stream import HEAD_SIZE, SECTIONS_LIMIT, SKIPPABLE, StreamReader, StreamWriter, encode_record
-from vmm.migration.stream_records import End, Header, RamExtents, Recipe, Section
+from vmm.migration.stream_records import End, Header, Home, RamExtents, RamInPlace, Recipe, Section
 
 if TYPE_CHECKING:
     from typing import Any
@@ -236,6 +236,23 @@ def test_an_unknown_record_that_can_be_skipped_is_skipped() -> None:
     records = split(SAMPLE)
     records.insert(3, (77, SKIPPABLE, b"new"))
     assert read(join(records))[:-1] == read(SAMPLE)[:-1]
+
+
+def test_what_stays_at_home_can_be_left_out_and_ram_in_place_cannot() -> None:
+    writer = StreamWriter("vm")
+    writer.home(COMMANDS)
+    writer.ram_in_place("m0", 4096, bytes(16))
+    found = read(b"".join(writer.finish()))
+    assert found[1:3] == [Home(COMMANDS), RamInPlace("m0", 4096, bytes(16))]
+
+
+def test_a_reader_that_does_not_know_them_leaves_out_the_one_and_refuses_the_other() -> None:
+    writer = StreamWriter("vm")
+    writer.take()
+    writer.home(COMMANDS)
+    writer.ram_in_place("m0", 4096, bytes(16))
+    heads = [bytes(buffer) for buffer in writer.take()][::2]
+    assert [int.from_bytes(head[2:4], "little") for head in heads] == [SKIPPABLE, 0]
 
 
 def test_a_known_record_may_be_marked_skippable() -> None:

@@ -14,8 +14,10 @@ from vmm.migration.stream_records import (
     SECTION_LIMIT,
     End,
     Header,
+    Home,
     RamContent,
     RamExtents,
+    RamInPlace,
     Recipe,
     Section,
     recipe_digest,
@@ -219,6 +221,39 @@ def test_malformed_content_is_refused(payload: bytes, text: str) -> None:
     with pytest.raises(Misshapen) as caught:
         RamContent.decode(payload)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("name", ["m", "é" * 127])
+def test_a_notice_of_ram_in_place_is_read_back(name: str) -> None:
+    record = RamInPlace(name, (1 << 64) - 1, bytes(range(16)))
+    assert RamInPlace.decode(record.payload()) == record
+    assert len(record.payload()) <= RamInPlace.LIMIT
+
+
+@pytest.mark.parametrize(
+    ("payload", "text"),
+    [
+        (b"", "no name of 1 to 255 bytes at its beginning"),
+        (b"\1m" + bytes(23), "23 bytes after the name, expected 24"),
+        (b"\1m" + bytes(25), "25 bytes after the name, expected 24"),
+    ],
+)
+def test_a_malformed_notice_of_ram_in_place_is_refused(payload: bytes, text: str) -> None:
+    with pytest.raises(Misshapen) as caught:
+        RamInPlace.decode(payload)
+    assert str(caught.value) == text
+
+
+def test_an_identity_of_another_size_is_a_bug() -> None:
+    with pytest.raises(ValueError, match="an identity has 16 bytes, not 3"):
+        RamInPlace("m", 4096, b"abc").payload()
+
+
+def test_what_stays_at_home_is_read_back_and_checked_as_a_recipe() -> None:
+    assert Home.decode(Home(COMMANDS).payload()) == Home(COMMANDS)
+    assert Home.decode(Home(()).payload()) == Home(())
+    with pytest.raises(Misshapen, match="no list of commands"):
+        Home.decode(b"{}")
 
 
 def test_an_end_has_one_size() -> None:

@@ -18,6 +18,7 @@ from vmm.migration.stream import HEAD_SIZE, StreamReader, StreamWriter
 from vmm.migration.stream_records import (
     End,
     Header,
+    Home,
     RamContent,
     RamExtents,
     Recipe,
@@ -135,6 +136,8 @@ def stream_of(records: list[Record]) -> bytes:
     for record in rest:
         if isinstance(record, RamContent):
             writer.ram_content(record)
+        elif isinstance(record, Home):
+            writer.home(record.commands)
         elif not isinstance(record, End):
             writer._add(record)
     return b"".join(writer.finish())

@@ -158,7 +158,8 @@ async def test_a_command_that_fails_leaves_no_job_and_no_setting(tmp_path: Path)
 
 WRONG: Final = [
     ({"capabilities": [*EVENTS, {"capability": "xbzrle", "state": True}]},
-     "Migration capability 'xbzrle' is not supported here; leave it off (those that can be on: events)"),
+     "Migration capability 'xbzrle' is not supported here; "
+     "leave it off (those that can be on: events, x-ignore-shared)"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 9, "cpu-throttle-tailslow": True}},
      "Migration parameter 'cpu-throttle-tailslow' is not supported here; leave it at its default, False"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 2_000_001}},

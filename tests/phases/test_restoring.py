@@ -9,6 +9,7 @@ import trio
 
 from tests.phases.copy_kit import at_path, goes_on, look, outcome, parts, ram, save, started, status, ticked
 from vmm.errors import DifferencesVisible, HostFileRefused, StreamCorrupt, VmmError
+from vmm.migration.inflow import Inflow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,15 +130,14 @@ async def test_a_file_that_changes_while_it_is_read_costs_the_guest_and_says_so(
 ) -> None:
     async with started() as machine:
         await saved_and_gone_on(machine, tmp_path / "state")
-        memory = parts(machine).memory
-        whole = memory.clear
+        rewind = Inflow.rewind
 
-        def clear() -> None:
+        def change(flow: Inflow) -> None:
             # Between the two readings.
-            whole()
             (tmp_path / "state").write_bytes(b"something else altogether")
+            rewind(flow)
 
-        monkeypatch.setattr(memory, "clear", clear)
+        monkeypatch.setattr(Inflow, "rewind", change)
         with pytest.raises(StreamCorrupt):
             await machine.execute("loadvm", name=str(tmp_path / "state"))
         found = await machine.execute("query-status")

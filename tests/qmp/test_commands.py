@@ -230,7 +230,8 @@ def precreate(directory: Path) -> list[Step]:
         wrong("migrate-set-capabilities", "'capabilities' is missing"),
         bad(
             "migrate-set-capabilities",
-            "Migration capability 'xbzrle' is not supported here; leave it off (those that can be on: events)",
+            "Migration capability 'xbzrle' is not supported here; "
+            "leave it off (those that can be on: events, x-ignore-shared)",
             capabilities=[{"capability": "events", "state": False}, {"capability": "xbzrle", "state": True}],
         ),
         good("query-migrate-capabilities", lambda v: {"capability": "events", "state": True} in v),

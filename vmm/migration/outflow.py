@@ -37,11 +37,19 @@ class Outflow:
         self._writer: StreamWriter | None = None
 
     async def announce(
-        self, name: str, recipe: Sequence[Mapping[str, Any]], processor: Mapping[str, StateValue]
+        self,
+        name: str,
+        recipe: Sequence[Mapping[str, Any]],
+        processor: Mapping[str, StateValue],
+        home: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Send what machine it is, and wait until the destination has made it. At once with a file.
 
         The guest may still run. There is no limit to the wait but a cancellation.
+
+        Args:
+            home: what of the machine is not the guest's. It goes into a file, to be had again from there, and nowhere
+                else.
 
         Raises:
             VmmError: the destination cannot have it, or is gone.
@@ -49,18 +57,25 @@ class Outflow:
         self._writer = StreamWriter(name, recipe_digest(recipe))
         self._writer.recipe(recipe)
         self._writer.section(PROCESSOR, PROCESSOR_VERSION, processor)
+        if self._channel is None:
+            self._writer.home(home)
         if self._channel is not None:
             head = self._writer.take()
             await self._in_thread(lambda bulk: bulk.write(head))
             await self._hear("ready")
 
     async def send(
-        self, sections: Iterable[Section], memory: GuestMemory, report: Callable[[MigrationRamStats], None]
+        self,
+        sections: Iterable[Section],
+        memory: GuestMemory,
+        report: Callable[[MigrationRamStats], None],
+        left: tuple[str, bytes] | None = None,
     ) -> None:
         """Send all the rest, in a thread. The guest stands. A file is on its disk when this returns.
 
         Args:
             report: called from the thread with how far it is.
+            left: name of the back end in whose file RAM is left, and the identity that it is marked with.
 
         Raises:
             VmmError: it did not get there.
@@ -72,6 +87,14 @@ class Outflow:
 
         def work(bulk: Bulk) -> None:
             ram = RamReader(memory)
+            if left is not None:
+                name, identity = left
+                memory.stay(identity)
+                writer.ram_in_place(name, memory.size, identity)
+                bulk.write(writer.finish())
+                report(ram.statistics_in_place(bulk.bytes))
+                _sync(self._fd)
+                return
             writer.ram_extents(ram.extents, in_stream=True)
             report(ram.statistics(0))
             bulk.write(writer.take())

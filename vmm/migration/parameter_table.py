@@ -122,7 +122,7 @@ PARAMETERS: Final = (
 )
 """In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`."""
 
-SUPPORTED_MODES: Final = ("normal", "cpr-transfer")
+SUPPORTED_MODES: Final = ("normal", "cpr-reboot", "cpr-transfer")
 
 
 @final

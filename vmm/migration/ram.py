@@ -8,16 +8,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, final
 
-from vmm.errors import StreamCorrupt
+import attrs
+
+from vmm.errors import MigrationRefused, StreamCorrupt
 from vmm.migration.status import MigrationRamStats
 from vmm.migration.stream_records import CONTENT_SIZE, PAGE_SIZE, RamContent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from vmm.capabilities import MayWriteGuestMemory
-    from vmm.kvm.memory import GuestMemory, Region
-    from vmm.migration.stream_records import RamExtents
+    from vmm.kvm.memory import GuestMemory
+    from vmm.migration.stream_records import RamExtents, RamInPlace
 
 
 @final
@@ -54,6 +56,11 @@ class RamReader:
     def _size_below(self, address: int) -> int:
         return sum(min(size, max(0, address - start)) for start, size in self.extents)
 
+    def statistics_in_place(self, transferred: int) -> MigrationRamStats:
+        """Return the same for RAM that stays where it is, now that all else is written."""
+        self._passed = self._memory.size
+        return attrs.evolve(self.statistics(transferred), duplicate=0)
+
     def statistics(self, transferred: int) -> MigrationRamStats:
         """Return what `query-migrate` shows. `transferred`: bytes on the channel so far, not those of RAM alone."""
         seconds = max(time.monotonic() - self._begun, 1e-6)
@@ -76,13 +83,15 @@ class RamReader:
 
 @final
 class RamWriter:
-    """A guest's RAM on its way in. It is all zero at first."""
+    """A guest's RAM on its way in: made zero, and then written as it comes; or found where it was left."""
 
-    def __init__(self, may: MayWriteGuestMemory | None, regions: Iterable[Region]) -> None:
+    def __init__(self, may: MayWriteGuestMemory | None, memory: GuestMemory) -> None:
         """With None, content is only looked at."""
         self._may = may
-        self._expected: Final = tuple((region.address, region.size) for region in regions)
+        self._memory = memory
+        self._expected: Final = tuple((region.address, region.size) for region in memory.regions)
         self._listed: list[tuple[int, int]] = []
+        self._in_place = False
 
     def list_extents(self, record: RamExtents) -> None:
         """Check extents before any content comes. Raises `StreamCorrupt` unless they are this machine's RAM."""
@@ -93,7 +102,26 @@ class RamWriter:
                 raise StreamCorrupt(
                     reason=f"its RAM is {_describe(record.extents)}, this machine has {_describe(self._expected)}"
                 )
+        if self._may is not None and not self._listed and not self._in_place:
+            # The stream has nothing of what is zero there. Here a client of qtest, or one before, may have written.
+            self._may.clear()
         self._listed += record.extents
+
+    def find_in_place(self, record: RamInPlace) -> None:
+        """Check that RAM is where it was left, and as it was.
+
+        Raises:
+            MigrationRefused: the RAM here is not that of the state, or no longer.
+        """
+        memory, found = self._memory, self._memory.stays_for()
+        if (record.size, record.identity) != (memory.size, found):
+            why = "was left for another state" if found else "is in use, was used since, or is not the file"
+            raise MigrationRefused(
+                reason=f"The guest's RAM was left in the file of back end {record.name!r}, {record.size} bytes. What "
+                f"this machine has for RAM, {memory.path}, {memory.size} bytes, {why}; a state can go on only once, "
+                "with the file as the save left it"
+            )
+        self._in_place = True
 
     def store(self, record: RamContent) -> None:
         """Put content in place. Its reader has checked that it lies in the extents. Raises `HostFileRefused`."""
@@ -104,7 +132,7 @@ class RamWriter:
 
     def require_complete(self) -> None:
         """Raise `StreamCorrupt` unless all of RAM was among the extents."""
-        if tuple(self._listed) != self._expected:
+        if tuple(self._listed) != (() if self._in_place else self._expected):
             raise StreamCorrupt(
                 reason=f"its RAM is {_describe(self._listed)}, this machine has {_describe(self._expected)}"
             )

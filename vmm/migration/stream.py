@@ -28,7 +28,7 @@ from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import End, Header, RamContent, RamExtents, Recipe, Section
+from vmm.migration.stream_records import End, Header, Home, RamContent, RamExtents, RamInPlace, Recipe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -50,7 +50,9 @@ _HEAD: Final = struct.Struct("<HHIII")
 _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
 
-_KINDS: Final[tuple[type[Record], ...]] = (Header, Recipe, Section, RamExtents, RamContent, End)
+_KINDS: Final[tuple[type[Record], ...]] = (
+    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, Home, End,
+)  # fmt: skip
 _HEADER_NUMBER: Final = 0
 _RECIPE_NUMBER: Final = 1
 
@@ -101,6 +103,14 @@ class StreamWriter:
         """Add (guest-physical address, bytes) of RAM whose content belongs to this state, and where that is."""
         self._add(RamExtents(tuple(extents), in_stream))
 
+    def ram_in_place(self, name: str, size: int, identity: bytes) -> None:
+        """Say that all of RAM, `size` bytes, has been left in the file of back end `name`, which is marked so."""
+        self._add(RamInPlace(name, size, identity))
+
+    def home(self, commands: Iterable[Mapping[str, Any]]) -> None:
+        """Add what a reader in another place leaves out. Raises `MigrationRefused` where it does not fit."""
+        self._add(Home(tuple(commands)), SKIPPABLE)
+
     def ram_content(self, content: RamContent) -> None:
         """Add content of RAM that lies in the extents before it and after all content before it.
 
@@ -126,10 +136,10 @@ class StreamWriter:
         self._finished = True
         return self.take()
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record, flags: int = 0) -> None:
         if self._finished:
             raise ValueError("the stream has its end record already")
-        head, payload = encode_record(record.TYPE, self._number, record.payload())
+        head, payload = encode_record(record.TYPE, self._number, record.payload(), flags)
         self._buffers += head, payload
         self._count(head)
 

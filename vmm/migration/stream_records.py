@@ -33,7 +33,10 @@ PROCESSOR_VERSION: Final = 1
 _SECTION_FIXED: Final = struct.Struct("<II")  # version, bytes of JSON
 _EXTENT: Final = struct.Struct("<QQ")  # guest-physical address, bytes
 _WHERE: Final = struct.Struct("<I")
+_IN_PLACE: Final = struct.Struct("<Q16s")  # bytes, identity
 _END: Final = struct.Struct("<II")  # records before this one, checksum over their headers
+
+IDENTITY_SIZE: Final = 16  # bytes
 
 _IN_SHARED_MEMORY: Final = 0
 _IN_STREAM: Final = 1
@@ -254,6 +257,62 @@ def _extents(table: memoryview) -> tuple[tuple[int, int], ...]:
 
 @final
 @attrs.frozen
+class RamInPlace:
+    """All of the guest's RAM is in a file of its host, where it was left."""
+
+    TYPE: ClassVar[int] = 6
+    NOUN: ClassVar[str] = "notice of RAM in place"
+    LIMIT: ClassVar[int] = 1 + NAME_LIMIT + _IN_PLACE.size
+
+    name: str
+    """What its back end is called."""
+    size: int
+    """Bytes."""
+    identity: bytes
+    """With which the file is marked, `IDENTITY_SIZE` bytes: of this save and no other."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for an identity that is none."""
+        if len(self.identity) != IDENTITY_SIZE:
+            raise ValueError(f"an identity has {IDENTITY_SIZE} bytes, not {len(self.identity)}")
+        return _pack_name(self.name) + _IN_PLACE.pack(self.size, self.identity)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamInPlace:
+        """Undo `payload`, or raise `Misshapen`."""
+        name, at = _unpack_name(payload)
+        if len(payload) != at + _IN_PLACE.size:
+            raise Misshapen(f"{len(payload) - at} bytes after the name, expected {_IN_PLACE.size}")
+        return cls(name, *_IN_PLACE.unpack_from(payload, at))
+
+
+@final
+@attrs.frozen
+class Home:
+    """The commands that belong to the machine where it was and not to its guest: those of its monitors.
+
+    Whoever goes on with the machine in the same place has them again. Others leave the record out.
+    """
+
+    TYPE: ClassVar[int] = 7
+    NOUN: ClassVar[str] = "list of what stays at home"
+    LIMIT: ClassVar[int] = RECIPE_LIMIT
+
+    commands: tuple[Mapping[str, Any], ...]
+    """As in `Recipe`."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `MigrationRefused` where it does not fit."""
+        return Recipe(self.commands).payload()
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Home:
+        """Undo `payload`, or raise `Misshapen`."""
+        return cls(Recipe.decode(payload).commands)
+
+
+@final
+@attrs.frozen
 class End:
     """The last record. Nothing follows it."""
 
@@ -278,7 +337,7 @@ class End:
         return cls(*_END.unpack(payload))
 
 
-Record: TypeAlias = Header | Recipe | Section | RamExtents | RamContent | End
+Record: TypeAlias = Header | Recipe | Section | RamExtents | RamContent | RamInPlace | Home | End
 
 
 def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:

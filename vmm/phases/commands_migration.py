@@ -110,8 +110,9 @@ def migrate(
 ) -> Awaitable[None]:
     """Move the guest to the process behind `uri` or `channels`, or save it in a file. Replies once that has begun.
 
-    Parameter `mode` says how: `normal` copies it, which stands meanwhile; `cpr-transfer` hands it over on this host,
-    and needs a channel of type cpr beside the main one. A `file:` takes may-open-host-file besides.
+    Parameter `mode` says how: `normal` and `cpr-reboot` copy it, which stands meanwhile, and leave RAM where it is with
+    x-ignore-shared, a file of RAM and a `file:` to save in; `cpr-transfer` hands it over on this host, and needs a
+    channel of type cpr beside the main one. A `file:` takes may-open-host-file besides.
     """
     if args.resume:
         raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
@@ -119,13 +120,15 @@ def migrate(
     state, wishes = query.view(MigrationState), args.wishes("migrate", cap, param)
     state.check(wishes)
     mode = wishes.parameters.get("mode", state.parameters.mode)
-    if mode == "normal":
+    if mode in ("normal", "cpr-reboot"):
         if channels.cpr is not None:
             reason = "migrate: a channel of type 'cpr' is for mode cpr-transfer; set parameter 'mode', or leave it out"
             raise MigrationRefused(reason=reason)
         return may.start(_copy_plan(channels.main, wishes, host, caller))
     if mode != "cpr-transfer":
-        raise Unsupported(what="Migration mode", name=mode, instead="parameter 'mode' can be normal or cpr-transfer")
+        raise Unsupported(
+            what="Migration mode", name=mode, instead="parameter 'mode' can be normal, cpr-reboot or cpr-transfer"
+        )
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
     require_sockets(channels, "migrate")

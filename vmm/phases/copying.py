@@ -6,6 +6,7 @@ the two sides agree by words which of the two runs (`vmm.migration.words`).
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -13,12 +14,12 @@ import attrs
 import trio
 
 from vmm.capabilities import MayCancelMigration, MaySaveState
-from vmm.errors import MigrationPeerGone, VmmError, leaves
+from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import FileAddress
 from vmm.migration.connect import close_descriptors, connect
 from vmm.migration.outflow import Outflow
 from vmm.migration.status import MigrationStatus
-from vmm.migration.stream_records import Section
+from vmm.migration.stream_records import IDENTITY_SIZE, Section
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.migration_state import NO_WISHES, Wishes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vmm.capabilities import Mint
+    from vmm.kvm.memory import GuestMemory
     from vmm.migration.address import ChannelAddress
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Turn
@@ -92,6 +94,8 @@ class _Copy:
     flow: Outflow
     progress: MigrationProgress
     canceller: _Canceller
+    left: tuple[str, bytes] | None
+    """Where RAM stays, and what marks it; None where it is copied."""
 
 
 @final
@@ -101,6 +105,7 @@ class Gone:
 
     pause: Pause
     progress: MigrationProgress
+    memory: GuestMemory
 
 
 def travelling(recipe: Recipe) -> Recipe:
@@ -115,6 +120,12 @@ def travelling(recipe: Recipe) -> Recipe:
             if step not in monitors and not (step.execute == "chardev-add" and step.arguments.get("id") in chardevs)
         ),
     )
+
+
+def staying(recipe: Recipe) -> Recipe:
+    """Return the rest."""
+    goes = travelling(recipe).steps
+    return attrs.evolve(recipe, steps=tuple(step for step in recipe if step not in goes))
 
 
 def _is_monitor(arguments: Mapping[str, Any]) -> bool:
@@ -132,6 +143,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     pause: Pause | None = None
     failure: VmmError | None = None
     canceller = _Canceller()
+    left = _left_in_place(run, plan)
     with closing(await plan.open()) as flow:
         async with running.child("migrating") as phase:
 
@@ -146,12 +158,12 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
                         await _announce(run, flow)
-                        pause = await _copy(phase, run, _Copy(flow, progress, canceller))
+                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if pause is not None:
-        return Gone(pause, progress)
+        return Gone(pause, progress, run.machine.memory)
     if failure is not None:
         migration.failed(progress, str(failure))
     elif canceller.scope.cancelled_caught:
@@ -198,6 +210,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
         finally:
             progress.pause_ends()
             if run.here:
+                _take_back_ram(run)
                 machine.wake()
                 if ran:
                     run.start_nowait()
@@ -206,12 +219,34 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
     return pause
 
 
+def _left_in_place(run: Run, plan: CopyPlan) -> tuple[str, bytes] | None:
+    """Return where RAM stays, with a new identity. Raises `MigrationRefused` where it cannot, and was to."""
+    machine = run.machine
+    if not machine.made.migration.capabilities["x-ignore-shared"] or not machine.memory.can_stay:
+        return None
+    if not isinstance(plan.address, FileAddress):
+        raise MigrationRefused(
+            reason="migrate: with x-ignore-shared the guest's RAM stays in its file, which this process has locked as "
+            "long as it is there: save the guest in a file:, hand it over by cpr-transfer, or turn x-ignore-shared off"
+        )
+    return str(machine.made.definition.options.memory_backend), os.urandom(IDENTITY_SIZE)
+
+
+def _take_back_ram(run: Run) -> None:
+    try:
+        run.machine.memory.begin_use()
+    except VmmError as error:
+        # Worse than nothing is a guest that stands for it: what was saved is not complete, and cannot be loaded.
+        run.machine.made.host.complain(f"{error}; what was saved of the guest must not be used")
+
+
 async def _announce(run: Run, flow: Outflow) -> None:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
     host = run.machine.made.host
-    recipe = travelling(host.recorder.recipe()).ordered(rank).to_json()
-    await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu))
+    made = host.recorder.recipe().ordered(rank)
+    recipe, home = travelling(made).to_json(), staying(made).to_json()
+    await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), home)
 
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
@@ -222,7 +257,7 @@ async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
         # From the thread that sends; whole, so that the loop sees all of it or nothing.
         progress.ram = statistics
 
-    await copy.flow.send(sections, may.ram(), report)
+    await copy.flow.send(sections, may.ram(), report, copy.left)
     progress.advance(MigrationStatus.DEVICE)
     with trio.move_on_after(_ANSWERING) as patience:
         await copy.flow.wait_loaded()

@@ -126,6 +126,7 @@ async def run_devices(
                     comes_in = decision.to_incoming or made.incoming.streams.wait is not None
                     decision = attrs.evolve(decision, to_incoming=comes_in)
                     if window.grants.write_guest_memory is not None and not comes_in:
+                        memory.begin_use()
                         machine.power_on(window.grants.write_guest_memory)
                     host.recorder.record("finish-machine-init", {})
                     return decision

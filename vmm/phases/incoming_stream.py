@@ -1,7 +1,8 @@
 """Phase ``incoming`` for a guest that is copied: its state and its RAM are loaded into a machine that has not run.
 
 All of the stream is checked before any of its state is put in force. RAM is the exception: it is made zero first,
-written as it comes, and made zero again if the stream is refused.
+written as it comes, and made zero again if the stream is refused. RAM that was left in its file is neither: it is as it
+was until the state is in force.
 """
 
 from __future__ import annotations
@@ -149,7 +150,8 @@ async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -
     if wait.exit_on_error:
         raise failure
     assert grants.write_guest_memory is not None, "minted above"
-    grants.write_guest_memory.clear()
+    if machine.memory.stays_for() is None:
+        grants.write_guest_memory.clear()
     wait.fail(failure)
     if not wait.is_asked_for:
         made.host.complain(str(failure))
@@ -162,13 +164,13 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
-    # The stream has nothing of what is zero there. Here a client of qtest, or an attempt before, may have written.
-    grants.write_guest_memory.clear()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory)
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
     machine.processors.let_time_stand(arrival.flow.from_file)
     grants.load_state.check(sections).apply()
+    # From here on it is this machine's, and no other can go on with the same state.
+    machine.memory.begin_use()
     await arrival.flow.confirm()
     return pause

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
-from vmm.migration.stream_records import RamContent, RamExtents, Section
+from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, Section
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ async def read_state(
     Raises:
         VmmError: it is damaged, cut off, or of no such machine.
     """
-    ram = RamWriter(may_write, machine.memory.regions)
+    ram = RamWriter(may_write, machine.memory)
     sections: list[Section] = []
 
     def take(record: Record) -> bool:
@@ -40,6 +40,8 @@ async def read_state(
                 ram.list_extents(record)
             case RamContent():
                 ram.store(record)
+            case RamInPlace():
+                ram.find_in_place(record)
         return False
 
     await flow.read(take)

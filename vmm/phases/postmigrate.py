@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
     from vmm.phases.copying import Gone
-    from vmm.phases.quiesced import Pause
 
 
 @final
@@ -38,18 +37,25 @@ class PostmigrateGrants:
 class _Resumption:
     """The facet of `may-resume-here`."""
 
-    def __init__(self, inbox: Inbox[None], left: Pause) -> None:
+    def __init__(self, inbox: Inbox[None], left: Gone) -> None:
         self._inbox = inbox
         self._left = left
 
     def decide(self, _decision: object) -> Awaitable[None]:
-        """Post the wish. Raises `InvalidState` for a guest that had failed before it was copied."""
-        if self._left.run_state in NEEDS_RESET:
+        """Post the wish. No saved state can go on then with RAM that was left in its file.
+
+        Raises:
+            InvalidState: the guest had failed before it was copied.
+            HostFileRefused: its RAM cannot be taken back.
+        """
+        pause = self._left.pause
+        if pause.run_state in NEEDS_RESET:
             raise InvalidState(
                 what="cont",
-                state=f"for a guest that went in run state {self._left.run_state}: {self._left.failure}",
+                state=f"for a guest that went in run state {pause.run_state}: {pause.failure}",
                 instead="system_reset where it went",
             )
+        self._left.memory.begin_use()
         return self._inbox.post(None, until="running")
 
 
@@ -63,7 +69,7 @@ async def run_postmigrate(running: Phase, left: Gone | None) -> None:
 
         def grants(mint: Mint) -> PostmigrateGrants:
             return PostmigrateGrants(
-                resume_here=mint(MayResumeHere, _Resumption(inbox, left.pause)) if left is not None else None
+                resume_here=mint(MayResumeHere, _Resumption(inbox, left)) if left is not None else None
             )
 
         async with phase.window(grants):

@@ -46,6 +46,8 @@ SUCCESSOR: Final = Replayer("the incoming recipe", REPLAY, by_number=False)
 async def replay_start(host: Host, tree: Tree) -> None:
     """Replay the start recipe; the tree has been told that this is what it begins with."""
     await _replay(host, host.start.recipe, REPLAYER)
+    if host.start.begun is not None:
+        host.start.begun()
     tree.begun()
 
 

@@ -106,7 +106,6 @@ async def _replace(run: Run, flow: Inflow, grants: RestoringGrants) -> None:
     lost = "its state was being replaced, and is neither the old nor the new one"
     pause: Pause | None = None
     try:
-        grants.write_guest_memory.clear()
         await flow.read_head()
         pause, sections = await read_state(flow, machine, grants.write_guest_memory)
         machine.processors.let_time_stand(True)

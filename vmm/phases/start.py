@@ -53,6 +53,8 @@ class Start:
     it is not the machine's alone, as in an embedding program."""
     autostart: bool = True
     """Whether a guest that comes in, and ran where it was, runs here at once (`-S`: not before `cont`)."""
+    begun: Callable[[], None] | None = None
+    """Called once the recipe has been carried out."""
     version: Version = VERSION
     complain: Callable[[str], None] = _complain_on_stderr
     """Takes a sentence for the operator: something went wrong that the machine survives."""

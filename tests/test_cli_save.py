@@ -1,0 +1,442 @@
+"""`trio-vmm save` and `trio-vmm resume`: over an end of the process, with all that the machine had."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from tests.phases.machine import Running, connected, machine, monitor, parse
+from tests.phases.update_kit import GUEST
+from vmm import hostio
+from vmm.cli_save import Interruption, SavedStateRefused, SaveFailed, SaveInterrupted, SaveUnclear, resumed, save
+from vmm.errors import HostFileRefused, OptionInvalid, VmmError
+from vmm.guests.heartbeat import HeartbeatReader
+from vmm.migration.outflow import Outflow
+from vmm.migration.stream import StreamReader
+from vmm.migration.stream_records import RamContent, RamInPlace
+from vmm.phases.catalog import rank
+from vmm.phases.machine import Machine
+from vmm.phases.start import Start
+from vmm.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from vmm.qmp_client import QmpClient
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+SIZE: Final = 16 << 20
+HANGS: Final = 30.0
+
+
+def steps(folder: Path, *, file: bool, serial: bool = False) -> tuple[Step, ...]:
+    """Return a machine's recipe, its RAM in a file or not, its serial port too."""
+    made: list[Step] = []
+    options: dict[str, Any] = {"memory": {"size": SIZE}, "kernel": "builtin:heartbeat", "append": "region=64K"}
+    if file:
+        backend = {"qom-type": "memory-backend-file", "id": "m0", "size": SIZE, "share": True}
+        made.append(Step("object-add", {**backend, "mem-path": str(folder / "ram")}))
+        options["memory-backend"] = "m0"
+    if serial:
+        made.append(
+            Step("chardev-add", {"id": "s0", "backend": {"type": "file", "data": {"out": str(folder / "ser")}}})
+        )
+        options["serial"] = ["s0"]
+    more = [Step(name) for name in ("accel-set", "cpu-model-set", "finish-machine-init", "cont")]
+    return (*monitor(folder / "qmp"), *made, Step("machine-set", options), *more)
+
+
+@asynccontextmanager
+async def begun(recipe: Recipe, path: Path, *, autostart: bool = True) -> AsyncGenerator[Running, None]:
+    """Run `recipe`, whose last command has been carried out."""
+    done = trio.Event()
+    start = Start(recipe.ordered(rank), begun=done.set, autostart=autostart)
+    async with machine(start, path) as running:
+        with trio.fail_after(HANGS):
+            await done.wait()
+        yield running
+
+
+@asynccontextmanager
+async def original(folder: Path, *, file: bool = True, serial: bool = False) -> AsyncGenerator[Running, None]:
+    async with begun(Recipe("of this test", steps(folder, file=file, serial=serial)), folder / "qmp") as running:
+        await ticked(running, 5)
+        yield running
+
+
+@asynccontextmanager
+async def again(folder: Path, *options: str) -> AsyncGenerator[Running, None]:
+    recipe = resumed(str(folder / "saved"), parse(*options))
+    async with begun(recipe, folder / "qmp", autostart="-S" not in options) as running:
+        yield running
+
+
+def ticks(running: Running) -> int:
+    report = HeartbeatReader(running.tree.view(Machine).memory.read).look()
+    return 0 if report is None else report.ticks
+
+
+async def ticked(running: Running, count: int) -> None:
+    reader = HeartbeatReader(running.tree.view(Machine).memory.read)
+    with trio.fail_after(HANGS):
+        while (report := reader.look()) is None or report.ticks < count:  # noqa: ASYNC110 - a guest does not tell
+            await trio.sleep(0.005)
+    assert report.intact, str(report)
+
+
+async def saved(folder: Path, *, file: bool = True, serial: bool = False) -> int:
+    """Save a machine in `folder`, which ends it; return how often its guest had ticked."""
+    async with original(folder, file=file, serial=serial) as running:
+        memory = running.tree.view(Machine).memory
+        reader = HeartbeatReader(memory.read)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(save, str(folder / "qmp"), folder / "saved", Interruption())
+            with trio.fail_after(HANGS):
+                await running.ended.wait()
+        assert running.status == 0
+        del reader
+    return 5
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+async def status(client: QmpClient) -> str:
+    return str((await client.execute("query-status"))["status"])
+
+
+# --- there and back ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [True, False], ids=["in place", "copied"])
+async def test_a_machine_goes_on_with_its_monitors_and_chardevs_at_their_paths(file: bool, tmp_path: Path) -> None:
+    await saved(tmp_path, file=file, serial=True)
+    assert files(tmp_path) == sorted(["saved", "ser", *(["ram"] if file else [])])
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
+    records = StreamReader().feed((tmp_path / "saved").read_bytes())
+    assert any(isinstance(record, RamInPlace) for record in records) is file
+    assert any(isinstance(record, RamContent) for record in records) is not file
+    said = (tmp_path / "ser").read_bytes()
+    async with again(tmp_path) as running, connected(tmp_path / "qmp") as client:
+        assert await status(client) == "running"
+        await ticked(running, 10)
+        assert [step.execute for step in running.host.recorder.recipe()].count("object-add") == 1 + file
+        # What the serial port had written is still there.
+        assert (tmp_path / "ser").read_bytes().startswith(said)
+
+
+async def test_what_was_saved_says_where_its_ram_is(tmp_path: Path) -> None:
+    async with original(tmp_path):
+        assert await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption()) == "its RAM where it was"
+
+
+async def test_with_s_it_stands_until_it_is_told_to_run(tmp_path: Path) -> None:
+    await saved(tmp_path)
+    async with again(tmp_path, "-S") as running, connected(tmp_path / "qmp") as client:
+        assert await status(client) == "paused"
+        before = ticks(running)
+        await client.execute("cont")
+        await ticked(running, before + 5)
+
+
+async def test_what_the_options_say_besides_is_there_too_and_what_they_say_again_instead(tmp_path: Path) -> None:
+    await saved(tmp_path, serial=True)
+    more = ("-qmp", f"unix:{tmp_path}/more", "-chardev", f"file,id=s0,path={tmp_path}/other")
+    async with again(tmp_path, *more) as running:
+        for path in ("qmp", "more"):
+            async with connected(tmp_path / path) as client:
+                assert await status(client) == "running"
+        await ticked(running, 10)
+        with trio.fail_after(HANGS):
+            while not (tmp_path / "other").read_bytes():  # noqa: ASYNC110 - a file does not tell
+                await trio.sleep(0.005)
+
+
+async def test_a_clock_tells_the_time_of_the_day_on_which_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await saved(tmp_path)
+    now, days = time.time_ns, 3
+    monkeypatch.setattr(time, "time_ns", lambda: now() + days * 86_400_000_000_000)
+    async with again(tmp_path) as running:
+        await ticked(running, 10)
+        access = running.tree.view(Machine).access
+        register = {"seconds": 0, "minutes": 2, "hours": 4, "day": 7, "month": 8, "year": 9}
+        before, found = None, dict[str, int]()
+        while before != (now_is := time.gmtime(time.time_ns() // 1_000_000_000)):  # a second may end in between
+            before = now_is
+            for name, number in register.items():
+                access.write_port(0x70, 1, number)
+                found[name] = access.read_port(0x71, 1)
+        told = {name: (value >> 4) * 10 + (value & 0xF) for name, value in found.items()}
+        assert told == {
+            "seconds": before.tm_sec, "minutes": before.tm_min, "hours": before.tm_hour, "day": before.tm_mday,
+            "month": before.tm_mon, "year": before.tm_year % 100,
+        }  # fmt: skip
+
+
+async def test_it_can_be_saved_again(tmp_path: Path) -> None:
+    await saved(tmp_path)
+    async with again(tmp_path) as running:
+        await ticked(running, 10)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(save, str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+            with trio.fail_after(HANGS):
+                await running.ended.wait()
+    async with again(tmp_path) as running:
+        await ticked(running, 15)
+
+
+# --- what keeps it from being saved ------------------------------------------------------------------------------
+
+
+async def fails(folder: Path, kind: type[VmmError], running: Running, interruption: Interruption | None = None) -> str:
+    """Expect that a save does not come about, that the guest goes on, and that nothing is left of the save."""
+    before = files(folder)
+    with pytest.raises(kind) as caught:
+        await save(str(folder / "qmp"), folder / "saved", interruption or Interruption())
+    assert files(folder) == before
+    assert not running.ended.is_set()
+    async with connected(folder / "qmp") as client:
+        assert await status(client) == "running"
+        assert not any(entry["state"] for entry in await client.execute("query-migrate-capabilities"))
+        assert (await client.execute("query-migrate-parameters"))["mode"] == "normal"
+    await ticked(running, ticks(running) + 5)
+    return str(caught.value)
+
+
+async def test_a_disk_that_is_full_leaves_the_guest_running_and_no_file(tmp_path: Path) -> None:
+    async with original(tmp_path, file=False) as running:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+        try:
+            text = await fails(tmp_path, SaveFailed, running)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert text == (
+        f"The machine was not saved, and goes on: Cannot write {tmp_path}/.saved.trio-vmm-part: File too large"
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+async def test_an_interrupt_calls_it_off(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interruption = Interruption()
+    send = Outflow.send
+
+    async def interrupt_first(self: Outflow, *arguments: Any) -> None:
+        interruption.comes()
+        await trio.sleep(0.05)  # until it is called off; else it fails by what comes of it
+        await send(self, *arguments)
+
+    if when == "before":
+        interruption.comes()
+        monkeypatch.setattr(Outflow, "send", interrupt_first)
+    else:
+        monkeypatch.setattr(Outflow, "send", interrupt_first)
+    async with original(tmp_path) as running:
+        text = await fails(tmp_path, SaveInterrupted, running, interruption)
+    assert text == "The save was interrupted: the machine goes on"
+
+
+async def test_a_place_that_cannot_be_is_told_before_anything_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "saved").mkdir()
+    async with original(tmp_path) as running:
+        assert await fails(tmp_path, HostFileRefused, running) == (
+            f"Cannot write {tmp_path}/saved: it is a directory, not a regular file"
+        )
+        with pytest.raises(SaveFailed) as caught:
+            await save(str(tmp_path / "qmp"), tmp_path / "no" / "saved", Interruption())
+        assert str(caught.value) == (
+            "The machine was not saved, and goes on: "
+            f"Cannot write {tmp_path}/no/.saved.trio-vmm-part: No such file or directory"
+        )
+        (tmp_path / "saved").rmdir()
+        (tmp_path / ".saved.trio-vmm-part").mkdir()
+        assert await fails(tmp_path, HostFileRefused, running) == (
+            f"Cannot replace {tmp_path}/.saved.trio-vmm-part: Is a directory"
+        )
+
+
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("call", ["rename", "fsync"])
+async def test_a_file_that_cannot_be_put_in_its_place_is_not_left_there(
+    call: str, ran: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(os, call)
+
+    def broken(*arguments: Any) -> None:
+        if call == "fsync" and not os.path.isdir(f"/proc/self/fd/{arguments[0]}"):
+            real(*arguments)
+            return
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with original(tmp_path) as _, connected(tmp_path / "qmp") as client:
+        if not ran:
+            await client.execute("stop")
+        monkeypatch.setattr(os, call, broken)
+        with pytest.raises(SaveFailed) as caught:
+            await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+        monkeypatch.undo()
+        assert str(caught.value) == (
+            f"The machine was not saved, and goes on: Cannot write {tmp_path}/saved: Input/output error"
+        )
+        assert files(tmp_path) == ["qmp", "ram"]
+        assert await status(client) == ("running" if ran else "paused")
+
+
+async def test_a_machine_without_a_guest_cannot_be_saved(tmp_path: Path) -> None:
+    async with begun(Recipe("of this test", monitor(tmp_path / "qmp")), tmp_path / "qmp"):
+        with pytest.raises(SaveFailed) as caught:
+            await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+    assert str(caught.value) == (
+        f"The machine was not saved, and goes on: the machine at {tmp_path}/qmp has no guest yet; "
+        "its phase is no-machine, and must be machine-ready"
+    )
+
+
+async def test_a_machine_that_ends_meanwhile_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with original(tmp_path) as running:
+
+        async def end_first(self: Outflow, *arguments: Any) -> None:
+            running.host.ending.end("host-signal")
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(Outflow, "send", end_first)
+        with pytest.raises(SaveUnclear) as caught:
+            await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+    assert str(caught.value) == "The save went wrong: the machine ended while it was being saved"
+    assert files(tmp_path) == ["ram"]
+
+
+# --- what keeps it from being resumed ------------------------------------------------------------------------------
+
+
+def refused(folder: Path, *options: str, kind: type[VmmError] = SavedStateRefused) -> str:
+    with pytest.raises(kind) as caught:
+        resumed(str(folder / "saved"), parse(*options))
+    return str(caught.value)
+
+
+async def test_a_file_must_be_the_operator_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    await saved(tmp_path)
+    path = tmp_path / "saved"
+    for mode in (0o602, 0o620, 0o666):
+        path.chmod(mode)
+        assert refused(tmp_path) == (
+            f"Cannot resume from {path}: its mode is {mode:04o}, so others can write it; use chmod 600"
+        )
+    path.chmod(0o600)
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    assert refused(tmp_path) == (
+        f"Cannot resume from {path}: it belongs to uid {uid}, not to uid {uid + 1}, whose machine it would be"
+    )
+
+
+async def test_what_is_no_saved_machine_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    assert refused(tmp_path, kind=HostFileRefused) == f"Cannot read {path}: No such file or directory"
+    for content, reason in (
+        (b"", "State stream: it ends after 0 bytes; expected the preamble of 12 bytes"),
+        (b"x" * 100, "State stream: it begins with 7878787878787878, expected 8954564d4d0d0a1a"),
+    ):
+        path.write_bytes(content)
+        path.chmod(0o600)
+        assert refused(tmp_path) == f"Cannot resume from {path}: {reason}"
+
+
+async def test_a_machine_is_not_made_otherwise_than_it_was(tmp_path: Path) -> None:
+    await saved(tmp_path)
+    for options in (("-m", "32"), ("-incoming", "defer"), ("-loadvm", "x"), ("-precreate",), ("--recipe", "x")):
+        text = refused(tmp_path, *options, kind=OptionInvalid)
+        assert text.startswith(f"{options[0].replace('--recipe', '--recipe')}: ")
+        assert text.endswith(f"is not possible with resume: the machine is the one in {tmp_path}/saved; leave it out")
+
+
+async def test_what_nobody_can_open_again_is_named_and_can_be_replaced(tmp_path: Path) -> None:
+    ours, theirs = hostio.connected_pair()
+    with ours:
+        address = {"type": "fd", "data": {"str": str(theirs.detach())}}
+        backend = {"type": "socket", "data": {"addr": address, "server": False}}
+        chardev = Step("chardev-add", {"id": "s1", "backend": backend})
+        recipe = Recipe("of this test", (chardev, *steps(tmp_path, file=True)))
+        async with begun(recipe, tmp_path / "qmp") as running:
+            await ticked(running, 5)
+            await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+    assert refused(tmp_path) == (
+        f"Cannot resume from {tmp_path}/saved: chardev 's1' was a socket that its process was started with, and cannot "
+        "be opened again; give -chardev with id=s1 in its place"
+    )
+    async with again(tmp_path, "-chardev", "null,id=s1") as running:
+        await ticked(running, 10)
+
+
+async def test_a_path_that_is_taken_is_named_and_the_machine_can_be_resumed_later(tmp_path: Path) -> None:
+    await saved(tmp_path)
+    taken = hostio.listen_unix(str(tmp_path / "qmp"))
+    with taken, pytest.RaisesGroup(VmmError, flatten_subgroups=True) as caught:
+        async with again(tmp_path):
+            raise AssertionError("it was resumed")
+    (error,) = caught.value.exceptions
+    assert f"Cannot listen on {tmp_path}/qmp: another process answers there" in str(error)
+    os.unlink(tmp_path / "qmp")
+    async with again(tmp_path) as running:
+        await ticked(running, 10)
+
+
+# --- as commands -------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_do_it_between_processes(tmp_path: Path) -> None:
+    serial, state, qmp = tmp_path / "ser", tmp_path / "saved", tmp_path / "qmp"
+    command = [sys.executable, "-m", "vmm"]
+    backend = f"memory-backend-file,id=m0,size=16M,mem-path={tmp_path}/ram,share=on"
+    first = subprocess.Popen(
+        [*command, "run", *GUEST, "-object", backend, "-machine", "memory-backend=m0", "-serial", f"file:{serial}",
+         "-qmp", f"unix:{qmp}"],
+    )  # fmt: skip
+    second = None
+    try:
+        grown(serial, 3)
+        done = subprocess.run(
+            [*command, "save", "--qmp", str(qmp), str(state)], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"saved: {state}, its RAM where it was; the machine has ended\n"
+        assert first.wait(HANGS) == 0
+        assert sorted(os.listdir(tmp_path)) == ["ram", "saved", "ser"]
+        second = subprocess.Popen([*command, "resume", str(state)])
+        lines = grown(serial, len(serial.read_bytes().splitlines()) + 3)
+        assert lines == [b"heartbeat: started", *(b"heartbeat %d ok" % n for n in range(1, len(lines)))]
+        while state.exists():
+            time.sleep(0.01)
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(HANGS) == 0
+    finally:
+        for process in (first, second):
+            if process is not None:
+                process.kill()
+                process.wait()
+    assert sorted(os.listdir(tmp_path)) == ["ram", "ser"]
+
+
+def grown(path: Path, count: int) -> list[bytes]:
+    """Wait until a file has `count` lines; return those that it has, but for one that is not whole."""
+    deadline = time.monotonic() + HANGS
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, f"{path} does not get {count} lines"
+        time.sleep(0.01)
+    return [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n")[:-1]]

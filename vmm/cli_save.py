@@ -1,0 +1,381 @@
+"""`trio-vmm save` and `trio-vmm resume`: a machine over an end of its process, or of its host's.
+
+RAM stays where it is if it is in a file (`memory-backend-file`); else it is copied. The file of a saved machine is
+whole or not there: it is written under another name beside it. It is used up: once the guest is here, it is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.cli_options import OPTIONS, given
+from vmm.errors import HostFileRefused, OptionInvalid, VmmError, leaves
+from vmm.qmp_client import CommandFailed, MonitorGone, qmp_session
+from vmm.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Generator, Iterator, Mapping
+
+    from vmm.migration.stream_records import Record
+    from vmm.qmp_client import QmpClient
+
+OVER: Final = ("completed", "failed", "cancelled")
+
+_PIECE: Final = 1 << 20
+_HEAD_LIMIT: Final = 16 << 20
+"""Bytes in which the recipe of a machine must be found. Both of its records are smaller."""
+
+
+@final
+class SaveFailed(VmmError):
+    """The machine was not saved."""
+
+    text: ClassVar[str] = "The machine was not saved, and goes on: {reason}"
+    reason: str
+
+
+@final
+class SaveUnclear(VmmError):
+    """The machine was not saved, and need not go on."""
+
+    text: ClassVar[str] = "The save went wrong: {reason}"
+    reason: str
+
+
+@final
+class SaveInterrupted(VmmError):
+    """A signal ended the save."""
+
+    text: ClassVar[str] = "The save was interrupted: {outcome}"
+    outcome: str
+
+
+@final
+class SavedStateRefused(VmmError):
+    """A file that no machine can be resumed from."""
+
+    text: ClassVar[str] = "Cannot resume from {path}: {reason}"
+    path: str
+    reason: str
+
+
+# --- save -----------------------------------------------------------------------------------------------------
+
+
+def save_machine(monitor: str, path: str) -> int:
+    """Save the machine whose monitor is at `monitor` in the file `path`, and end it. Return the exit status."""
+    target = Path(os.path.abspath(path))
+    report = trio.run(_save, monitor, target)
+    print(f"saved: {target}, {report}; the machine has ended")
+    return 0
+
+
+async def _save(monitor: str, target: Path) -> str:
+    report = ""
+    failure: VmmError | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            interruption = Interruption()
+            await nursery.start(_note_signals, interruption)
+            report = await save(monitor, target, interruption)
+            nursery.cancel_scope.cancel()
+    except* VmmError as group:
+        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    if failure is not None:
+        raise failure
+    return report
+
+
+async def _note_signals(interruption: Interruption, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            interruption.comes()
+
+
+@final
+class Interruption:
+    """Somebody wants a save to be called off."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._wait: trio.CancelScope | None = None
+
+    def comes(self) -> None:
+        """Note it, and end a wait for something else."""
+        self.came = True
+        if self._wait is not None:
+            self._wait.cancel()
+
+    @contextmanager
+    def ends_wait(self, wanted: bool) -> Generator[None, None, None]:
+        """Leave the block when it comes, if that is `wanted`."""
+        with trio.CancelScope() as scope:
+            self._wait = scope if wanted else None
+            try:
+                yield
+            finally:
+                self._wait = None
+
+
+async def save(monitor: str, target: Path, interruption: Interruption) -> str:
+    """Save a machine in `target`, and end it; say what of its RAM is there.
+
+    If it does not come about, or an interruption comes before all is on disk, the guest goes on, and `target` is as it
+    was.
+
+    Raises:
+        VmmError: why there is no such file.
+    """
+    if os.path.isdir(target):  # noqa: ASYNC240 - as fast as what is done with it next
+        raise HostFileRefused(action="write", path=str(target), reason="it is a directory, not a regular file")
+    part = target.with_name(f".{target.name}.trio-vmm-part")
+    async with qmp_session(monitor) as client:
+        phase = (await client.execute("query-machine-phase"))["phase"]
+        if phase != "machine-ready":
+            reason = f"the machine at {monitor} has no guest yet; its phase is {phase}, and must be machine-ready"
+            raise SaveFailed(reason=reason)
+        ran = (await client.execute("query-status"))["running"]
+        try:
+            # One that was left there may have another mode, or another owner.
+            part.unlink(missing_ok=True)
+        except OSError as error:
+            raise hostio.refused("replace", str(part), error) from error
+        try:
+            info = await _written(client, part, interruption)
+            with trio.CancelScope(shield=True):
+                await _put_in_place(client, part, target, ran=ran)
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        await _quit(client)
+    ram = info["ram"]
+    if ram["normal"] or ram["duplicate"]:
+        return f"with {ram['normal-bytes']} bytes of RAM"
+    return "its RAM where it was"
+
+
+async def _written(client: QmpClient, part: Path, interruption: Interruption) -> dict[str, Any]:
+    """Have the machine write `part`; return what `query-migrate` says once all is on disk."""
+    known = await client.execute("query-migrate-capabilities")
+    events = next(entry["state"] for entry in known if entry["capability"] == "events")
+    await client.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+    try:
+        return await _migrated(client, part, interruption)
+    except BaseException:
+        with trio.move_on_after(1, shield=True), suppress(VmmError):
+            await client.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": events}])
+        raise
+
+
+async def _migrated(client: QmpClient, part: Path, interruption: Interruption) -> dict[str, Any]:
+    try:
+        await client.execute(
+            "migrate", uri=f"file:{part}", parameters={"mode": "cpr-reboot"},
+            capabilities=[{"capability": "x-ignore-shared", "state": True}],
+        )  # fmt: skip
+        info = await _outcome(client, interruption)
+    except CommandFailed as error:
+        raise SaveFailed(reason=error.desc) from error
+    except MonitorGone as error:
+        raise SaveUnclear(reason="the machine ended while it was being saved") from error
+    if info["status"] == "cancelled":
+        raise SaveInterrupted(outcome="the machine goes on")
+    if info["status"] == "failed":
+        raise SaveFailed(reason=info["error-desc"])
+    return info
+
+
+async def _outcome(client: QmpClient, interruption: Interruption) -> dict[str, Any]:
+    """Return what `query-migrate` says once it is over; call it off at an interruption."""
+    called_off = False
+    while True:
+        info: dict[str, Any] = await client.execute("query-migrate")
+        if info["status"] in OVER:
+            return info
+        if interruption.came and not called_off:
+            called_off = True
+            await client.execute("migrate_cancel")
+        else:
+            with interruption.ends_wait(not called_off):
+                await client.wait_event(lambda event: event["event"] == "MIGRATION")
+
+
+async def _put_in_place(client: QmpClient, part: Path, target: Path, *, ran: bool) -> None:
+    """Give the file its name, on disk too. If that cannot be, the guest goes on."""
+    renamed = False
+    try:
+        os.rename(part, target)
+        renamed = True
+        _sync_directory(target.parent)
+    except (OSError, HostFileRefused) as error:
+        if renamed:
+            with suppress(OSError):
+                os.unlink(target)
+        await client.execute("cont")
+        if not ran:
+            await client.execute("stop")
+        refused = hostio.refused("write", str(target), error) if isinstance(error, OSError) else error
+        raise SaveFailed(reason=str(refused)) from error
+
+
+def _sync_directory(path: Path) -> None:
+    fd = hostio.open_directory(str(path))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+async def _quit(client: QmpClient) -> None:
+    with suppress(MonitorGone):  # the end of its monitor is the end of the machine
+        await client.execute("quit")
+        while True:
+            await client.read()
+
+
+# --- resume ---------------------------------------------------------------------------------------------------
+
+
+def resume_machine(path: str, options: argparse.Namespace) -> int:
+    """Go on with the machine that is saved in `path`, in this process; return its exit status at its end."""
+    from vmm.process import run_process
+
+    target = os.path.abspath(path)
+    recipe = resumed(target, options)
+
+    def used_up() -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(target)
+
+    return run_process(recipe, options, begun=used_up)
+
+
+def resumed(path: str, options: argparse.Namespace) -> Recipe:
+    """Return the recipe that goes on with the machine in `path`, with what `options` of `run` say besides.
+
+    Raises:
+        OptionInvalid: an option that has no place here.
+        SavedStateRefused, HostFileRefused: the file is not the operator's own, or is none.
+    """
+    from vmm.cli_recipe import recipe_of
+
+    for option in OPTIONS:
+        if given(options, option) and option.name not in _BESIDES:
+            wanted = f"possible with resume: the machine is the one in {path}; leave it out"
+            raise OptionInvalid(option=option.name, value=getattr(options, option.attribute), wanted=wanted)
+    more = recipe_of(options)
+    saved = Saved.read(path)
+    return Recipe(f"of {path}", (*saved.steps(more), *more, Step("loadvm", {"name": path})))
+
+
+_BESIDES: Final = (
+    "-chardev", "-qmp", "-mon", "-websocket", "-S", "-allow-difference", "-nodefaults", "-nographic",
+)  # fmt: skip
+
+
+@final
+@attrs.frozen
+class Saved:
+    """What a file says of the machine that is saved in it."""
+
+    path: str
+    recipe: tuple[Step, ...]
+    """The guest's machine, and what else it had where it was."""
+
+    @classmethod
+    def read(cls, path: str) -> Saved:
+        """Read the beginning of a file, which must be this user's own: it says what is opened here.
+
+        Raises:
+            SavedStateRefused, HostFileRefused: it is not, or is no saved machine.
+        """
+        from vmm.migration.stream_records import PROCESSOR, Home, Section
+        from vmm.migration.stream_records import Recipe as RecipeRecord
+
+        commands: list[Mapping[str, Any]] = []
+        homes = 0
+        for record in _records(path):
+            if isinstance(record, RecipeRecord):
+                commands += record.commands
+            elif isinstance(record, Home):
+                commands += record.commands
+                homes += 1
+            elif isinstance(record, Section) and record.name != PROCESSOR:
+                break
+        if not commands or not homes:
+            reason = "it does not say what the machine had beside its guest; load it by run -loadvm"
+            raise SavedStateRefused(path=path, reason=reason)
+        steps = Recipe.from_json(f"of {path}", [dict(command) for command in commands])
+        return cls(path, tuple(step for step in steps if step.execute != "finish-machine-init"))
+
+    def steps(self, more: Recipe) -> Iterator[Step]:
+        """Yield what makes the machine, without what `more` has in its place, by id.
+
+        Raises:
+            SavedStateRefused: something that nobody can open again.
+        """
+        instead = {(step.execute, step.arguments.get("id")) for step in more if "id" in step.arguments}
+        for step in self.recipe:
+            if "id" in step.arguments and (step.execute, step.arguments["id"]) in instead:
+                continue
+            if step.execute == "chardev-add" and _was_a_descriptor(step.arguments):
+                name = step.arguments["id"]
+                reason = (
+                    f"chardev {name!r} was a socket that its process was started with, and cannot be opened again; "
+                    f"give -chardev with id={name} in its place"
+                )
+                raise SavedStateRefused(path=self.path, reason=reason)
+            yield _appending(step) if step.execute == "chardev-add" else step
+
+
+def _appending(step: Step) -> Step:
+    """Return `step`, which makes a chardev, so that it does not empty the file that it has written to before."""
+    backend = step.arguments["backend"]
+    if backend["type"] != "file":
+        return step
+    return Step(step.execute, {**step.arguments, "backend": {**backend, "data": {**backend["data"], "append": True}}})
+
+
+def _was_a_descriptor(arguments: Mapping[str, Any]) -> bool:
+    data = arguments["backend"].get("data", {})
+    return bool(arguments["backend"]["type"] == "socket" and data["addr"]["type"] == "fd")
+
+
+def _records(path: str) -> Iterator[Record]:
+    """Yield the records that a file of this user's own begins with."""
+    from vmm.errors import StreamCorrupt
+    from vmm.migration.stream import StreamReader
+
+    fd = hostio.open_saved_state(path, 0)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            reason = f"it belongs to uid {found.st_uid}, not to uid {os.geteuid()}, whose machine it would be"
+            raise SavedStateRefused(path=path, reason=reason)
+        if found.st_mode & 0o022:
+            reason = f"its mode is {stat.S_IMODE(found.st_mode):04o}, so others can write it; use chmod 600"
+            raise SavedStateRefused(path=path, reason=reason)
+        reader = StreamReader()
+        for _ in range(_HEAD_LIMIT // _PIECE):
+            data = os.read(fd, _PIECE)
+            if not data:
+                reader.close()
+                return
+            yield from reader.feed(data)
+    except StreamCorrupt as error:
+        raise SavedStateRefused(path=path, reason=str(error)) from error
+    except OSError as error:
+        raise hostio.refused("read", path, error) from error
+    finally:
+        os.close(fd)
