@@ -56,9 +56,10 @@ async def give(may: MayReleaseGuest, cell: OwnershipCell, channel: CprChannel, s
             try:
                 await channel.send("offered", {})
                 message = await channel.receive("running")
-                if cell.owner is Owner.RUNNING:
+                found = cell.owner
+                if found is Owner.RUNNING:
                     return Given(_moment(message))
-                reason = f"it said that it runs the guest, and the ownership cell says {cell.owner.name}"
+                reason = f"it said that it runs the guest, and the ownership cell says {found.name}"
                 refusal = CprRefused(side=channel.side, step=steps.current, reason=reason)
             except CprError as error:
                 refusal = error
