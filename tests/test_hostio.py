@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cpr.peer import no_descriptor_left
 from vmm import hostio, terminals
 from vmm.errors import DescriptorWrongKind, HostFileRefused, PeerRefused, SocketInUse
 
@@ -539,3 +540,11 @@ def test_an_import_that_the_host_does_not_let_be_made_is_refused(error: Exceptio
     with pytest.raises(HostFileRefused) as caught, hostio.importing("vmm.late"):
         raise error
     assert str(caught.value) == "Cannot import vmm.late: Too many open files"
+
+
+def test_without_a_descriptor_left_a_socket_file_stays_and_the_next_starter_replaces_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "sock")
+    with hostio.listen_unix(path) as listener, no_descriptor_left():
+        assert not hostio.unlink_own(path, listener)
+    with hostio.listen_unix(path) as listener:
+        assert hostio.unlink_own(path, listener)

@@ -494,6 +494,15 @@ class CprPeerGone(CprError):
     outcome: str
 
 
+class CprHostFailed(CprError):
+    """The host refused one side something that it needs to go on: a descriptor, memory, room on a disk."""
+
+    text: ClassVar[str] = "The {side} cannot go on at step {step!r}: {reason}"
+    side: str
+    step: str
+    reason: str
+
+
 class DescriptorMissing(CprError):
     """A descriptor that the recipe needs was not sent."""
 

@@ -176,7 +176,11 @@ def unlink_own(path: str, listener: socket.socket) -> bool:
 
 
 def _leads_to(path: str, listener: socket.socket) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+    try:
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError:
+        return False  # no descriptor is left to ask with: the file stays, dead, and the next starter replaces it
+    with probe:
         try:
             listener.setblocking(False)
             probe.bind("")  # the kernel makes up a name that no other socket has

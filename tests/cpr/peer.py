@@ -5,8 +5,10 @@ from __future__ import annotations
 import array
 import json
 import os
+import resource
 import socket
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
@@ -14,7 +16,7 @@ import trio
 from vmm.cpr.channel import MAGIC, CprChannel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
 HEADER: Final = struct.Struct(">4sI")
 
@@ -70,3 +72,16 @@ def channel_and_peer(side: str = "destination") -> tuple[CprChannel, Peer]:
     ours, theirs = socket.socketpair()
     other = {"source": "destination", "destination": "source"}[side]
     return CprChannel(trio.socket.from_stdlib_socket(ours), side=side, peer=other), Peer(theirs)
+
+
+@contextmanager
+def no_descriptor_left() -> Generator[None, None, None]:
+    """Have this process open nothing any more: the limit is the lowest number that is free."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open("/", os.O_PATH)
+    os.close(probe)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cpr.peer import no_descriptor_left
 from vmm.cpr.cell import Owner, OwnershipCell
-from vmm.errors import CprRefused, DescriptorWrongKind
+from vmm.errors import CprRefused, DescriptorWrongKind, HostFileRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,3 +209,18 @@ def test_a_file_on_disk_is_no_cell(tmp_path: object) -> None:
     with pytest.raises(DescriptorWrongKind) as caught:
         OwnershipCell.adopt(fd)
     assert str(caught.value) == "Descriptor 'owner' is a file with seals 0x0, not a sealed memfd of 4096 bytes"
+
+
+def test_without_a_descriptor_left_none_is_made() -> None:
+    with no_descriptor_left(), pytest.raises(HostFileRefused) as caught:
+        OwnershipCell.create()
+    assert str(caught.value) == "Cannot create an ownership cell: Too many open files"
+
+
+def test_without_a_descriptor_left_none_is_adopted_and_that_is_not_its_fault(source: OwnershipCell) -> None:
+    sent = os.dup(source.fd)
+    with no_descriptor_left(), pytest.raises(HostFileRefused) as caught:
+        OwnershipCell.adopt(sent)
+    assert str(caught.value) == "Cannot map an ownership cell: Too many open files"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(sent)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import signal
 import socket
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, packed
+from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, no_descriptor_left, packed
 from vmm.cpr import versions
 from vmm.cpr.channel import MAGIC, MAX_FRAME, CprChannel
-from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing
+from vmm.errors import CprError, CprHostFailed, CprPeerGone, CprRefused, DescriptorMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -468,3 +469,44 @@ async def test_refusing_a_peer_that_has_refused_and_left_tells_ones_own_reason(p
     peer.sock.close()
     assert str(await channel.refuse("too late")) == ("Live update refused by the destination at step 'hello': too late")
     channel.close()
+
+
+# --- what the host refuses --------------------------------------------------------------------------------------
+
+
+async def test_without_a_descriptor_left_a_side_says_that_it_cannot_prove_who_it_is(
+    pair: tuple[CprChannel, Peer],
+) -> None:
+    channel, _ = pair
+    with no_descriptor_left(), pytest.raises(CprHostFailed) as caught:
+        await channel.hello("a test")
+    assert str(caught.value) == (
+        "The destination cannot go on at step 'hello': a pidfd cannot be opened: Too many open files"
+    )
+
+
+async def test_a_descriptor_that_cannot_be_sent_is_no_sign_of_a_peer_that_went(pair: tuple[CprChannel, Peer]) -> None:
+    channel, _ = pair
+    with pytest.raises(CprHostFailed) as caught:
+        await channel.send("ready", {}, {"closed": 1 << 20})
+    assert str(caught.value) == (
+        "The destination cannot go on at step 'hello': 1 descriptors cannot be sent: Bad file descriptor"
+    )
+
+
+@pytest.mark.parametrize(
+    ("errors", "text"),
+    [
+        (
+            [OSError(errno.ENOSPC, "No space left on device")],
+            "The destination cannot go on at step 'hello': No space left on device",
+        ),
+        ([MemoryError()], "The destination cannot go on at step 'hello': no memory is left"),
+        ([MemoryError(), DescriptorMissing(name="ram")], "The source sent no descriptor named 'ram'"),
+    ],
+)
+async def test_whoever_gives_up_says_why_in_a_sentence(
+    pair: tuple[CprChannel, Peer], errors: list[Exception], text: str
+) -> None:
+    channel, _ = pair
+    assert str(channel.blame(ExceptionGroup("all that went wrong", errors))) == text

@@ -56,20 +56,18 @@ class OwnershipCell:
 
     @classmethod
     def create(cls) -> OwnershipCell:
-        """Make a cell in state SOURCE, sealed. Raises `HostFileRefused` where the host has no descriptor left."""
+        """Make a cell in state SOURCE, sealed. Raises `HostFileRefused` where the host has nothing left for it."""
+        fd = -1
         try:
             fd = os.memfd_create("trio-vmm-owner", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise HostFileRefused(action="create", path="an ownership cell", reason=reason) from error
-        try:
             os.ftruncate(fd, _SIZE)
             os.pwrite(fd, int(Owner.SOURCE).to_bytes(4, "little"), 0)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             return cls(fd, ours=True)
-        except BaseException:
-            os.close(fd)
-            raise
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise _refused("create", error) from error
 
     @classmethod
     def adopt(cls, fd: int) -> OwnershipCell:
@@ -77,6 +75,7 @@ class OwnershipCell:
 
         Raises:
             DescriptorWrongKind: it is no sealed memfd of the right size, or not fresh; the descriptor has been closed.
+            HostFileRefused: the host has nothing left to map it with; likewise.
         """
         try:
             found = os.fstat(fd)
@@ -97,8 +96,10 @@ class OwnershipCell:
             try:
                 return cls(fd, ours=False)
             except OSError as error:
-                found_out = "a file that can't be written" if error.errno in (errno.EACCES, errno.EPERM) else str(error)
-                raise DescriptorWrongKind(name="owner", found=found_out, wanted=wanted) from error
+                if error.errno in (errno.EACCES, errno.EPERM):
+                    found_out = "a file that can't be written"
+                    raise DescriptorWrongKind(name="owner", found=found_out, wanted=wanted) from error
+                raise _refused("map", error) from error
         except BaseException:
             os.close(fd)
             raise
@@ -153,3 +154,7 @@ class OwnershipCell:
             self._word = None
             self._map.close()
             os.close(self.fd)
+
+
+def _refused(action: str, error: OSError) -> HostFileRefused:
+    return HostFileRefused(action=action, path="an ownership cell", reason=os.strerror(error.errno or 0))

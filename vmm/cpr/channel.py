@@ -17,6 +17,7 @@ Facts about unix sockets that this module rests on (unix(7), Linux net/unix/af_u
 from __future__ import annotations
 
 import array
+import errno
 import json
 import os
 import socket
@@ -29,7 +30,16 @@ import attrs
 import trio
 
 from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
-from vmm.errors import CprError, CprPeerGone, CprRefused, DescriptorMissing, DescriptorWrongKind
+from vmm.errors import (
+    CprError,
+    CprHostFailed,
+    CprPeerGone,
+    CprRefused,
+    DescriptorMissing,
+    DescriptorWrongKind,
+    VmmError,
+    leaves,
+)
 from vmm.monitor.json_text import nests_within
 
 if TYPE_CHECKING:
@@ -86,6 +96,8 @@ class CprChannel:
         """What is being done, for error texts."""
         self.version = OLDEST
         """Of the protocol, as both speak it."""
+        self.has_refused = False
+        """Whether the peer has been told that this side will not go on."""
         self.peer_pid = 0
         self._peer_pidfd = -1
         self._data = bytearray()
@@ -115,6 +127,8 @@ class CprChannel:
             while sent < len(data):
                 sent += await self._sock.send(data[sent:])
         except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+                raise self._host_failed(f"{len(items)} descriptors cannot be sent: {error.strerror}") from error
             raise await self._last_words() from error
 
     async def _last_words(self) -> CprError:
@@ -225,7 +239,10 @@ class CprChannel:
         Raises:
             CprRefused: another protocol version, another user, or a pidfd of some other process.
         """
-        pidfd = os.pidfd_open(os.getpid())
+        try:
+            pidfd = os.pidfd_open(os.getpid())
+        except OSError as error:
+            raise self._host_failed(f"a pidfd cannot be opened: {error.strerror}") from error
         try:
             body = {**spoken(), "program": program, "side": self.side}
             await self.send("hello", body, {"pidfd": pidfd})
@@ -256,9 +273,21 @@ class CprChannel:
 
     async def refuse(self, reason: str) -> CprRefused:
         """Tell the peer that this side will not go on, if it still listens; return the error to raise."""
+        self.has_refused = True
         with trio.move_on_after(1, shield=True), suppress(CprError):
             await self.send("refused", {"step": self.step, "reason": reason})
         return CprRefused(side=self.side, step=self.step, reason=reason)
+
+    def blame(self, error: BaseException) -> VmmError:
+        """Return what has ended this side's attempt: the first error of `error` that has a sentence, or one about it.
+
+        For what the host may refuse anywhere, an `OSError` or `MemoryError`: a guest is not worth an unforeseen one.
+        """
+        found = list(leaves(error))
+        told = next((leaf for leaf in found if isinstance(leaf, VmmError)), None)
+        if told is not None:
+            return told
+        return self._host_failed(getattr(found[0], "strerror", None) or "no memory is left")
 
     def peer_is_dead(self) -> bool:
         """Say whether the peer's process has died. False as long as it is not known who the peer is."""
@@ -277,6 +306,9 @@ class CprChannel:
     def _gone(self, what: str) -> CprPeerGone:
         outcome = "the guest stays where it was" if self.side == "source" else "nothing was taken over"
         return CprPeerGone(peer=self.peer, what=what, step=self.step, outcome=outcome)
+
+    def _host_failed(self, reason: str) -> CprHostFailed:
+        return CprHostFailed(side=self.side, step=self.step, reason=reason)
 
     def _broken(self, reason: str) -> CprRefused:
         return CprRefused(side=self.side, step=self.step, reason=reason)

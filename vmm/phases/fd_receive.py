@@ -19,7 +19,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprError, MigrationCancelled, RecipeInvalid, VmmError
+from vmm.errors import CprError, CprPeerGone, CprRefused, MigrationCancelled, RecipeInvalid, VmmError
 from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
@@ -128,12 +128,26 @@ async def _attempt(channel: CprChannel, host: Host, port: IncomingPort, inherita
                 arrival = await _receive(channel, host, port, inheritance)
         except MigrationCancelled as error:
             raise await channel.refuse(str(error)) from error
+        except (OSError, MemoryError) as error:
+            raise channel.blame(error) from error
     except CprError as error:
+        await _tell(channel, error)
         host.complain(str(error))
     finally:
         if arrival is None:
             host.calling_off.end()
     return arrival
+
+
+async def _tell(channel: CprChannel, error: CprError) -> None:
+    """Tell a source that is still there why this side will not go on, unless it has been told, or said so itself."""
+    if channel.has_refused or isinstance(error, CprPeerGone):
+        return
+    if isinstance(error, CprRefused):
+        if error.side == channel.side:
+            await channel.refuse(error.reason)
+    else:
+        await channel.refuse(str(error))
 
 
 async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inheritance: Inheritance) -> Arrival | None:
@@ -204,6 +218,7 @@ async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival)
     try:
         with host.calling_off.block():
             await replay_incoming(host, phase.tree, arrival.recipe)
-    except VmmError as error:
-        await arrival.refuse(error)
-        raise
+    except (VmmError, OSError, MemoryError) as error:
+        failure = arrival.channel.blame(error)
+        await arrival.refuse(failure)
+        raise failure from error

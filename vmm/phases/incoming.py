@@ -19,7 +19,7 @@ from vmm.capabilities import (
     MayWriteGuestMemory,
 )
 from vmm.cpr.urgency import Urgency
-from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError, leaves
+from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_io import receive_stream
 from vmm.phases.quiesced import Pause
@@ -92,8 +92,8 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                     with host.calling_off.block():
                         run = Run(machine, here=False)
                         pause = await _load(run, arrival, urgency, window.grants.load_state)
-                except* VmmError as group:
-                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                except* (VmmError, OSError, MemoryError) as group:
+                    failure = arrival.channel.blame(group)
                 if failure is not None:
                     made.migration.ended(progress, failure)
                     with suppress(DescriptorsUnclaimed):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, final
 
 import trio
 
-from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupported, VmmError, leaves
+from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupported, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.phases.differences import FIXED
 from vmm.phases.host_resources import is_of
@@ -233,10 +233,12 @@ class IncomingPort:
         """Tell a source that waits why its machine could not be built, or taken over, here."""
         try:
             yield
-        except* VmmError as group:
-            if self.arrival is not None:
-                await self.arrival.refuse(next(error for error in leaves(group) if isinstance(error, VmmError)))
-            raise
+        except* (VmmError, OSError, MemoryError) as group:
+            if self.arrival is None:
+                raise
+            failure = self.arrival.channel.blame(group)
+            await self.arrival.refuse(failure)
+            raise failure from group
 
     def resources(self) -> HostResources:
         """Where the machine's host resources come from."""

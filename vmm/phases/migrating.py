@@ -26,7 +26,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError, leaves
+from vmm.errors import CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError
 from vmm.migration.address import FileAddress
 from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
@@ -162,8 +162,8 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                         async with main:
                             steps.reach("main-connected")
                             await run_quiesced(phase, run, Transfer(channel, cell, main, steps, limits, progress, may))
-                except* VmmError as group:
-                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                except* (VmmError, OSError, MemoryError) as group:
+                    failure = channel.blame(group)
                     if cell.ours:
                         # So that the destination, if it lives, can say why; it may be the one that refused.
                         await channel.refuse(str(failure))
@@ -234,6 +234,7 @@ async def _describe(
     with trio.move_on_after(limits.building) as patience:
         await channel.hello(host.start.version.package)
         steps.reach("greeted")
+        channel.step = "describing"
         body: Mapping[str, Any] = {
             "recipe": _recipe(machine),
             "cpu": cpu_to_json(machine.cpu),
