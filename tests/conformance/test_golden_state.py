@@ -1,26 +1,32 @@
 """Stored sections of every version that is read. Once released, a file never changes and never goes.
 
-A new version gets a new file; `python -m tests.conformance.test_golden_state` writes those that are missing.
+A new version gets a new file: `scripts/golden_state.py` writes those that are missing.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.conformance.devices import CASES, Bench, Case
+from tests.conformance.fingerprints import GOLDEN, fingerprint
+from tests.conformance.other_sections import OTHERS
 from vmm.hw.codec import StateCodec
 from vmm.hw.state import describe
+from vmm.phases.section_kinds import section_kinds
 
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any, Final
 
-FOLDER: Final = Path(__file__).resolve().parent.parent / "golden" / "state"
+    from tests.conformance.other_sections import OtherCase
+
+FOLDER: Final = GOLDEN / "state"
 
 every_device = pytest.mark.parametrize("case", CASES, ids=str)
+every_other = pytest.mark.parametrize("case", OTHERS, ids=str)
 
 
 def to_json(value: Any) -> Any:
@@ -90,21 +96,40 @@ def test_a_stored_section_of_the_present_version_is_written_back_as_it_was(case:
         assert codec.dump(codec.load(section)) == section
 
 
+@every_other
+def test_stored_sections_that_are_no_devices_are_read_in_every_version(case: OtherCase) -> None:
+    kind = section_kinds()[case.name]
+    for version in range(kind.accepts, kind.version + 1):
+        content = json.loads(golden(case.name, version).read_text())
+        for which in ("idle", "busy"):
+            case.load(version, from_json(content[which]))
+
+
+@every_other
+def test_what_is_written_of_them_has_not_changed_without_a_new_version(case: OtherCase) -> None:
+    content = json.loads(golden(case.name, section_kinds()[case.name].version).read_text())
+    for which, section in case.sections().items():
+        assert to_json(section) == content[which]
+
+
 def test_there_is_a_file_for_every_version_and_none_else() -> None:
-    schemas = [codec_of(case).schema for case in CASES]
-    wanted = {golden(schema.name, version) for schema in schemas for version in range(1, schema.version + 1)}
-    assert set(FOLDER.iterdir()) == wanted
+    kinds = section_kinds().values()
+    assert set(FOLDER.iterdir()) == {golden(kind.name, n) for kind in kinds for n in range(1, kind.version + 1)}
 
 
-def write_missing() -> None:
-    """Store what the present version is like, unless it is stored."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for case in CASES:
-        schema = codec_of(case).schema
-        path = golden(schema.name, schema.version)
-        if not path.exists():
-            path.write_text(json.dumps(present(case), indent=2) + "\n")
+def test_every_kind_has_a_case() -> None:
+    assert {codec_of(case).schema.name for case in CASES} | {case.name for case in OTHERS} == section_kinds().keys()
 
 
-if __name__ == "__main__":
-    write_missing()
+def files() -> dict[str, dict[str, Any]]:
+    """Return the content of the golden file of every kind's present version, by `kind-version`."""
+    kinds = section_kinds()
+    of_devices = {codec_of(case).schema.name: present(case) for case in CASES}
+    of_others = {
+        case.name: {
+            "fields": fingerprint(kinds[case.name]),
+            **{which: to_json(section) for which, section in case.sections().items()},
+        }
+        for case in OTHERS
+    }
+    return {f"{name}-{kinds[name].version}": content for name, content in {**of_devices, **of_others}.items()}
