@@ -4,7 +4,7 @@
     .venv/bin/python scripts/golden_state.py
 
 A version that is recorded and in no release is written anew. One that a release has written is never touched: a class
-of which that would be asked has to get another version, and the script says so, writes nothing, and exits with status 1.
+that would need it has to get another version, and the script says so, writes nothing, and exits with status 1.
 """
 
 from __future__ import annotations

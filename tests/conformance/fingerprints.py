@@ -1,8 +1,8 @@
 """What a state class declares, line by line, and what is recorded of it beside its version.
 
 A fingerprint has everything that a section's meaning hangs on: names, kinds, ranges, order, nesting. It is recorded
-once for each kind and version, in `tests/golden/fingerprints.json`; a class that has another one and the same version is
-a section that an older program would misread. `scripts/golden_state.py` records, and rewrites nothing that was released.
+once for each kind and version, in `tests/golden/fingerprints.json`: a class that has another one and the same version
+would be misread by an older program. `scripts/golden_state.py` records, and rewrites nothing that was released.
 """
 
 from __future__ import annotations
