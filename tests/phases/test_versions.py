@@ -11,13 +11,27 @@ import pytest
 import trio
 
 import vmm
+from tests.conformance.release import overheard
 from tests.phases.copy_kit import parts
 from tests.phases.test_overrides import channels, guest, update
-from vmm.errors import RecipeInvalid, SectionsUnreadable
-from vmm.phases import migrating
-from vmm.phases.section_kinds import DECLARED, require_readable, section_kinds, sections_of
+from vmm.errors import RecipeInvalid, SectionsUnreadable, VmmError
+from vmm.hw.state import Misfit, Schema, drops
+from vmm.hw.uart import UartState
+from vmm.migration.stream import StreamReader
+from vmm.migration.stream_records import Section
+from vmm.phases import fd_receive, migrating
+from vmm.phases.section_kinds import (
+    DECLARED,
+    SectionKind,
+    read_here,
+    require_readable,
+    section_kinds,
+    sections_of,
+    version_for,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from vmm.embedding import EmbeddedMachine
@@ -125,7 +139,7 @@ async def test_every_section_of_a_machine_is_of_a_kind(tmp_path: Path, accelerat
         assert accelerator in kinds
 
 
-def later_uart(machine: Machine) -> list[dict[str, Any]]:
+def later_uart(machine: Machine, hello: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a later program would tell."""
     return [{**told, "version": 2} if told["kind"] == "uart16550" else told for told in sections_of(machine)]
 
@@ -159,7 +173,83 @@ async def test_a_later_source_is_refused_before_the_guest_pauses(
 @pytest.mark.kvm
 @pytest.mark.usefixtures("no_leaks")
 async def test_a_source_that_tells_no_sections_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "sections_of", lambda machine: None)
+    monkeypatch.setattr(migrating, "sections_of", lambda machine, hello: [])
     async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await update(source, tmp_path))["status"] == "completed"
+
+
+def with_later_uart(monkeypatch: pytest.MonkeyPatch, **lost: object) -> None:
+    """Have a version 2 of the UART's state, with what `lost` says more in it, and the way back to 1."""
+    later = Schema("uart16550", 2, 1, upgrades=(dict,), downgrades=(drops(**lost) if lost else dict,))
+    monkeypatch.setattr(UartState, "SCHEMA", later)
+
+
+def earlier() -> dict[str, Any]:
+    """What a destination says that reads version 1 alone."""
+    reads = read_here()["reads"]
+    return {"reads": {**reads, "uart16550": [1, 1]}}
+
+
+@pytest.mark.kvm
+@pytest.mark.usefixtures("no_leaks")
+async def test_an_earlier_destination_gets_the_version_that_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_later_uart(monkeypatch)
+    async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
+        await destination.execute("migrate-incoming", channels=channels(tmp_path))
+        monkeypatch.setattr(fd_receive, "read_here", earlier)
+        with overheard(source) as heard:
+            assert (await update(source, tmp_path))["status"] == "completed"
+    told = next(said.body["sections"] for said in heard.said if said.kind == "machine")
+    assert next(section["version"] for section in told if section["name"] == "uart0") == 1
+    sent = StreamReader().feed(heard.state)
+    assert [found.version for found in sent if isinstance(found, Section) and found.name == "uart0"] == [1]
+
+
+@pytest.mark.kvm
+@pytest.mark.usefixtures("no_leaks")
+async def test_what_an_earlier_version_has_no_field_for_keeps_the_guest_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_later_uart(monkeypatch, scr=0x77)
+    with pytest.RaisesGroup(pytest.RaisesExc(VmmError), flatten_subgroups=True):
+        async with vmm.machine() as destination:
+            async with vmm.machine(guest(tmp_path)) as source:
+                await destination.execute("migrate-incoming", channels=channels(tmp_path))
+                monkeypatch.setattr(fd_receive, "read_here", earlier)
+                assert (await update(source, tmp_path))["error-desc"] == (
+                    "Section uart0: uart0.scr is 0x0, which an older version has no field for; "
+                    "the destination reads version 1 alone"
+                )
+                assert (await source.execute("query-status"))["running"] is True
+            await trio.sleep_forever()
+
+
+def test_a_version_is_written_that_the_destination_reads_and_that_there_is_a_way_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = SectionKind("uart16550", 3, 1, (UartState,), (dict,))
+    monkeypatch.setattr("vmm.phases.section_kinds.section_kinds", lambda: {"uart16550": kind})
+
+    def version(hello: object) -> int:
+        return version_for("uart16550", 3, hello)
+
+    assert [version({"reads": {"uart16550": [1, newest]}}) for newest in (4, 3, 2, 1)] == [3, 3, 2, 3]
+    hostile: tuple[object, ...] = (None, 7, {}, {"reads": 7}, {"reads": {}}, {"reads": {"uart16550": 2}})
+    for hello in (*hostile, {"reads": {"uart16550": [1, "2"]}}):
+        assert version(hello) == 3
+    assert version_for("tpm", 3, {"reads": {"tpm": [1, 2]}}) == 3
+
+
+def test_a_schema_has_no_more_downgrades_than_versions_before() -> None:
+    with pytest.raises(ValueError, match="thing: 1 downgrades from version 1"):
+        Schema("thing", 1, 1, downgrades=(drops(),))
+
+
+def test_a_field_is_dropped_where_it_has_the_value_that_an_older_version_stands_for() -> None:
+    assert drops(more=0)({"level": 1, "more": 0}) == {"level": 1}
+    with pytest.raises(Misfit) as caught:
+        drops(more=0)({"level": 1, "more": 5})
+    assert (caught.value.path, caught.value.problem) == (".more", "is 0x5, which an older version has no field for")

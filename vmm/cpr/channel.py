@@ -98,6 +98,8 @@ class CprChannel:
         """Of the protocol, as both speak it."""
         self.has_refused = False
         """Whether the peer has been told that this side will not go on."""
+        self.peer_hello: Mapping[str, Any] = {}
+        """What the peer said in its hello, unchecked."""
         self.peer_pid = 0
         self._peer_pidfd = -1
         self._data = bytearray()
@@ -233,8 +235,11 @@ class CprChannel:
 
     # Who is there.
 
-    async def hello(self, program: str) -> None:
+    async def hello(self, program: str, more: Mapping[str, Any] | None = None) -> None:
         """Exchange versions and identities. Both sides call it first; the peer's pidfd is kept from then on.
+
+        Args:
+            more: members of the message besides, which the peer finds in its `peer_hello`.
 
         Raises:
             CprRefused: another protocol version, another user, or a pidfd of some other process.
@@ -244,7 +249,7 @@ class CprChannel:
         except OSError as error:
             raise self._host_failed(f"a pidfd cannot be opened: {error.strerror}") from error
         try:
-            body = {**spoken(), "program": program, "side": self.side}
+            body = {**(more or {}), **spoken(), "program": program, "side": self.side}
             await self.send("hello", body, {"pidfd": pidfd})
         finally:
             os.close(pidfd)
@@ -254,6 +259,7 @@ class CprChannel:
             if version is None:
                 raise await self.refuse(disagreement(message.body, self.peer))
             self.version = version
+            self.peer_hello = message.body
             assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
             pid, uid, _gid = self._sender
             if uid not in (0, os.getuid()):

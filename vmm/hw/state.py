@@ -121,6 +121,18 @@ def adds(**defaults: object) -> Upgrade:
     return upgrade
 
 
+def drops(**defaults: object) -> Upgrade:
+    """Return the downgrade from a version that has these fields more; it loses nothing where they have these values."""
+
+    def downgrade(fields: Fields) -> Fields:
+        for name, value in defaults.items():
+            if fields[name] != value:
+                raise Misfit(f".{name}", f"is {shown(fields[name])}, which an older version has no field for")
+        return {name: value for name, value in fields.items() if name not in defaults}
+
+    return downgrade
+
+
 @final
 @attrs.frozen
 class Schema:
@@ -128,18 +140,23 @@ class Schema:
 
     `upgrades[i]` leads from version ``accepts + i`` to the next. A change of any field needs a new version and an
     upgrade; raise `accepts`, and drop the upgrades below it, when an old section can no longer be understood.
+    `downgrades[i]` leads from ``version - i`` to the version before, for a destination that is older than the source:
+    where nothing is lost. It raises `Misfit` for what would be.
     """
 
     name: str
     version: int
     accepts: int
     upgrades: tuple[Upgrade, ...] = ()
+    downgrades: tuple[Upgrade, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if not 1 <= self.accepts <= self.version or len(self.upgrades) != self.version - self.accepts:
             raise ValueError(
                 f"{self.name}: {len(self.upgrades)} upgrades from version {self.accepts} to {self.version}"
             )
+        if len(self.downgrades) >= self.version:
+            raise ValueError(f"{self.name}: {len(self.downgrades)} downgrades from version {self.version}")
 
 
 class State(Protocol):

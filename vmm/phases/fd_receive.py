@@ -26,6 +26,7 @@ from vmm.phases.host_resources import socket_paths
 from vmm.phases.migrating import STDERR
 from vmm.phases.replay import SUCCESSOR, replay_incoming
 from vmm.phases.run_state import run_state_named
+from vmm.phases.section_kinds import read_here
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inherita
     steps.reach("accepted")
     limits = host.start.limits or CprLimits()
     with trio.move_on_after(limits.describing):
-        await channel.hello(host.start.version.package)
+        await channel.hello(host.start.version.package, read_here())
         steps.reach("greeted")
         channel.step = "describing"
         message = await channel.receive("machine", "check")

@@ -33,7 +33,7 @@ from vmm.migration.status import MigrationStatus
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import Transfer, run_quiesced
-from vmm.phases.section_kinds import sections_of
+from vmm.phases.section_kinds import OlderSections, sections_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -156,12 +156,13 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     with canceller.scope:
                         may = window.grants.send_descriptors
                         assert may is not None, "minted above"
-                        await _describe(may, channel, steps, machine, cell, limits)
+                        older = await _describe(may, channel, steps, machine, cell, limits)
                         assert not isinstance(plan.channels.main, FileAddress), "checked by the command"
                         main = await _connect_main(plan.channels.main, channel, limits)
                         async with main:
                             steps.reach("main-connected")
-                            await run_quiesced(phase, run, Transfer(channel, cell, main, steps, limits, progress, may))
+                            transfer = Transfer(channel, cell, main, steps, limits, progress, may, older)
+                            await run_quiesced(phase, run, transfer)
                 except* (VmmError, OSError, MemoryError) as group:
                     failure = channel.blame(group)
                     if cell.ours:
@@ -206,7 +207,7 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
                 "recipe": _recipe(machine),
                 "cpu": cpu_to_json(machine.cpu),
                 "descriptors": sorted(machine.descriptors()),
-                "sections": sections_of(machine),
+                "sections": sections_of(machine, channel.peer_hello),
             }
             await channel.send("check", body)
             with closing(await channel.receive("checked")) as message:
@@ -228,18 +229,22 @@ async def _describe(
     machine: Machine,
     cell: OwnershipCell,
     limits: CprLimits,
-) -> None:
-    """Tell the destination what the machine is, lend it every descriptor, and wait until it has built it all."""
+) -> OlderSections:
+    """Tell the destination what the machine is, lend it every descriptor, and wait until it has built it all.
+
+    Returns the sections that it gets in an older version.
+    """
     host = machine.made.host
-    with trio.move_on_after(limits.building) as patience:
+    with trio.move_on_after(limits.building):
         await channel.hello(host.start.version.package)
         steps.reach("greeted")
         channel.step = "describing"
+        sections = sections_of(machine, channel.peer_hello)
         body: Mapping[str, Any] = {
             "recipe": _recipe(machine),
             "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
-            "sections": sections_of(machine),
+            "sections": sections,
         }
         descriptors = {**machine.descriptors(), "owner": cell.fd}
         if host.start.stderr is not None:
@@ -251,6 +256,6 @@ async def _describe(
         message = await channel.receive("ready")
         message.close()
         steps.reach("ready")
-    if patience.cancelled_caught:
-        what = f"did not answer within {limits.building:g} s"
-        raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest was not paused")
+        return OlderSections(sections)
+    what = f"did not answer within {limits.building:g} s"
+    raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest was not paused")

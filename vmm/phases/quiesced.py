@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
+    from vmm.phases.section_kinds import OlderSections
 
 WITHHELD: Final = (MayRunVcpus, MayInject)
 
@@ -48,6 +49,8 @@ class Transfer:
     limits: CprLimits
     progress: MigrationProgress
     send_descriptors: MaySendDescriptors
+    older: OlderSections
+    """What the destination reads in an older version alone."""
 
 
 @final
@@ -191,7 +194,8 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                 transfer.steps.reach("paused")
                 sections = window.grants.save_state.save()
                 for section in sections.values():
-                    writer.section(section.name, section.version, section.state)
+                    told = transfer.older.applied(section)
+                    writer.section(told.name, told.version, told.state)
                 watch.lap("save")
                 await _send(transfer, writer, host.stores.changed_descriptors(), watch, pause)
                 given = await run_handover(phase, transfer)
