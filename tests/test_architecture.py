@@ -26,6 +26,7 @@ ORDER: Final = (
         "hostio",
         "host_tcp",
         "hostmem",
+        "taps",
         "terminals",
         "recipe",
         "monitor",
@@ -44,7 +45,7 @@ LONGEST: Final = 800
 """Lines. Aim at 200, justify 400."""
 
 HOST_RESOURCES: Final = (
-    *("hostio.py", "host_tcp.py", "hostmem.py", "terminals.py", "kvm/"),
+    *("hostio.py", "host_tcp.py", "hostmem.py", "taps.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "guests/build.py",  # a program of its own
 )

@@ -50,6 +50,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "-option-rom": ("-option-rom", "/tmp/rom,bootindex=1"),
     "-serial": ("-serial", "null"),
     "-device": ("-device", "virtio-rng-device,id=rng0,max-bytes=1024,period=0x3e8"),
+    "-netdev": ("-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no"),
     "-object": ("-object", "rng-random,id=r0,filename=/dev/urandom"),
     "-S": ("-S",),
     "-preconfig": ("--preconfig",),

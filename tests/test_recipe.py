@@ -218,7 +218,7 @@ def test_every_command_that_has_a_place_exists() -> None:
     assert placed == {
         *("chardev-add", "object-add", "add-fd", "getfd", "migrate-set-capabilities", "migrate-set-parameters"),
         *("migrate-incoming", "machine-set", "x-exit-precreate", "accel-set", "cpu-model-set", "x-exit-preconfig"),
-        *("set-numa-node", "device_add", "finish-machine-init", "x-allow-difference", "x-allow-resource"),
+        *("netdev_add", "set-numa-node", "device_add", "finish-machine-init", "x-allow-difference", "x-allow-resource"),
     }
 
 

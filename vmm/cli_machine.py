@@ -37,6 +37,8 @@ _TEXT: Final = frozenset(
 
 _SIZES: Final = frozenset({"size", "hugetlbsize"})
 """Members of `-object` that are sizes in bytes, with a suffix or without."""
+_TEXT_OF_NETDEV: Final = frozenset({"type", "id", "ifname", "fd", "fds", "script", "downscript", "br", "helper"})
+"""Those of `-netdev`."""
 
 
 def machine_step(options: argparse.Namespace, serial: Sequence[str]) -> Step:
@@ -137,10 +139,15 @@ def _bytes(text: str, option: str) -> int:
     return parse_size(f"{text}B" if text.isdecimal() else text, option)
 
 
-def _described(text: str, implied: str, option: str) -> dict[str, Any]:
+def netdev_step(text: str) -> Step:
+    """Return the command that a `-netdev` stands for: JSON, or `TYPE,id=ID[,MEMBER=VALUE]`."""
+    return Step("netdev_add", _described(text, "type", "-netdev", _TEXT_OF_NETDEV))
+
+
+def _described(text: str, implied: str, option: str, plain: frozenset[str] = _TEXT) -> dict[str, Any]:
     if text.startswith("{"):
         return json_object(text, option)
-    given: dict[str, Any] = guessed(members(text, implied, option, nested=True), _TEXT)
+    given: dict[str, Any] = guessed(members(text, implied, option, nested=True), plain)
     return given
 
 

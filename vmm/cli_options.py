@@ -86,6 +86,8 @@ OPTIONS: Final = (
            metavar="DEV", repeated=True, command="chardev-add and machine-set"),
     Option("-device", "devices", "a device, as JSON or with its properties", metavar="DRIVER[,id=ID][,PROP=VALUE]",
            repeated=True, command="device_add"),
+    Option("-netdev", "devices", "a network back end: a tap, by its interface or an open descriptor",
+           metavar="tap,id=ID,ifname=NAME|fd=N", repeated=True, command="netdev_add"),
     Option("-object", "devices", "an object: a monitor, RAM, a back end, qtest", metavar="TYPE,id=ID[,PROP=VALUE]",
            repeated=True, command="object-add"),
     Option("-nodefaults", "devices", "no serial port unless one is named", admitted=True),

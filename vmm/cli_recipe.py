@@ -123,7 +123,7 @@ def _machine(
 
     A guest that comes in, or is loaded, runs by itself if it ran where it was, unless there is a `-S`.
     """
-    from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, numa_steps
+    from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, netdev_step, numa_steps
     from vmm.cli_monitors import serial_steps, uses_stdio
 
     devices = options.serial
@@ -137,6 +137,7 @@ def _machine(
     if options.preconfig and options.loadvm is not None:
         wanted = "possible with --preconfig: send loadvm over the monitor"
         raise OptionInvalid(option="-loadvm", value=options.loadvm, wanted=wanted)
+    steps += [netdev_step(text) for text in options.netdev]
     if not options.preconfig:
         steps.append(cpu_step(options.cpu))
     steps += [device_step(text) for text in options.device]
@@ -152,7 +153,7 @@ def _machine(
 
 def _overrides(options: argparse.Namespace) -> list[Step]:
     """Return what is to be otherwise in the machine that comes: what was said and nothing more."""
-    from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, names_accel, numa_steps
+    from vmm.cli_machine import accel_step, cpu_step, device_step, machine_step, names_accel, netdev_step, numa_steps
 
     stated = machine_step(options, ()).arguments.items()
     unsaid = {"serial"} | (set() if options.machine is not None else {"type"})
@@ -161,6 +162,7 @@ def _overrides(options: argparse.Namespace) -> list[Step]:
     if names_accel(options):
         steps.append(accel_step(options))
     steps += numa_steps(options.numa)
+    steps += [netdev_step(text) for text in options.netdev]
     if options.cpu is not None:
         steps.append(cpu_step(options.cpu))
     return steps + [device_step(text) for text in options.device]

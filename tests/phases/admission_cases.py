@@ -327,6 +327,12 @@ CASES: Final = (
     ),
     Case("object-del", {"id": "m"}, _never),
     Case("object-del", {}, _never),
+    # Taps need a descriptor that tests of their own have.
+    Case("netdev_add", {"type": "tap", "id": "n0", "fd": "none"}, _never, well_formed=True),
+    Case("netdev_add", {"type": "tap", "id": "n0", "ifname": "n0", "script": "/x"}, _never, well_formed=True),
+    Case("netdev_add", {"type": "user", "id": "n0"}, _never),
+    Case("netdev_del", {"id": "n0"}, _never),
+    Case("netdev_del", {}, _never),
     # Devices.
     *(
         Case(

@@ -200,6 +200,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "chardev-remove": ("may-create-backend:chardev", "may-query"),
     "object-add": ("may-create-backend", _HOST, "may-query"),
     "object-del": ("may-create-backend", "may-query"),
+    "netdev_add": ("may-create-backend:netdev", _HOST, "may-query"),
+    "netdev_del": ("may-create-backend:netdev", "may-query"),
     "machine-set": ("may-configure-machine:machine", _HOST),
     "x-exit-precreate": ("may-configure-machine:machine", _HOST),
     "accel-set": ("may-open-kvm",),
@@ -232,7 +234,10 @@ OBJECTS: Final[Mapping[str, str]] = {
 """Type of an object -> what `object-add` must be allowed to create."""
 
 NOTED: Final = frozenset(
-    {"chardev-add", "object-add", "machine-set", "accel-set", "set-numa-node", "cpu-model-set", "device_add"}
+    {
+        *("chardev-add", "object-add", "netdev_add", "machine-set", "accel-set", "set-numa-node", "cpu-model-set"),
+        "device_add",
+    }
 )
 """Commands that are noted only, while a machine is awaited from another process."""
 

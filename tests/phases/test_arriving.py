@@ -182,7 +182,7 @@ def test_a_monitor_over_a_number_of_the_source_is_refused() -> None:
         arrived([monitor, *MACHINE])
     assert str(caught.value) == (
         "Recipe of the source, command 1 (object-add): "
-        "fd: 5 is a number of another process; a recipe's monitor has a chardev"
+        "fd: 5 is a descriptor of another process; a recipe's monitor has a chardev"
     )
 
 

@@ -468,7 +468,7 @@ REFUSED_OFFERS: Final = (
     (
         monitor_over_the_channel,
         "Recipe of the source, command 1 (object-add): "
-        "fd: 9 is a number of another process; a recipe's monitor has a chardev",
+        "fd: 9 is a descriptor of another process; a recipe's monitor has a chardev",
     ),
 )
 

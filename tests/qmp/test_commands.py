@@ -356,6 +356,18 @@ def running() -> list[Step]:
         bad("chardev-remove", "Chardev 's' is in use by COM1", id="s"),
         good("chardev-add", EMPTY, id="late", backend=NULL),
         good("chardev-remove", EMPTY, id="late"),
+        wrong("netdev_add", "'type' does not accept \"user\"; it accepts 'tap'", type="user", id="n"),
+        bad(
+            "netdev_add", "Member of netdev_add 'vhost=true' is not supported here; "
+            "leave it out, or say false: set the interface up beforehand", type="tap", id="n", ifname="n", vhost=True,
+        ),
+        bad("netdev_add", "netdev_add: 'n' is not complete: a tap needs ifname or fd", type="tap", id="n"),
+        bad(
+            "netdev_add", "ifname: '0123456789abcdef' is not the name of an interface: "
+            "1 to 15 bytes without '/', ':', '%' and spaces", type="tap", id="n", ifname="0123456789abcdef",
+        ),
+        bad("netdev_del", "Netdev 'n' does not exist; there are: none", "DeviceNotFound", id="n"),
+        wrong("netdev_del", "'id' is missing"),
         good("device_add", EMPTY, driver="virtio-rng-device", id="d"),
         good("device_del", EMPTY, id="d"),
         wrong("device_add", "'driver' is missing"),
@@ -457,6 +469,8 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
     # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying).
     elsewhere |= {"x-cpr-check", "x-cpr-abandon", "loadvm"}
+    # And these with a tap (tests/phases/test_netdev).
+    elsewhere |= {"netdev_add", "netdev_del"}
     names = {command.name for command in COMMANDS}
     assert names - answered - elsewhere == set()
     assert names - refused == set()

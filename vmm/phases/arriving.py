@@ -35,8 +35,15 @@ if TYPE_CHECKING:
 NEEDED: Final = (*DECISIONS, "finish-machine-init")
 """Commands that every whole machine's recipe has, once each."""
 
-ADMITTED: Final = (*NEEDED, "chardev-add", "object-add", "set-numa-node", "device_add")
+ADMITTED: Final = (*NEEDED, "chardev-add", "object-add", "netdev_add", "set-numa-node", "device_add")
 """Commands that a recipe from elsewhere may have."""
+
+
+_WITHOUT_NUMBERS: Final[Mapping[str, str]] = {
+    "object-add": "a recipe's monitor has a chardev",
+    "netdev_add": "a recipe's tap has an ifname",
+}
+"""Commands whose `fd` means something only in the process that was given it, and what they have instead."""
 
 
 @final
@@ -171,8 +178,9 @@ def _checked(source: str, where: str, step: Step, table: CommandTable) -> Step:
 def _require_no_numbers(recipe: Recipe) -> None:
     """Raise `RecipeInvalid` for a number of a descriptor: here it could be any, also of its own channel."""
     for number, step in enumerate(recipe, 1):
-        if step.execute == "object-add" and step.arguments.get("fd") is not None:
-            reason = f"fd: {step.arguments['fd']} is a number of another process; a recipe's monitor has a chardev"
+        if step.execute in _WITHOUT_NUMBERS and step.arguments.get("fd") is not None:
+            instead = _WITHOUT_NUMBERS[step.execute]
+            reason = f"fd: {step.arguments['fd']} is a descriptor of another process; {instead}"
             raise RecipeInvalid(source=recipe.source, where=f"command {number} ({step.execute})", reason=reason)
 
 

@@ -30,6 +30,7 @@ _UPDATE: Final = "vmm.phases.commands_update"
 
 _DEVICES: Final = "vmm.phases.commands_devices"
 _OBJECTS: Final = "vmm.phases.commands_objects"
+_NETDEV: Final = "vmm.phases.commands_netdev"
 
 LATE_OBJECTS: Final = frozenset({"rng-builtin", "rng-random"})
 """Types of objects that are back ends of devices: they come after the accelerator."""
@@ -60,6 +61,8 @@ COMMANDS: Final = (
     Command("query-chardev", f"{_BACKENDS}:query_chardev"),
     Command("object-add", f"{_OBJECTS}:object_add", overrides=True),
     Command("object-del", f"{_OBJECTS}:object_del"),
+    Command("netdev_add", f"{_NETDEV}:netdev_add", overrides=True),
+    Command("netdev_del", f"{_NETDEV}:netdev_del"),
     Command("device_add", f"{_DEVICES}:device_add", overrides=True),
     Command("device_del", f"{_DEVICES}:device_del"),
     Command("device-list-properties", f"{_DEVICES}:device_list_properties"),
@@ -194,7 +197,7 @@ _ORDER: Final = (
     (MEMORY_OBJECT,),
     ("machine-set", "x-exit-precreate"),
     ("accel-set",),
-    (LATE_OBJECT,),
+    (LATE_OBJECT, "netdev_add"),
     ("set-numa-node",),
     ("cpu-model-set", "x-exit-preconfig"),
     ("device_add",),

@@ -97,7 +97,7 @@ class AllowResource:
     """Arguments of `x-allow-resource`."""
 
     name: str
-    """What the resource is called: kernel, initrd, acpi-table.N, chardev/ID, object/ID or monitor/ID."""
+    """What the resource is called: kernel, initrd, acpi-table.N, chardev/ID, object/ID, monitor/ID or netdev/ID."""
     path: str | None = None
     """Where it is on this host; by default, where the recipe that comes says."""
     fd: int | None = None

@@ -27,7 +27,7 @@ _HOST_ONLY_MEMBERS: Final = frozenset(
 """What becomes of a reset is the host's policy. Which chardevs are behind the serial ports is, too; how many is not.
 How far the clock is ahead is state that travels; where it once began is forgotten."""
 
-_HOST_ONLY_COMMANDS: Final = frozenset({"chardev-add", "object-add"})
+_HOST_ONLY_COMMANDS: Final = frozenset({"chardev-add", "object-add", "netdev_add"})
 
 _HOST_ONLY_OF_DEVICES: Final = frozenset({"id", "rng", "max-bytes", "period"})
 """Arguments of `device_add` that name things of the host, or are its policy."""

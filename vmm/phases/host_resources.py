@@ -1,8 +1,8 @@
 """What of the host a recipe names, and what it is called: the names that `-allow-resource` and descriptors have.
 
 A resource's name is that of its descriptors, without the last part where it has several: `kernel`, `initrd`,
-`chardev/serial0`, `monitor/ws0`. A recipe that came from elsewhere may have what its sender gave descriptors for, and
-what the operator allowed by name; nothing else of this host.
+`chardev/serial0`, `monitor/ws0`, `netdev/n0`. A recipe that came from elsewhere may have what its sender gave
+descriptors for, and what the operator allowed by name; nothing else of this host.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def resources_of(step: Step) -> Iterator[HostResource]:
             if backend["type"] == "socket" and backend["data"]["addr"]["type"] != "unix":
                 path = ()  # it has an address, or was open already where it comes from
             yield HostResource(name, path, f"{name}/{last}" if last else "", needed=not is_client)
+    elif step.execute == "netdev_add":
+        name = f"netdev/{arguments['id']}"
+        yield HostResource(name, ("ifname",), name)
     elif step.execute == "object-add" and arguments["qom-type"] in _OBJECTS:
         if arguments["qom-type"] == "qtest" and arguments.get("log", NO_LOG) == NO_LOG:
             return

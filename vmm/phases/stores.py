@@ -1,4 +1,4 @@
-"""The back ends that phase boot runs: chardevs, monitors, memory, and sources of random bytes."""
+"""The back ends that phase boot runs: chardevs, monitors, memory, sources of random bytes, and taps."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmm.backends.chardev import Chardev
     from vmm.backends.memory import MemoryBackend
     from vmm.backends.rng import Rng
+    from vmm.backends.tap import Tap
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.monitors import Monitor
@@ -84,6 +85,7 @@ class BootStores:
         self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend | QtestBackend, Resident]]] = {}
         self.rngs: Final[dict[str, HeldRng]] = {}
         self.memories: Final[dict[str, HeldMemory]] = {}
+        self.netdevs: Final[dict[str, tuple[Tap, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ class BootStores:
         """Start `backend` and register it. Raises `NameTaken` before anything was started."""
         stores: Mapping[str, Mapping[str, object]] = {
             "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs, "memory": self.memories,
+            "netdev": self.netdevs,
         }  # fmt: skip
         if name in stores[family]:
             raise NameTaken(what=family.capitalize(), name=name)
@@ -104,6 +107,8 @@ class BootStores:
             self.rngs[name] = HeldRng(backend, resident)
         elif family == "memory":
             self.memories[name] = HeldMemory(backend, resident)
+        elif family == "netdev":
+            self.netdevs[name] = (backend, resident)
         else:
             self.monitors[name] = (backend, resident)
 
@@ -127,6 +132,10 @@ class BootStores:
                 raise BackendInUse(what="Object", name=name, user="the machine, whose RAM it is")
             del self.memories[name]
             await memory.resident.leave()
+        elif family == "netdev":
+            if name not in self.netdevs:
+                raise DeviceNotFound(what="Netdev", name=name, known=_known(self.netdevs))
+            await self.netdevs.pop(name)[1].leave()
         else:
             await self._dismiss_monitor(name)
 
@@ -240,6 +249,8 @@ class BootStores:
             monitor.give_up()
         for held in self.chardevs.values():
             held.chardev.give_up()
+        for tap, _ in self.netdevs.values():
+            tap.close()
 
     def standing_descriptors(self) -> dict[str, int]:
         """Return what there is before the pause, by resource name; `changed_descriptors` is relative to it."""
@@ -274,7 +285,8 @@ class BootStores:
             for name, held in self.memories.items()
             for suffix, fd in held.memory.descriptors().items()
         }
-        return chardevs | monitors | objects
+        netdevs = {f"netdev/{name}": tap.fd for name, (tap, _) in self.netdevs.items()}
+        return chardevs | monitors | objects | netdevs
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
         """Keep what the source's last message brought until the chardevs' sections are loaded."""
