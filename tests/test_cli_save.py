@@ -22,8 +22,8 @@ from vmm.cli_save import Interruption, SavedStateRefused, SaveFailed, SaveInterr
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream import StreamReader
-from vmm.migration.stream_records import RamContent, RamInPlace
+from vmm.migration.stream import StreamReader, StreamWriter
+from vmm.migration.stream_records import Header, Home, RamContent, RamInPlace
 from vmm.phases.catalog import rank
 from vmm.phases.machine import Machine
 from vmm.phases.start import Start
@@ -358,11 +358,26 @@ async def test_what_is_no_saved_machine_is_told(tmp_path: Path) -> None:
         assert refused(tmp_path) == f"Cannot resume from {path}: {reason}"
 
 
+async def test_a_state_that_came_over_a_network_says_nothing_of_this_host(tmp_path: Path) -> None:
+    await saved(tmp_path)
+    header, *rest = StreamReader().feed((tmp_path / "saved").read_bytes())
+    assert isinstance(header, Header)
+    writer = StreamWriter(header.machine, header.recipe_digest)
+    for record in rest[:-1]:
+        if not isinstance(record, Home):
+            writer._add(record)
+    (tmp_path / "saved").write_bytes(b"".join(writer.finish()))
+    assert refused(tmp_path) == (
+        f"Cannot resume from {tmp_path}/saved: it does not say what the machine had beside its guest; "
+        "load it by run -loadvm"
+    )
+
+
 async def test_a_machine_is_not_made_otherwise_than_it_was(tmp_path: Path) -> None:
     await saved(tmp_path)
     for options in (("-m", "32"), ("-incoming", "defer"), ("-loadvm", "x"), ("-precreate",), ("--recipe", "x")):
         text = refused(tmp_path, *options, kind=OptionInvalid)
-        assert text.startswith(f"{options[0].replace('--recipe', '--recipe')}: ")
+        assert text.startswith(f"{options[0]}: ")
         assert text.endswith(f"is not possible with resume: the machine is the one in {tmp_path}/saved; leave it out")
 
 

@@ -188,6 +188,39 @@ def test_huge_pages_that_are_not_there_are_named() -> None:
     )
 
 
+def test_a_size_must_be_of_whole_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hostmem, "page_size_of", lambda fd: 2 << 20)  # as hugetlbfs has it
+    assert refusal(tmp_path / "f") == (
+        f"Cannot use as RAM {tmp_path}/f: its file system has pages of {2 << 20} bytes, of which {SIZE} is no multiple"
+    )
+    fd = file(tmp_path / "g")
+    with pytest.raises(DescriptorWrongKind) as caught:
+        hostmem.require_ram(fd, "m", "file", SIZE)
+    assert (
+        str(caught.value)
+        == f"Descriptor 'm' is in pages of {2 << 20} bytes, of which {SIZE} is no multiple, not {FILE}"
+    )
+    os.close(fd)
+
+
+def hugetlbfs() -> str | None:
+    with open("/proc/mounts") as mounts:
+        return next((line.split()[1] for line in mounts if line.split()[2] == "hugetlbfs"), None)
+
+
+def test_huge_pages_that_a_file_lacks_are_named() -> None:
+    where = hugetlbfs()
+    if where is None or not os.access(where, os.W_OK):
+        pytest.skip("no file system of huge pages is mounted where files can be made")
+    path = f"{where}/trio-vmm-test-{os.getpid()}"
+    terabyte = 1 << 40
+    for name in (path, where):
+        assert refusal(name, terabyte).startswith(
+            f"Cannot use as RAM {name}: Cannot allocate memory; {hostmem.HUGE_PAGES}"
+        )
+    assert not os.path.exists(path)
+
+
 # --- the mark of a state whose RAM has been left in a file ---------------------------------------------------
 
 IDENTITY = bytes(range(16))

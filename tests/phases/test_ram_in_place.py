@@ -27,7 +27,7 @@ from tests.phases.memory_kit import in_file, memfd, recipe, with_ram
 from vmm import hostmem
 from vmm.errors import HostFileRefused, VmmError
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream import StreamReader
+from vmm.migration.stream import StreamReader, StreamWriter
 from vmm.migration.stream_records import Home, RamContent, RamExtents, RamInPlace
 
 if TYPE_CHECKING:
@@ -259,6 +259,38 @@ async def test_a_state_that_is_refused_leaves_the_ram_as_it_was(tmp_path: Path) 
                 await goes_on(machine)
                 assert look(machine).ticks > ticks
                 return
+        assert (tmp_path / "ram").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", ["twice", "content after", "content before"])
+async def test_a_state_that_has_its_ram_in_two_places_is_refused_and_writes_to_neither(
+    more: str, tmp_path: Path
+) -> None:
+    await saved(tmp_path)
+    before = (tmp_path / "ram").read_bytes()
+    header, *rest = records(tmp_path / "state")
+    writer = StreamWriter(header.machine, header.recipe_digest)
+    for record in rest[:-1]:
+        content = RamContent(((0, 4096),), (b"x" * 4096,))
+        if isinstance(record, RamInPlace):
+            if more == "content before":
+                writer.ram_extents([(0, SIZE)], in_stream=True)
+                writer.ram_content(content)
+            writer._add(record)
+            if more == "twice":
+                writer._add(record)
+            elif more == "content after":
+                writer.ram_extents([(0, SIZE)], in_stream=True)
+                writer.ram_content(content)
+        else:
+            writer._add(record)
+    (tmp_path / "bad").write_bytes(b"".join(writer.finish()))
+    async with vmm.machine(waiting(tmp_path / "ram")) as machine:
+        assert await failure(machine, "loadvm", name=str(tmp_path / "bad")) == (
+            "State stream: it says twice where the guest's RAM is: once in it, once in a file, or in two files"
+        )
+    if more != "content before":
+        # What comes first and is right so far has made the file that machine's.
         assert (tmp_path / "ram").read_bytes() == before
 
 

@@ -95,6 +95,8 @@ class RamWriter:
 
     def list_extents(self, record: RamExtents) -> None:
         """Check extents before any content comes. Raises `StreamCorrupt` unless they are this machine's RAM."""
+        if self._in_place:
+            raise _both()
         if not record.in_stream:
             raise StreamCorrupt(reason="the content of the guest's RAM is not in it; only a live update comes so")
         for extent in record.extents:
@@ -102,7 +104,7 @@ class RamWriter:
                 raise StreamCorrupt(
                     reason=f"its RAM is {_describe(record.extents)}, this machine has {_describe(self._expected)}"
                 )
-        if self._may is not None and not self._listed and not self._in_place:
+        if self._may is not None and not self._listed:
             # The stream has nothing of what is zero there. Here a client of qtest, or one before, may have written.
             self._may.clear()
         self._listed += record.extents
@@ -112,7 +114,10 @@ class RamWriter:
 
         Raises:
             MigrationRefused: the RAM here is not that of the state, or no longer.
+            StreamCorrupt: it was said to be somewhere else, too.
         """
+        if self._listed or self._in_place:
+            raise _both()
         memory, found = self._memory, self._memory.stays_for()
         if (record.size, record.identity) != (memory.size, found):
             why = "was left for another state" if found else "is in use, was used since, or is not the file"
@@ -136,6 +141,10 @@ class RamWriter:
             raise StreamCorrupt(
                 reason=f"its RAM is {_describe(self._listed)}, this machine has {_describe(self._expected)}"
             )
+
+
+def _both() -> StreamCorrupt:
+    return StreamCorrupt(reason="it says twice where the guest's RAM is: once in it, once in a file, or in two files")
 
 
 def _describe(extents: tuple[tuple[int, int], ...] | list[tuple[int, int]]) -> str:
