@@ -222,8 +222,8 @@ class MayDismissJob(Token[JobKeeper]):
 class DescriptorSets(Protocol):
     """The machine's descriptor sets, as of `add-fd`."""
 
-    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> int:
-        """Take over `fd` into a set and return the set's number."""
+    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> tuple[int, int]:
+        """Take over `fd` into a set; return the set's number, and the one by which `fd` is known there."""
         ...
 
     def remove(self, fdset_id: int, fd: int | None) -> None:
@@ -238,8 +238,8 @@ class MayAddDescriptor(Token[DescriptorSets]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-add-descriptor"
 
-    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> int:
-        """Take over `fd` into set `fdset_id` (None: a new one); return the set's number."""
+    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> tuple[int, int]:
+        """Take over `fd` into set `fdset_id` (None: a new one); return that, and the number by which `fd` is known."""
         return self._reach().add(fd, fdset_id, opaque)
 
     def remove(self, fdset_id: int, fd: int | None) -> None:
@@ -537,10 +537,18 @@ class MayDeclareState(Token[StateIndex]):
     wire_name: ClassVar[str] = "may-declare-state"
 
     def register(
-        self, name: str, version: int, *, save: Any, load: Any, accepts: int | None = None, after: Iterable[str] = ()
+        self,
+        name: str,
+        version: int,
+        *,
+        save: Any,
+        load: Any,
+        accepts: int | None = None,
+        after: Iterable[str] = (),
+        optional: bool = False,
     ) -> None:
         """Add a section to what travels: how it is saved, checked and loaded, and which ones come before it."""
-        self._reach().register(name, version, save=save, load=load, accepts=accepts, after=after)
+        self._reach().register(name, version, save=save, load=load, accepts=accepts, after=after, optional=optional)
 
 
 @final

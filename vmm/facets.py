@@ -36,7 +36,15 @@ class StateIndex(Protocol):
     """The sections that travel when the machine moves."""
 
     def register(
-        self, name: str, version: int, *, save: Any, load: Any, accepts: int | None = None, after: Iterable[str] = ()
+        self,
+        name: str,
+        version: int,
+        *,
+        save: Any,
+        load: Any,
+        accepts: int | None = None,
+        after: Iterable[str] = (),
+        optional: bool = False,
     ) -> None:
         """Add a section; a duplicate name is a bug. See `vmm.migration.registry`."""
         ...

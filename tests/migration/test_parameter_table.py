@@ -44,7 +44,9 @@ DEFAULTS = {
     "direct-io": False,
     "x-rdma-chunk-size": 1048576,
     "cpr-exec-command": [],
+    "migrate-sessions": False,
 }
+"""QEMU's, and of one of our own."""
 
 
 def test_query_replies_qemus_defaults() -> None:
@@ -186,7 +188,7 @@ def test_an_unsupported_list_is_refused_by_name(name: str, value: object) -> Non
 
 def test_every_parameter_is_supported_or_refused() -> None:
     supported = {parameter.name for parameter in PARAMETERS if parameter.supported}
-    assert supported == {"max-bandwidth", "avail-switchover-bandwidth", "downtime-limit", "mode"}
+    assert supported == {"max-bandwidth", "avail-switchover-bandwidth", "downtime-limit", "mode", "migrate-sessions"}
     lists = {"cpr-exec-command", "block-bitmap-mapping"}
     assert supported | OTHERS.keys() | lists == {parameter.name for parameter in PARAMETERS}
 

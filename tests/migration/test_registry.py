@@ -184,3 +184,22 @@ def test_a_section_can_be_unregistered_unless_another_waits_for_it() -> None:
     with pytest.raises(DeviceNotFound) as caught:
         board.registry.unregister("cpu0")
     assert str(caught.value) == "State section 'cpu0' does not exist"
+
+
+def test_an_optional_section_is_left_out_where_there_is_nothing_and_need_not_come() -> None:
+    registry, loaded = StateRegistry(), list[object]()
+    state: dict[str, int] | None = None
+
+    def load(version: int, section: object) -> Callable[[], None]:
+        return lambda: loaded.append(section)
+
+    registry.register("sets", 1, save=lambda: state, load=load, optional=True)
+    assert registry.save() == {}
+    registry.check([]).apply()
+    state = {"n": 1}
+    assert registry.save() == {"sets": Section("sets", 1, {"n": 1})}
+    assert registry.save(optional=False) == {}
+    registry.check(registry.save().values()).apply()
+    assert loaded == [{"n": 1}]
+    with pytest.raises(StateRejected, match="'more' is in the stream, and no device here has it"):
+        registry.check([Section("more", 1, {})])

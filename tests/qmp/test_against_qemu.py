@@ -146,6 +146,7 @@ ONLY_HERE: Final = MappingProxyType(
             # of releases after 7.2
             "avail-switchover-bandwidth", "cpr-exec-command", "direct-io", "mode", "multifd-qatzip-level",
             "vcpu-dirty-limit", "x-rdma-chunk-size", "x-vcpu-dirty-limit-period", "zero-page-detection",
+            "migrate-sessions",  # an extension
         },
     }
 )  # fmt: skip

@@ -122,6 +122,21 @@ class MigrationCapabilities:
         self._supported: Final = frozenset(supported)
         self._enabled: frozenset[str] = frozenset()
         self._former: Mapping[str, bool] = {}
+        self._chosen: dict[str, bool] = {}
+
+    @property
+    def chosen(self) -> Mapping[str, bool]:
+        """What was set, for a successor: neither what was never touched nor what is lent."""
+        return dict(self._chosen)
+
+    def inherit(self, changes: Mapping[str, bool]) -> None:
+        """Set what a predecessor had set, but for what was set here itself; what is lent here stays until it is given
+        back. Raises as `update` does; then nothing has changed."""
+        fresh = {name: state for name, state in changes.items() if name not in self._chosen}
+        self.check(fresh)
+        self._former = {**self._former, **{name: state for name, state in fresh.items() if name in self._former}}
+        self._enabled = _with(self._enabled, {name: fresh[name] for name in fresh if name not in self._former})
+        self._chosen.update(fresh)
 
     def update(self, changes: Mapping[str, bool]) -> None:
         """Check `changes` against the result as a whole, then apply all of them; on an error nothing has changed.
@@ -135,6 +150,7 @@ class MigrationCapabilities:
         former = {name: state for name, state in self._former.items() if name not in changes}
         _obey_rules(_with(enabled, former))
         self._enabled, self._former = enabled, former
+        self._chosen.update(changes)
 
     def check(self, changes: Mapping[str, bool]) -> frozenset[str]:
         """Return what would be on with `changes`. Raises as `update` does."""

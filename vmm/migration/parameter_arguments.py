@@ -84,6 +84,8 @@ class ParameterValues:
     direct_io: bool | None = None
     x_rdma_chunk_size: U64 | None = attrs.field(default=None, metadata=_UNSTABLE)
     cpr_exec_command: list[str] | None = None
+    migrate_sessions: bool | None = None
+    """Whether connected monitor sessions go along with a live update. Not in QEMU."""
 
     def changes(self) -> dict[str, Any]:
         """Return the given ones by wire name. JSON's null, which QEMU takes for no text, has become no text."""

@@ -119,8 +119,9 @@ PARAMETERS: Final = (
     Parameter("direct-io", "bool", False),
     Parameter("x-rdma-chunk-size", "int", _MIB, low=_MIB, high=1024 * _MIB, unit="bytes", power_of_two=True),
     Parameter("cpr-exec-command", "strings", ()),
+    Parameter("migrate-sessions", "bool", False, supported=True),
 )
-"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`."""
+"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`; the last is ours."""
 
 SUPPORTED_MODES: Final = ("normal", "cpr-reboot", "cpr-transfer")
 
@@ -137,6 +138,21 @@ class MigrationParameters:
             if parameter.default is not None
         }
         self._former: Mapping[str, Any] = {}
+        self._chosen: dict[str, Any] = {}
+
+    @property
+    def chosen(self) -> Mapping[str, Any]:
+        """What was set by wire name, for a successor: neither defaults nor what is lent."""
+        return dict(self._chosen)
+
+    def inherit(self, changes: Mapping[str, Any]) -> None:
+        """Set what a predecessor had set, but for what was set here itself; what is lent here stays until it is given
+        back. Raises as `update` does; then nothing has changed."""
+        fresh = {name: value for name, value in changes.items() if name not in self._chosen}
+        self.check(fresh)
+        self._former = {**self._former, **{name: value for name, value in fresh.items() if name in self._former}}
+        self._values = {**self._values, **{name: fresh[name] for name in fresh if name not in self._former}}
+        self._chosen.update(fresh)
 
     def update(self, changes: Mapping[str, Any]) -> None:
         """Check the result of `changes` as a whole, then apply all of them; on an error nothing has changed.
@@ -151,6 +167,7 @@ class MigrationParameters:
         values = self.check(changes)
         self._former = {name: value for name, value in self._former.items() if name not in changes}
         self._values = values
+        self._chosen.update(changes)
 
     def check(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the values would be with `changes`. Raises as `update` does."""

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Applier: TypeAlias = Callable[[], None]
 """Puts a checked state in force. What it raises is a failure of the host; the machine cannot be used after it."""
 
-Save: TypeAlias = Callable[[], Mapping[str, StateValue]]
+Save: TypeAlias = Callable[[], Mapping[str, StateValue] | None]
+"""Returns None only of an optional section: it has nothing, and is left out."""
 Load: TypeAlias = Callable[[int, Mapping[str, StateValue]], Applier]
 """Takes a version (within the declared ones) and a hostile state. Changes nothing; raises `StateRejected`."""
 
@@ -39,6 +40,8 @@ class StateOwner:
     load: Load
     after: tuple[str, ...]
     """Names of the sections that must be in force before this one."""
+    optional: bool
+    """Whether it may be missing: whoever wrote the stream had nothing of the kind."""
 
 
 @final
@@ -73,7 +76,15 @@ class StateRegistry:
         self._owners: Final[dict[str, StateOwner]] = {}
 
     def register(
-        self, name: str, version: int, *, save: Save, load: Load, accepts: int | None = None, after: Iterable[str] = ()
+        self,
+        name: str,
+        version: int,
+        *,
+        save: Save,
+        load: Load,
+        accepts: int | None = None,
+        after: Iterable[str] = (),
+        optional: bool = False,
     ) -> None:
         """Declare a section.
 
@@ -90,7 +101,9 @@ class StateRegistry:
         oldest = version if accepts is None else accepts
         if not 0 <= oldest <= version < 1 << 32:
             raise ValueError(f"section {name}: reads versions {oldest} to {version}")
-        owner = StateOwner(name=name, version=version, accepts=oldest, save=save, load=load, after=tuple(after))
+        owner = StateOwner(
+            name=name, version=version, accepts=oldest, save=save, load=load, after=tuple(after), optional=optional
+        )
         cycle = self._way(owner.after, name)
         if cycle is not None:
             raise ValueError(f"sections wait for each other: {' after '.join((name, *cycle))}")
@@ -117,12 +130,22 @@ class StateRegistry:
         return tuple(ordered)
 
     def versions(self) -> dict[str, int]:
-        """Return the version of every section by name, in order."""
-        return {name: self._owners[name].version for name in self.order()}
+        """Return the version of every section by name, in order, but for the optional ones."""
+        return {name: self._owners[name].version for name in self.order() if not self._owners[name].optional}
 
-    def save(self) -> dict[str, Section]:
-        """Return every section's content by name, in order. The guest stands still."""
-        return {name: Section(name, self._owners[name].version, self._owners[name].save()) for name in self.order()}
+    def save(self, *, optional: bool = True) -> dict[str, Section]:
+        """Return every section's content by name, in order, or but for the optional ones. The guest stands still."""
+        saved: dict[str, Section] = {}
+        for name in self.order():
+            owner = self._owners[name]
+            if owner.optional and not optional:
+                continue
+            state = owner.save()
+            if state is not None:
+                saved[name] = Section(name, owner.version, state)
+            else:
+                assert owner.optional, f"section {name} was left out"
+        return saved
 
     def check(self, sections: Iterable[Section]) -> CheckedState:
         """Check a whole machine's state. Nothing has changed when this returns or raises.
@@ -133,16 +156,18 @@ class StateRegistry:
         """
         found = {section.name: section for section in sections}
         self._check_names(found)
-        return CheckedState((name, self._check(self._owners[name], found[name])) for name in self.order())
+        return CheckedState(
+            (name, self._check(self._owners[name], found[name])) for name in self.order() if name in found
+        )
 
     def _check_names(self, found: Mapping[str, Section]) -> None:
-        faults = [f"{name!r} is missing from the stream" for name in self._owners if name not in found]
+        missing = [name for name, owner in self._owners.items() if name not in found and not owner.optional]
+        faults = [f"{name!r} is missing from the stream" for name in missing]
         faults += [
             f"{name!r} is in the stream, and no device here has it" for name in found if name not in self._owners
         ]
         if faults:
-            names = [name for name in self._owners if name not in found]
-            names += [name for name in found if name not in self._owners]
+            names = missing + [name for name in found if name not in self._owners]
             raise StateRejected(section=", ".join(names), faults=tuple(faults))
 
     def _check(self, owner: StateOwner, section: Section) -> Applier:

@@ -109,8 +109,7 @@ class BoardBuilder:
         )
         processors.declare(may_declare)
         arrival = made.incoming.arrival
-        for name, owner in made.host.stores.sections(None if arrival is None else arrival.source):
-            may_declare.register(name, owner.version, save=owner.save, load=owner.load)
+        made.host.stores.declare(may_declare.register, None if arrival is None else arrival.source)
         return machine
 
     def _make_devices(self, bells: GuestBells) -> list[Device]:

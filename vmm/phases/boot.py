@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -24,8 +24,9 @@ from vmm.monitor.events import EventHub
 from vmm.nursery_tree import open_tree
 from vmm.phases.catalog import COMMANDS, EVENTS
 from vmm.phases.chain import hint
+from vmm.phases.fdsets import FdSets
 from vmm.phases.foundation import Ending, Host
-from vmm.phases.host import FdSets, HostFiles
+from vmm.phases.host import HostFiles
 from vmm.phases.jobs import Jobs
 from vmm.phases.monitors import MonitorMaker
 from vmm.phases.overrides import Overrides
@@ -68,7 +69,8 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
     ending = Ending()
     failure: VmmError | None = None
     async with open_tree("boot", events.emit) as phase:
-        with closing(FdSets()) as fdsets:
+        with ExitStack() as stack:
+            fdsets = stack.enter_context(closing(FdSets()))
             tree = phase.tree
             recorder = Recorder()
             overrides = Overrides()
@@ -81,7 +83,8 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 notes=lambda caller: overrides.noting and caller is not SUCCESSOR,
             )
             status = RunState(events.emit)
-            stores = BootStores(phase.residents)
+            stores = BootStores(phase.residents, fdsets)
+            stack.callback(stores.luggage.close)
             jobs = Jobs(events.emit)
             await phase.residents.start("events", events.serve)
             host = Host(

@@ -16,7 +16,7 @@ from vmm.monitor.events import EventHub
 from vmm.monitor.ports import Caller
 from vmm.monitor.session import Version
 from vmm.nursery_tree import Phase, Tree
-from vmm.phases.host import FdSets
+from vmm.phases.fdsets import FdSets
 from vmm.phases.start import Identity
 
 # --- what there is ------------------------------------------------------------------------------------------
@@ -291,13 +291,15 @@ class AddFdInfo:
 
     fdset_id: int
     fd: int
+    """The number by which it is known from here on, also in a successor; at first, usually, this process's own."""
 
 
 async def add_fd(may: MayAddDescriptor, caller: Caller, args: AddFd) -> AddFdInfo:
     """Put the descriptor that came with the request into a set of the machine's."""
     await trio.lowlevel.checkpoint()
     fd = _take(caller, "add-fd")
-    return AddFdInfo(fdset_id=may.add(fd, args.fdset_id, args.opaque), fd=fd)
+    fdset_id, number = may.add(fd, args.fdset_id, args.opaque)
+    return AddFdInfo(fdset_id=fdset_id, fd=number)
 
 
 @final
@@ -337,7 +339,7 @@ def query_fdsets(may: MayQuery) -> list[FdsetInfo]:
     """List the descriptor sets."""
     sets = may.view(FdSets).sets
     return [
-        FdsetInfo(fdset_id=number, fds=[FdsetFdInfo(fd=entry.fd, opaque=entry.opaque) for entry in held])
+        FdsetInfo(fdset_id=number, fds=[FdsetFdInfo(fd=entry.number, opaque=entry.opaque) for entry in held])
         for number, held in sorted(sets.items())
     ]
 

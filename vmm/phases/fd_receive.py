@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
@@ -20,6 +20,7 @@ from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
 from vmm.errors import CprError, CprPeerGone, CprRefused, MigrationCancelled, RecipeInvalid, VmmError
+from vmm.migration.status import MigrationStatus
 from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
@@ -30,6 +31,8 @@ from vmm.phases.section_kinds import read_here
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm.capabilities import Mint
     from vmm.cpr.channel import Message
     from vmm.migration.connect import Listener
@@ -37,6 +40,14 @@ if TYPE_CHECKING:
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.start import Start
+
+
+_FAREWELL: Final = 1.0
+"""Seconds for a source that has given its guest away to say how long that took."""
+
+_STAGES: Final = 64
+_LONG: Final = 1e9
+"""More stages of a pause, or longer ones (in milliseconds), are not told."""
 
 
 @final
@@ -61,7 +72,9 @@ class Arrival:
     """What is carried out: that, with what this side has otherwise."""
     inheritance: Inheritance
     over: trio.Event = attrs.Factory(trio.Event)
-    """Set once the guest is here: the channel and the cell have done their duty."""
+    """Set once the guest is here: the cell has done its duty."""
+    settled: trio.Event = attrs.Factory(trio.Event)
+    """Set once the source has said its last word, or nobody waits for it any longer."""
     _stderr: int = -1
     _refused: bool = False
 
@@ -70,6 +83,16 @@ class Arrival:
         if not self._refused and not self.over.is_set():
             self._refused = True
             await self.channel.refuse(str(error))
+
+    async def farewell(self) -> Mapping[str, float] | None:
+        """Wait, for `_FAREWELL` seconds at most, for what the source says last: the stages of the guest's pause."""
+        with trio.move_on_after(_FAREWELL):
+            try:
+                with closing(await self.channel.receive("finished")) as message:
+                    return _stages(message.body.get("pause"))
+            except CprError:
+                pass  # It has ended, or was never going to say anything.
+        return None
 
     def adopt_standard_error(self, start: Start) -> None:
         """Put the source's standard error, if it sent one, in place of this process's, if it is the machine's alone."""
@@ -114,6 +137,7 @@ async def run_fd_receive(
                         with closing(arrival):
                             await _build(phase, host, port, arrival)
                             await arrival.over.wait()
+                            await _conclude(arrival, port)
                             inheritance.retire_replaced(host.complain)
                             await port.unbind()
                             return
@@ -211,6 +235,23 @@ def _arrival_of(
     message.descriptors = {}
     inheritance.open_here(arriving.here, socket_paths(source))
     return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
+
+
+async def _conclude(arrival: Arrival, port: IncomingPort) -> None:
+    progress = port.progress
+    assert progress is not None
+    progress.pause_stages = await arrival.farewell()
+    progress.advance(MigrationStatus.COMPLETED)
+    arrival.settled.set()
+
+
+def _stages(pause: object) -> Mapping[str, float] | None:
+    """Return the stages that a source told, if that is what they are: nothing depends on them."""
+    if not isinstance(pause, dict) or not 0 < len(pause) <= _STAGES:
+        return None
+    if not all(type(value) in (int, float) and 0 <= value < _LONG and len(name) <= 64 for name, value in pause.items()):
+        return None
+    return pause
 
 
 async def _build(phase: Phase, host: Host, port: IncomingPort, arrival: Arrival) -> None:

@@ -1,4 +1,4 @@
-"""Where a machine's host resources come from, and where descriptors of clients are kept.
+"""Where a machine's host resources come from.
 
 A recipe names host resources; handlers ask for them by a name unique in the machine (`chardev/serial0/listener`,
 `ram`, `kernel`) and say how to open one. In a machine started here the opener is called. In the destination of a live
@@ -10,12 +10,10 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final, final
-
-import attrs
+from typing import TYPE_CHECKING, final
 
 from vmm import hostio
-from vmm.errors import DescriptorError, DescriptorMissing, DescriptorsUnclaimed, NameTaken
+from vmm.errors import DescriptorMissing, DescriptorsUnclaimed, NameTaken
 from vmm.phases.host_resources import is_of, unused
 
 if TYPE_CHECKING:
@@ -110,6 +108,10 @@ class Inheritance:
             raise DescriptorMissing(name=name)
         return self._unclaimed.pop(name)
 
+    def claim_all(self, wanted: Callable[[str], bool]) -> dict[str, int]:
+        """Take out every descriptor whose name is `wanted`."""
+        return {name: self._unclaimed.pop(name) for name in sorted(self._unclaimed) if wanted(name)}
+
     def names(self, prefix: str) -> Sequence[str] | None:
         """Return the unclaimed names that begin with `prefix`, sorted; None where they are opened on this host."""
         if prefix.removesuffix("/") in self._here:
@@ -145,50 +147,3 @@ def _retire(fd: int, path: str) -> None:
     with listener:
         if path:
             hostio.unlink_own(path, listener)
-
-
-@final
-@attrs.define
-class FdsetFd:
-    """One descriptor of a set."""
-
-    fd: int
-    opaque: str | None
-
-
-@final
-class FdSets:
-    """The machine's descriptor sets (`add-fd`). The facet of `may-add-descriptor`; owns the descriptors."""
-
-    def __init__(self) -> None:
-        self.sets: Final[dict[int, list[FdsetFd]]] = {}
-
-    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> int:
-        """Take over `fd` into set `fdset_id` (None: the lowest unused number); return the set's number."""
-        if fdset_id is None:
-            fdset_id = next(n for n in range(len(self.sets) + 1) if n not in self.sets)
-        if fdset_id < 0:
-            os.close(fd)
-            raise DescriptorError(reason=f"fdset-id {fdset_id} is negative; a set's number is 0 or more")
-        self.sets.setdefault(fdset_id, []).append(FdsetFd(fd, opaque))
-        return fdset_id
-
-    def remove(self, fdset_id: int, fd: int | None) -> None:
-        """Close descriptor `fd` of a set, or the whole set. Raises `DescriptorError`."""
-        held = self.sets.get(fdset_id, [])
-        gone = [entry for entry in held if fd in (None, entry.fd)]
-        if not gone:
-            which = f"no descriptor {fd}" if fd is not None and held else "no descriptors"
-            raise DescriptorError(reason=f"Descriptor set {fdset_id} has {which}; query-fdsets lists what there is")
-        for entry in gone:
-            held.remove(entry)
-            os.close(entry.fd)
-        if not held:
-            del self.sets[fdset_id]
-
-    def close(self) -> None:
-        """Close every descriptor of every set."""
-        for held in self.sets.values():
-            for entry in held:
-                os.close(entry.fd)
-        self.sets.clear()

@@ -22,6 +22,7 @@ from vmm.cpr.urgency import Urgency
 from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_io import receive_stream
+from vmm.phases.luggage import is_luggage
 from vmm.phases.quiesced import Pause
 from vmm.phases.running import Run, run_running
 
@@ -110,6 +111,7 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     progress = made.incoming.progress
     assert progress is not None
     assert made.incoming.main is not None
+    host.stores.luggage.add(arrival.inheritance.claim_all(is_luggage))
     arrival.inheritance.require_empty()
     await machine.rehearse_load()
     await run.gang.warm()
@@ -121,15 +123,16 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     message, stream = await _receive_state(channel, steps, made.incoming.main, progress)
     moments = {"received-ns": time.monotonic_ns()}
     with closing(message):
-        checked = may.check(stream.sections)
         pause = Pause.from_json(message.body)
         gone = message.body.get("gone")
         if not isinstance(gone, list) or not all(isinstance(name, str) for name in gone):
             raise StreamCorrupt(reason="the message that the guest is paused lacks gone")
-        new = arrival.inheritance.used(message.descriptors)
-        host.stores.adopt_changes(new, gone)
+        inherit_settings = made.migration.inherit(message.body.get("settings"))
+        host.stores.adopt_changes(arrival.inheritance.used(message.descriptors), gone)
+        checked = may.check(stream.sections)
     steps.reach("state-received")
     checked.apply()
+    inherit_settings()
     host.stores.require_all_adopted()
     moments["loaded-ns"] = time.monotonic_ns()
     # At once: the source works on while this side leaves one phase and opens the next.

@@ -73,7 +73,7 @@ class Machine:
             prepared.prepare()
             await trio.lowlevel.checkpoint()
         writer = StreamWriter("rehearsal")
-        for section in self.state.save().values():
+        for section in self.state.save(optional=False).values():
             writer.section(section.name, section.version, section.state)
         await trio.lowlevel.checkpoint()
         reader = StreamReader()

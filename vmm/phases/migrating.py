@@ -7,7 +7,7 @@ first: when phase quiesced opens and the guest pauses, the destination has built
 from __future__ import annotations
 
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -26,7 +26,7 @@ from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
-from vmm.errors import CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError
+from vmm.errors import CprError, CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError
 from vmm.migration.address import FileAddress
 from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.migration.address import SocketAddress
     from vmm.migration.channel import Channels
+    from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Turn
     from vmm.phases.machine import Machine
     from vmm.phases.running import Run
@@ -54,6 +55,9 @@ _CONNECTING: Final = 10.0
 
 _DYING: Final = 1.0
 """Seconds for a destination whose main channel is gone to be seen to go itself. The guest runs on meanwhile."""
+
+_FAREWELL: Final = 1.0
+"""Seconds for the last message: it finds room in the socket, or nobody reads it."""
 
 WITHHELD: Final = (
     MayPlugDevice, MayCreateBackend, MayOpenHostFile, MaySetMigrationCap, MayStartMigration,
@@ -173,6 +177,8 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     await channel.refuse(str(MigrationCancelled(by=canceller.by)))
                     progress.advance(MigrationStatus.CANCELLING)
                     progress.advance(MigrationStatus.CANCELLED)
+            if not cell.ours:
+                await _finish(channel, progress)
         return not cell.ours
 
 
@@ -189,6 +195,12 @@ async def _connect_main(address: SocketAddress, channel: CprChannel, limits: Cpr
         with trio.move_on_after(_DYING):
             await channel.watch()
         raise
+
+
+async def _finish(channel: CprChannel, progress: MigrationProgress) -> None:
+    """Tell the destination, if it listens, that all is over here, and how long the guest stood."""
+    with trio.move_on_after(_FAREWELL, shield=True), suppress(CprError):
+        await channel.send("finished", {"pause": dict(progress.pause_stages or {})})
 
 
 async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, Any]:

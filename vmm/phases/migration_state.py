@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 import attrs
 import trio
 
-from vmm.errors import MigrationCancelled
+from vmm.errors import MigrationCancelled, MigrationRefused, OptionInvalid, StreamCorrupt, Unsupported
 from vmm.migration.capability_table import MigrationCapabilities
 from vmm.migration.parameter_table import MigrationParameters
 from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from vmm.errors import VmmError
     from vmm.migration.status import Side
@@ -77,6 +77,46 @@ class MigrationState:
         finally:
             if self.progress is before:
                 self._take_back(None)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was set, and not what is lent to one migration, for a successor: JSON."""
+        return {"capabilities": dict(self.capabilities.chosen), "parameters": dict(self.parameters.chosen)}
+
+    def inherit(self, settings: object) -> Callable[[], None]:
+        """Check what a predecessor returned as `settings`; return what sets it, but for what was set here itself.
+
+        Raises:
+            StreamCorrupt: it is none, or of a program that had more to set.
+        """
+        if settings is None:  # of a program that kept them
+            return lambda: None
+        parts = ("capabilities", "parameters")
+        if not isinstance(settings, dict) or settings.keys() != set(parts):
+            raise StreamCorrupt(
+                reason="the message that the guest is paused has settings without capabilities or parameters"
+            )
+        kept = [settings[part] for part in parts]
+        if not all(isinstance(part, dict) for part in kept):
+            raise StreamCorrupt(reason="the message that the guest is paused has settings that are no objects")
+        capabilities, parameters = kept
+        try:
+            wrong = next((name for name, state in capabilities.items() if not isinstance(state, bool)), None)
+            if wrong is not None:
+                raise OptionInvalid(
+                    option=f"Migration capability {wrong}", value=capabilities[wrong], wanted="on or off"
+                )
+            # Each by the rules of all: those that were set here come out on top, and must go with them.
+            own = self.capabilities.chosen, self.parameters.chosen
+            self.capabilities.check({**capabilities, **own[0]})
+            self.parameters.check({**parameters, **own[1]})
+        except (OptionInvalid, Unsupported, MigrationRefused) as error:
+            raise StreamCorrupt(reason=f"the settings of the source: {error}") from error
+
+        def apply() -> None:
+            self.capabilities.inherit(capabilities)
+            self.parameters.inherit(parameters)
+
+        return apply
 
     def begin(self, side: Side) -> MigrationProgress:
         """Begin a migration, forgetting the one before."""

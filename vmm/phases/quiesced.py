@@ -197,7 +197,8 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                     told = transfer.older.applied(section)
                     writer.section(told.name, told.version, told.state)
                 watch.lap("save")
-                await _send(transfer, writer, host.stores.changed_descriptors(), watch, pause)
+                body = {**pause.to_json(), "settings": run.machine.made.migration.settings()}
+                await _send(transfer, writer, host.stores.changed_descriptors(), watch, body)
                 given = await run_handover(phase, transfer)
                 watch.lap("resume", given.resumed_ns)
                 lost = given.lost
@@ -225,13 +226,13 @@ async def _send(
     writer: StreamWriter,
     changed: tuple[dict[str, int], list[str]],
     watch: Stopwatch,
-    pause: Pause,
+    body: Mapping[str, Any],
 ) -> None:
     steps, channel = transfer.steps, transfer.channel
     channel.step = "loading"
     new, gone = changed
     with trio.move_on_after(transfer.limits.loading) as patience:
-        await transfer.send_descriptors.send("paused", {**pause.to_json(), "gone": gone}, new)
+        await transfer.send_descriptors.send("paused", {**body, "gone": gone}, new)
         try:
             await transfer.main.send_all(b"".join(writer.finish()))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

@@ -260,7 +260,6 @@ async def take_over(run: Run, loaded: Loaded) -> None:
         run.status.runs()
     else:
         run.status.stands(pause.run_state, failure=pause.failure)
-    progress.advance(MigrationStatus.COMPLETED)
     with contextlib.suppress(CprError):
         # The source may be dead by now. It finds in the cell what this message says.
         resumed = await run.gang.entered() if pause.runs else None
@@ -296,6 +295,9 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
         gone = False
         while not gone:
             turn = await inbox.take()
+            if made.incoming.arrival is not None:
+                # Of two migrations at a time nobody could say what is set for which.
+                await made.incoming.arrival.settled.wait()
             with closing(turn.value) as plan:
                 try:
                     await phase.tree.drain(turn, "migrating")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
@@ -16,6 +17,8 @@ from vmm.errors import (
     OptionInvalid,
     StateRejected,
 )
+from vmm.phases import fdsets
+from vmm.phases.luggage import Luggage, is_luggage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from vmm.backends.tap import Tap
     from vmm.migration.registry import StateRegistry
     from vmm.nursery_tree import Resident, Residents
+    from vmm.phases.fdsets import FdSets
     from vmm.phases.monitors import Monitor
     from vmm.phases.qtest import QtestBackend
     from vmm.phases.websocket import WebSocketBackend
@@ -68,8 +72,9 @@ class SectionOwner:
     """How a back end's state is saved and loaded; see `vmm.migration.registry`."""
 
     version: int
-    save: Callable[[], Mapping[str, Any]]
+    save: Callable[[], Mapping[str, Any] | None]
     load: Callable[[int, Mapping[str, Any]], Callable[[], None]]
+    optional: bool = False
 
 
 @final
@@ -79,8 +84,11 @@ class BootStores:
     what: ClassVar[str] = "Chardevs"
     phase: ClassVar[str] = "boot"
 
-    def __init__(self, residents: Residents) -> None:
+    def __init__(self, residents: Residents, fdsets: FdSets) -> None:
         self._residents = residents
+        self._fdsets = fdsets
+        self.luggage: Final = Luggage()
+        """What a predecessor's clients had, until the state is loaded that claims it."""
         self.chardevs: Final[dict[str, Held]] = {}
         self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend | QtestBackend, Resident]]] = {}
         self.rngs: Final[dict[str, HeldRng]] = {}
@@ -286,47 +294,53 @@ class BootStores:
             for suffix, fd in held.memory.descriptors().items()
         }
         netdevs = {f"netdev/{name}": tap.fd for name, (tap, _) in self.netdevs.items()}
-        return chardevs | monitors | objects | netdevs
+        return chardevs | monitors | objects | netdevs | self._fdsets.descriptors()
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
-        """Keep what the source's last message brought until the chardevs' sections are loaded."""
+        """Keep what the source's last message brought until the sections are loaded that it belongs to."""
+        self.luggage.drop(gone)
+        self.luggage.add({name: new.pop(name) for name in sorted(new) if is_luggage(name)})
         self._moved, self._gone = new, tuple(gone)
 
     def require_all_adopted(self) -> None:
-        """Raise `DescriptorsUnclaimed`, having closed them, if descriptors came that no chardev took."""
+        """Raise `DescriptorsUnclaimed`, having closed them, if descriptors came that nothing took."""
         left, self._moved = self._moved, {}
         for fd in left.values():
             os.close(fd)
-        if left:
-            raise DescriptorsUnclaimed(names=tuple(sorted(left)))
+        names = sorted((*left, *self.luggage))
+        self.luggage.close()
+        if names:
+            raise DescriptorsUnclaimed(names=tuple(names))
 
     # State.
 
     def sections(self, recipe: Recipe | None = None) -> Iterator[tuple[str, SectionOwner]]:
-        """Yield each chardev's section; with a predecessor's `recipe`, those of its chardevs alone."""
+        """Yield the sections of a live update; with a predecessor's `recipe`, of its chardevs alone."""
         moved = (
             None if recipe is None else {step.arguments.get("id") for step in recipe if step.execute == "chardev-add"}
         )
         for label, held in self.chardevs.items():
             if not held.chardev.surrendered and (moved is None or label in moved):
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+        load = partial(_load_fdsets, self._fdsets, self.luggage)
+        yield fdsets.SECTION, SectionOwner(fdsets.VERSION, self._fdsets.save, load, optional=True)
 
     def declare_again(self, state: StateRegistry) -> None:
-        """Give each chardev its section, and those that have gone none: they came and went since the board was made."""
-        for name in state.order():
-            if name.startswith(_SECTION):
-                state.unregister(name)
-        for name, owner in self.sections():
-            state.register(name, owner.version, save=owner.save, load=owner.load)
+        """Declare the sections of a live update, of what there is now: it came and went since the board was made."""
+        _forget(state)
+        self.declare(state.register)
+
+    def declare(self, register: Callable[..., None], recipe: Recipe | None = None) -> None:
+        """Declare what `sections` yields by `register`, of a state registry."""
+        for name, owner in self.sections(recipe):
+            register(name, owner.version, save=owner.save, load=owner.load, optional=owner.optional)
 
     def declare_ports(self, state: StateRegistry) -> None:
         """Give each chardev of a device its section by the device's port, whatever its label and its kind.
 
         So a guest goes from one machine to another whose chardevs are its own. `declare_again` undoes it.
         """
-        for name in state.order():
-            if name.startswith(_SECTION):
-                state.unregister(name)
+        _forget(state)
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(PORT):
                 state.register(f"{_SECTION}{held.user}", 1, save=_byte_saver(held.chardev), load=_byte_loader(held))
@@ -363,6 +377,17 @@ class BootStores:
 
 
 _SECTION: Final = "chardev/"
+
+
+def _forget(state: StateRegistry) -> None:
+    for name in state.order():
+        if name.startswith(_SECTION) or name == fdsets.SECTION:
+            state.unregister(name)
+
+
+def _load_fdsets(sets: FdSets, luggage: Luggage, _version: int, section: Mapping[str, Any]) -> Callable[[], None]:
+    return sets.load(section, luggage)
+
 
 MONITOR: Final = "monitor "
 """How the user of a chardev begins that a monitor has."""

@@ -1,0 +1,197 @@
+"""What else goes over in a live update: settings, descriptor sets, and how long it took."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from tests.phases.machine import connected
+from tests.phases.update_pair import concluded, hand_over, migration, pair
+from vmm.errors import StateRejected, StreamCorrupt
+from vmm.monitor.events import EventHub
+from vmm.phases.catalog import EVENTS
+from vmm.phases.fd_receive import _stages
+from vmm.phases.fdsets import FdSets
+from vmm.phases.jobs import Jobs
+from vmm.phases.luggage import Luggage
+from vmm.phases.migration_state import MigrationState
+from vmm.qmp_client import CommandFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmm.qmp_client import QmpClient
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+
+async def test_what_was_set_goes_over_but_for_what_the_destination_was_given_and_what_is_lent(tmp_path: Path) -> None:
+    async with pair(tmp_path) as made, made.destination() as new, connected(made.qmp) as old:
+        await old.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        await old.execute("migrate-set-parameters", downtime_limit=20, max_bandwidth=7)
+        async with connected(made.own(1)) as client:
+            await client.execute("migrate-set-parameters", downtime_limit=30)
+        await hand_over(made, old, 1)
+        assert (await concluded(new))["status"] == "completed"
+        settings = migration(new)
+        assert settings.capabilities["events"]
+        assert (settings.parameters["max-bandwidth"], settings.parameters.downtime_limit) == (7, 30)
+        assert settings.parameters.mode == "normal"
+        assert settings.settings()["parameters"] == {"downtime-limit": 30, "max-bandwidth": 7}
+
+
+async def test_both_sides_tell_how_long_the_guest_stood(tmp_path: Path) -> None:
+    async with pair(tmp_path) as made, made.destination() as new, connected(made.qmp) as old:
+        await hand_over(made, old, 1)
+        told = await concluded(new)
+        assert told["status"] == "completed"
+        assert told["x-pause"] == (await old.execute("query-migrate"))["x-pause"]
+
+
+async def add_fd(client: QmpClient, fd: int, **arguments: Any) -> dict[str, int]:
+    """Put `fd` into a set."""
+    sock = client._sock
+    await trio.lowlevel.wait_writable(sock)
+    with socket.fromfd(sock.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
+        socket.send_fds(copy, [b"\n"], [fd])
+    found: dict[str, int] = await client.execute("add-fd", **arguments)
+    return found
+
+
+async def test_descriptor_sets_go_over_under_the_numbers_that_clients_know(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        async with pair(tmp_path) as made, made.destination() as new:  # noqa: SIM117 - too long a line
+            async with connected(made.qmp) as old, connected(made.own(1)) as client:
+                await add_fd(client, reading, fdset_id=9)
+                first = await add_fd(old, writing, fdset_id=3, opaque="a")
+                await add_fd(old, reading, fdset_id=3)
+                await add_fd(old, reading)
+                before = await old.execute("query-fdsets")
+                await hand_over(made, old, 1)
+                assert (await concluded(new))["status"] == "completed"
+                after = await client.execute("query-fdsets")
+                assert [found for found in after if found["fdset-id"] != 9] == before
+                kept = next(found for found in after if found["fdset-id"] == 9)["fds"]
+                numbers = [entry["fd"] for found in after for entry in found["fds"]]
+                assert len(numbers) == len(set(numbers)) == 4
+                assert len(kept) == 1
+                # By the number that add-fd answered, there is that very descriptor.
+                held = new.host.stores._fdsets.sets[3][0]
+                assert (held.number, os.fstat(held.fd).st_ino) == (first["fd"], os.fstat(writing).st_ino)
+                added = await add_fd(client, writing, fdset_id=3)
+                assert added["fd"] not in numbers
+                await client.execute("remove-fd", fdset_id=3, fd=first["fd"])
+                await client.execute("remove-fd", fdset_id=9, fd=kept[0]["fd"])
+                async with made.destination() as third:
+                    await hand_over(made, client, 2)
+                    assert (await concluded(third))["status"] == "completed"
+                    async with connected(made.own(2)) as last:
+                        now = await last.execute("query-fdsets")
+                        assert now == await client.execute("query-fdsets")
+                        with pytest.raises(CommandFailed, match="Descriptor set 3 has no descriptor"):
+                            await last.execute("remove-fd", fdset_id=3, fd=first["fd"])
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+# --- from a source that is none of ours -------------------------------------------------------------------------
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"set": 1, "number": 5, "serial": 2, "opaque": b"why"} | changes
+
+
+SETS: tuple[tuple[Any, str], ...] = (
+    ({}, "it must have a list of descriptors, and nothing else"),
+    ({"descriptors": []}, "it must have a list of descriptors, and nothing else"),
+    ({"descriptors": [entry()], "more": 1}, "it must have a list of descriptors, and nothing else"),
+    ({"descriptors": [7]}, "descriptors[0] must have set, number, serial and opaque"),
+    ({"descriptors": [entry(x=1)]}, "descriptors[0] must have set, number, serial and opaque"),
+    ({"descriptors": [entry(set=-1)]}, f"descriptors[0].set is -1, not an integer from 0 to {(1 << 63) - 1}"),
+    ({"descriptors": [entry(number=True)]}, f"descriptors[0].number is True, not an integer from 0 to {(1 << 31) - 1}"),
+    ({"descriptors": [entry(serial=1 << 31)]}, f"descriptors[0].serial is {1 << 31}, not an integer from 0 to"),
+    ({"descriptors": [entry(opaque="why")]}, "descriptors[0].opaque is no UTF-8"),
+    ({"descriptors": [entry(opaque=b"\xff")]}, "descriptors[0].opaque is no UTF-8"),
+    ({"descriptors": [entry(serial=3)]}, "descriptor fdset/1/3 did not come"),
+    ({"descriptors": [entry(), entry(number=6)]}, "a descriptor is there twice"),
+)
+
+
+@pytest.mark.parametrize(("section", "fault"), SETS)
+def test_sets_that_are_none_are_refused_by_name(section: Any, fault: str) -> None:
+    luggage, sets = Luggage(), FdSets()
+    luggage.add({"fdset/1/2": os.open("/dev/null", os.O_RDONLY)})
+    with pytest.raises(StateRejected) as caught:
+        sets.load(section, luggage)
+    assert fault in str(caught.value)
+    assert sets.sets == {}
+    luggage.close()
+
+
+def test_a_descriptor_that_comes_again_takes_the_place_of_the_one_before() -> None:
+    luggage = Luggage()
+    luggage.add({"fdset/1/2": os.open("/dev/null", os.O_RDONLY)})
+    luggage.add({"fdset/1/2": os.open("/dev/null", os.O_RDONLY)})
+    luggage.drop(["fdset/1/2", "fdset/1/3"])
+    assert list(luggage) == []
+
+
+SETTINGS: tuple[tuple[Any, str], ...] = (
+    (7, "settings without capabilities or parameters"),
+    ({"capabilities": {}}, "settings without capabilities or parameters"),
+    ({"capabilities": [], "parameters": {}}, "settings that are no objects"),
+    ({"capabilities": {"warp": True}, "parameters": {}}, "Migration capability: 'warp' is not one that"),
+    ({"capabilities": {"events": 1}, "parameters": {}}, "Migration capability events: 1 is not on or off"),
+    ({"capabilities": {"xbzrle": True}, "parameters": {}}, "Migration capability 'xbzrle' is not supported here"),
+    ({"capabilities": {}, "parameters": {"warp": 9}}, "Migration parameter: 'warp' is not one that"),
+    ({"capabilities": {}, "parameters": {"downtime-limit": "x"}}, "Migration parameter downtime-limit: 'x' is not"),
+)
+
+
+@pytest.mark.parametrize(("settings", "fault"), SETTINGS)
+def test_settings_that_are_none_are_refused_by_name(settings: Any, fault: str) -> None:
+    state = settings_here()
+    with pytest.raises(StreamCorrupt) as caught:
+        state.inherit(settings)
+    assert fault in str(caught.value)
+    assert state.settings() == {"capabilities": {}, "parameters": {}}
+
+
+def settings_here() -> MigrationState:
+    events = EventHub(EVENTS)
+    return MigrationState(events, Jobs(events.emit))
+
+
+def test_a_source_that_tells_no_settings_is_an_older_one() -> None:
+    state = settings_here()
+    state.inherit(None)()
+    assert state.settings() == {"capabilities": {}, "parameters": {}}
+
+
+def test_what_is_lent_to_an_incoming_migration_is_as_it_came_once_that_is_over() -> None:
+    state = settings_here()
+    state.parameters.lend({"downtime-limit": 1, "max-bandwidth": 2})
+    state.capabilities.lend({"events": False})
+    state.inherit({"capabilities": {"events": True}, "parameters": {"downtime-limit": 20, "mode": "cpr-transfer"}})()
+    assert (state.parameters.downtime_limit, state.parameters.mode) == (1, "cpr-transfer")
+    assert not state.capabilities["events"]
+    state.parameters.give_back()
+    state.capabilities.give_back()
+    assert (state.parameters.downtime_limit, state.parameters["max-bandwidth"]) == (20, 128 << 20)
+    assert state.capabilities["events"]
+
+
+@pytest.mark.parametrize(
+    "pause",
+    [None, 7, {}, {"stop": "long"}, {"stop": True}, {"stop": -1}, {"stop": float("nan")}, {"stop": 1e9},
+     {"x" * 65: 1}, {str(number): 1 for number in range(65)}],
+)  # fmt: skip
+def test_stages_that_are_none_are_not_told(pause: Any) -> None:
+    assert _stages(pause) is None
+    assert _stages({"stop": 0.1, "total": 2}) == {"stop": 0.1, "total": 2}
