@@ -22,6 +22,7 @@ ORDER: Final = (
         "outside",
         "facets",
         "capabilities",
+        "deferral",
         "nursery_tree",
         "hostio",
         "host_tcp",

@@ -510,6 +510,12 @@ class DescriptorMissing(CprError):
     name: str
 
 
+class CommandDeferred(VmmError):
+    """A command that waited, and has done nothing yet, is to be begun anew later. Internal: no client sees it."""
+
+    text: ClassVar[str] = "The command is to be begun anew once it is known which process has the guest"
+
+
 class DescriptorsUnclaimed(CprError):
     """The source sent descriptors that nothing in the recipe asks for."""
 

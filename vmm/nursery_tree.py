@@ -14,14 +14,17 @@ scopes, last started first, once its body (with all inner phases) has left.
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, final
 
 import attrs
 import trio
 
 from vmm.capabilities import AnyToken, Grant, MayCancelMigration, MayQuery, MayQuit, Mint, Token
+from vmm.deferral import Deferral
 from vmm.errors import (
     CommandAborted,
+    CommandDeferred,
     DeviceNotActive,
     DrainTimeout,
     InvalidState,
@@ -59,6 +62,8 @@ class Turn(Generic[ValueT]):
         self.value: Final = value
         self.until: Final = until
         """Name of the phase whose window settles the turn; None for whichever opens next."""
+        self.taken = False
+        """Whether a phase has begun to carry it out, or has looked at it."""
         self._settled = trio.Event()
         self._error: VmmError | None = None
         self._callbacks: list[Callable[[], None]] = []
@@ -95,6 +100,10 @@ class Turn(Generic[ValueT]):
         else:
             self._callbacks.append(callback)
 
+    async def wait(self) -> None:
+        """Await it."""
+        await self
+
     def __await__(self) -> Generator[Any, None, None]:
         yield from self._settled.wait().__await__()
         if self._error is not None:
@@ -130,7 +139,9 @@ class Inbox(Generic[ValueT]):
         while not self._turns:
             self._arrived = trio.Event()
             await self._arrived.wait()
-        return self._turns.pop(0)
+        turn = self._turns.pop(0)
+        turn.taken = True
+        return turn
 
     def close(self) -> None:
         """Fail what is still posted, and all that comes."""
@@ -409,6 +420,8 @@ class Tree:
         self._open: list[Window[Any]] = []
         self._views: dict[type, list[object]] = {}
         self._turnstile = trio.CapacityLimiter(1)
+        self.deferral: Final = Deferral()
+        """For the time in which it is not known which process has the guest."""
         self._passing: Lending | Turn[Any] | None = None
         self._moving: list[Turn[Any]] = []
         self._awaited: list[tuple[str, Turn[Any]]] = []
@@ -516,8 +529,9 @@ class Tree:
 
         Raises:
             CommandAborted: the machine has come to its end meanwhile.
+            CommandDeferred: see `vmm.deferral`.
         """
-        await self._turnstile.acquire_on_behalf_of(lending)
+        await self.deferral.wait(partial(self._turnstile.acquire_on_behalf_of, lending))
         if self._over:
             self._turnstile.release_on_behalf_of(lending)
             raise CommandAborted(command=lending.command)
@@ -558,10 +572,18 @@ class Tree:
             turn.fail(error)
 
     async def outcome(self, command: str, turn: Turn[Any]) -> None:
-        """Wait until `turn`, which `command` has posted, is settled; raise what it failed with."""
+        """Wait until `turn`, which `command` has posted, is settled; raise what it failed with.
+
+        Raises:
+            CommandDeferred: no phase has taken it, and none will any more.
+        """
         entry = (command, turn)
         self._awaited.append(entry)
         try:
+            await self.deferral.wait(turn.wait)
+        except CommandDeferred as deferred:
+            if not turn.taken:
+                turn.fail(deferred)
             await turn
         finally:
             self._awaited.remove(entry)

@@ -12,12 +12,15 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.monitor.fakes import VERSION, Bench, bench
 from vmm.monitor.output import Bounds
-from vmm.monitor.session import Session, SessionOptions, SessionState
+from vmm.monitor.session import Session, SessionOptions
 from vmm.monitor.unix import SocketTransport, qmp_monitor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from typing import Any
+
+    from vmm.monitor.belongings import SessionState
+    from vmm.monitor.ports import Transport
 
 
 async def test_the_greeting_names_version_and_capabilities() -> None:
@@ -392,6 +395,7 @@ async def test_a_session_at_rest_goes_on_over_its_socket() -> None:
         await wait_all_tasks_blocked()
         (session,) = it.monitor.sessions.values()
         it.monitor.quiesce()
+        session.hold()
         state = session.save()
         assert state.stream.unparsed == b'{"execute": "ec'
         async with successor(session, state, it):
@@ -410,6 +414,7 @@ async def test_a_session_at_rest_takes_unsent_output_and_waiting_requests_along(
         (session,) = it.monitor.sessions.values()
         it.monitor.quiesce()
         assert not session.busy
+        session.hold()
         state = session.save()
         assert len(state.waiting) == 3
         async with successor(session, state, it):
@@ -422,6 +427,7 @@ async def test_after_a_save_that_came_to_nothing_the_session_goes_on_here() -> N
         await it.client.negotiate()
         (session,) = it.monitor.sessions.values()
         it.monitor.quiesce()
+        session.hold()
         session.save()
         it.hub.emit("STOP")
         await it.client.send({"execute": "echo"})
@@ -457,7 +463,14 @@ async def successor(session: Session, state: SessionState, it: Bench) -> AsyncGe
     copy = socket.fromfd(session.transport.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
     session.give_up()
     monitor = qmp_monitor("qmp0", it.executor, it.hub, SessionOptions(VERSION), it.log.append)
+
+    def make(name: str, transport: Transport) -> Session:
+        made = Session(name, transport, it.executor, it.hub, SessionOptions(VERSION), state)
+        made.take_up()
+        return made
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(monitor.serve_connection, copy, state)
+        nursery.start_soon(monitor.take_up(1, copy, make))
+        monitor.resume()
         yield
         nursery.cancel_scope.cancel()

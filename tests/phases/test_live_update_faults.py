@@ -21,6 +21,7 @@ from tests.phases.update_kit import (
     answering_pid,
     begin_update,
     due,
+    hung_up,
     open_bench,
     outcome,
 )
@@ -415,3 +416,20 @@ async def test_an_update_that_the_destination_calls_off_at_a_step_has_one_owner(
         await made.console.new_beats(3)
         made.ram.require_intact()
         assert await answering_pid(made.bench.qmp) == owner.pid
+
+
+async def test_a_source_whose_clients_went_with_a_guest_that_died_says_so_and_fails() -> None:
+    async with open_bench() as bench:
+        console = bench.console()
+        source = bench.machine(console)
+        await console.beats(1)
+        destination = bench.destination("--x-cpr-stop-at", "destination:running")
+        await bench.listening(destination)
+        async with bench.session(bench.qmp) as client:
+            parameters = {"mode": "cpr-transfer", "migrate-sessions": True}
+            await client.execute("migrate", channels=bench.channels(destination), parameters=parameters)
+            await destination.stopped()
+            destination.kill()
+            await hung_up(client)
+        assert await source.ended() == 1
+        assert source.said() == [f"trio-vmm: {KILLED['destination:running'].monitor}"]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from tests.phases.machine import Running, appearance, connected, machine, start_of
+from tests.phases.machine import Running, appearance, connected, machine, monitor, start_of
 from tests.phases.update_kit import OVER, channels, due
+from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -48,7 +49,10 @@ class Pair:
         number = len(self.machines)
         cpr = f"channel-type=cpr,addr.transport=socket,addr.type=unix,addr.path={self.folder}/cpr{number}"
         incoming = ("-incoming", f"unix:{self.folder}/main{number}", "-incoming", cpr)
-        start = start_of("-qmp", f"unix:{self.own(number)},wait=off", *incoming, *options)
+        start = start_of(*incoming, *options)
+        # By a name of its own: those that make room for another are told apart by their process alone.
+        recipe = Recipe("of this test", (*monitor(self.own(number), f"own{number}"), *start.recipe))
+        start = attrs.evolve(start, recipe=recipe)
         async with machine(start, self.own(number)) as running:
             self.machines.append(running)
             await appearance(self.folder / f"cpr{number}")
@@ -83,5 +87,6 @@ async def concluded(running: Running) -> dict[str, Any]:
 
 
 async def hand_over(made: Pair, client: QmpClient, number: int, **more: Any) -> None:
-    """Have `client` hand the guest over to process `number`."""
-    await client.execute("migrate", channels=made.where(number), parameters={"mode": "cpr-transfer", **more})
+    """Have `client` hand the guest over to process `number`, with `more` parameters for that."""
+    parameters = {name.replace("_", "-"): value for name, value in more.items()}
+    await client.execute("migrate", channels=made.where(number), parameters={"mode": "cpr-transfer", **parameters})

@@ -32,7 +32,7 @@ import attrs
 import trio
 
 from vmm.capabilities import Grant, MayAppendRecipe, MayCancelMigration, MayQuery, MayQuit, Token
-from vmm.errors import CommandNotFound, TokenError
+from vmm.errors import CommandDeferred, CommandNotFound, TokenError
 from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
 from vmm.monitor.ports import Caller
@@ -329,7 +329,17 @@ class CommandTable:
 
         Raises:
             VmmError: the command is unknown, inadmissible here, got wrong arguments, or failed.
+            CommandDeferred: to a caller that is `held`, and begins it anew itself.
         """
+        while True:
+            try:
+                return await self._execute(caller, name, arguments)
+            except CommandDeferred:
+                if getattr(caller, "held", False):
+                    raise
+                await self._tree.deferral.over()
+
+    async def _execute(self, caller: Caller, name: str, arguments: Mapping[str, object]) -> object:
         command = self[name]
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)

@@ -7,11 +7,13 @@ answers a request in the task that read it.
 
 What the client has sent before it hung up is still carried out, as long as replies could be delivered; a command under
 way is never undone.
+
+A session can be handed to another process: `hold` it, wait for its `rest`, `save` it, then either `give_up` or
+`resume`. A request that waits then has had no effect, and is carried out by whoever goes on with the session.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
@@ -19,9 +21,10 @@ import attrs
 import trio
 
 from vmm.capabilities import ADMIN, Grant
-from vmm.errors import CommandNotFound, MalformedRequest, VmmError
+from vmm.errors import CommandDeferred, CommandNotFound, MalformedRequest, VmmError
 from vmm.monitor.arguments import structure
-from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message, StreamState
+from vmm.monitor.belongings import Belongings, SessionState
+from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message
 from vmm.monitor.json_text import encode
 from vmm.monitor.output import Bounds, Output
 from vmm.monitor.requests import is_out_of_band, read_request
@@ -92,19 +95,6 @@ class Negotiation:
 
 
 @final
-@attrs.frozen(kw_only=True)
-class SessionState:
-    """A session at rest, all but its descriptors, for another process to go on with."""
-
-    negotiated: bool
-    oob: bool
-    stream: StreamState
-    waiting: tuple[Message | Fault, ...]
-    """Requests that were read and not begun, in order."""
-    unsent: bytes
-
-
-@final
 class Session:
     """One client. It is the `Caller` of its commands."""
 
@@ -118,10 +108,14 @@ class Session:
         hub: EventHub,
         options: SessionOptions,
         state: SessionState | None = None,
+        belongings: Belongings | None = None,
     ) -> None:
+        """Make a session; with a predecessor's `state` (and the client's `belongings`), one that is held."""
         self.name: Final = name
-        self.descriptors: Final[dict[str, int]] = {}
-        self._unclaimed: list[int] = []
+        self.belongings: Final = belongings or Belongings()
+        """The client's descriptors."""
+        self.held = state is not None
+        """Whether no command is begun. One that has been begun, and only waits, may be deferred until `resume`."""
         self._transport: Final = transport
         self._executor: Final = executor
         self._hub: Final = hub
@@ -132,6 +126,10 @@ class Session:
         self._negotiated = state is not None and state.negotiated
         self._oob = state is not None and state.oob
         self._state: Final = state
+        self._scope: Final = trio.CancelScope()
+        self._under_way = 0
+        self._standing: Final[dict[bool, Message | Fault]] = {}  # not begun because held; by whether out of band
+        self._resumed = trio.lowlevel.ParkingLot()
         # With oob, what the two tasks share:
         self._someone_reads = False
         self._executing = False
@@ -150,6 +148,11 @@ class Session:
         return self._transport
 
     @property
+    def descriptors(self) -> dict[str, int]:
+        """Those that the client has named."""
+        return self.belongings.named
+
+    @property
     def grant(self) -> Grant:
         """What the client may be lent, whatever the phases grant."""
         return self._options.grant
@@ -161,8 +164,7 @@ class Session:
 
     def take_descriptors(self) -> list[int]:
         """Hand over the descriptors that came by SCM_RIGHTS and nobody claimed."""
-        taken, self._unclaimed = self._unclaimed, []
-        return taken
+        return self.belongings.take()
 
     async def serve(self) -> None:
         """Greet the client and answer it until it hangs up, or until `close`.
@@ -171,22 +173,19 @@ class Session:
         """
         self._hub.subscribe(self._tell)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._output.flush)
-                if self._state is None:
-                    self._greet()
-                elif self._state.unsent:
-                    self._output.put(self._state.unsent)
-                await self._converse()
-                with trio.move_on_after(_LINGER):
-                    await self._output.wait_flushed()
-                nursery.cancel_scope.cancel()
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._output.flush)
+                    if self._state is None:
+                        self._greet()
+                    await self._converse()
+                    with trio.move_on_after(_LINGER):
+                        await self._output.wait_flushed()
+                    nursery.cancel_scope.cancel()
         finally:
             self._hub.unsubscribe(self._tell)
             self._transport.close()
-            for fd in (*self.take_descriptors(), *self.descriptors.values()):
-                os.close(fd)
-            self.descriptors.clear()
+            self.belongings.close()
 
     async def close(self, flush_seconds: float) -> None:
         """Hang up and make `serve` return, once commands under way are answered and the client has read all.
@@ -196,39 +195,55 @@ class Session:
         self._closing = True
         try:
             with trio.move_on_after(flush_seconds):
-                while self._executing:
+                while self._under_way:
                     await self._at_rest.park()
                 await self._output.wait_flushed()
         finally:
             self._output.hang_up()
 
-    def save(self) -> SessionState:
-        """Return the state for another process, and send nothing until `resume`.
-
-        Precondition: the monitor is quiesced, and no command is under way (see `busy`). What would be sent afterwards
-        waits here: `give_up` discards it, `resume` sends it.
-        """
+    def hold(self) -> None:
+        """Begin no command, and send nothing, until `resume`; what would be sent piles up."""
+        self.held = True
         self._output.hold()
+
+    async def rest(self) -> None:
+        """Wait until no command is under way. For a session that is held."""
+        while self._under_way:
+            await self._at_rest.park()
+
+    def save(self) -> SessionState:
+        """Return the state for another process. Precondition: held and at rest, and the monitor is quiesced."""
+        standing = [[self._standing[oob]] if oob in self._standing else [] for oob in (False, True)]
         return SessionState(
             negotiated=self._negotiated,
             oob=self._oob,
             stream=self._stream.save(),
-            waiting=(*self._queue, *self._read),
+            waiting=(*standing[False], *self._queue, *standing[True], *self._read),
             unsent=self._output.unsent,
         )
 
+    def take_up(self) -> None:
+        """Go on where a predecessor stood: send what it had not, and tell what happens. Commands await `resume`."""
+        assert self._state is not None, "a session of our own has nothing to take up"
+        if self._state.unsent:
+            self._output.put(self._state.unsent)
+        self._hub.subscribe(self._tell)
+
     def resume(self) -> None:
-        """Send again, after a `save` that came to nothing."""
+        """Undo `hold`: send what has piled up, and begin commands again."""
+        self.held = False
         self._output.release()
+        self._resumed.unpark_all()
 
     def give_up(self) -> None:
         """Leave the client to another process: close our own descriptors without a word. Makes `serve` return."""
         self._output.hang_up()
+        self._scope.cancel()
 
     @property
     def busy(self) -> bool:
         """Whether a command is under way."""
-        return self._executing
+        return self._under_way > 0
 
     # --- in -----------------------------------------------------------------------------------------------
 
@@ -239,7 +254,7 @@ class Session:
                 return
             self._executing = True
             await self._answer(item)
-            self._rest()
+            self._finish()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._take_turns)
             nursery.start_soon(self._take_turns)
@@ -262,9 +277,7 @@ class Session:
                 return None
             fresh = self._transport.take_descriptors()
             if fresh:
-                for fd in self.take_descriptors():
-                    os.close(fd)
-                self._unclaimed = fresh
+                self.belongings.put(fresh)
             if not data:
                 return None
             if self._options.framed:
@@ -288,13 +301,12 @@ class Session:
                 item = self._queue.popleft()
                 self._queue_has_room.unpark_all()
                 await self._answer(item)
-            self._rest()
+            self._finish()
 
-    def _rest(self) -> None:
+    def _finish(self) -> None:
         self._executing = False
         self._queue.clear()  # if there is something left, nobody is there to be answered
         self._queue_has_room.unpark_all()
-        self._at_rest.unpark_all()
 
     async def _next_in_band(self) -> Message | Fault | None:
         """Read until there is a request for the task that asks; None at the end of the input."""
@@ -313,19 +325,40 @@ class Session:
     # --- one request --------------------------------------------------------------------------------------
 
     async def _answer(self, item: Message | Fault, *, out_of_band: bool = False) -> None:
+        """Carry out a request and reply, in the end: as long as the session is held it stands."""
+        answered = False
+        while not answered:
+            while self.held:
+                self._standing[out_of_band] = item
+                await self._resumed.park()
+                del self._standing[out_of_band]
+                if self._output.gone or self._closing:
+                    return
+            self._under_way += 1
+            try:
+                answered = await self._carry_out(item, out_of_band=out_of_band)
+            finally:
+                self._under_way -= 1
+                self._at_rest.unpark_all()
+
+    async def _carry_out(self, item: Message | Fault, *, out_of_band: bool) -> bool:
+        """Reply to a request; False if it was deferred, and has done nothing."""
         if isinstance(item, Fault):
             self._reply({"error": {"class": "GenericError", "desc": item.reason}}, {})
-            return
+            return True
         value = item.value
         request = value if isinstance(value, dict) else {}
         try:
             name, arguments = read_request(value, oob=self._oob)
             result = await self._run(name, arguments, out_of_band=out_of_band)
+        except CommandDeferred:
+            return False
         except VmmError as error:
             # An error that is not expected is a bug, and goes on up past every client.
             self._reply({"error": {"class": error.qmp_class, "desc": str(error)}}, request)
         else:
             self._reply({"return": {} if result is None else result}, request)
+        return True
 
     async def _run(self, name: str, arguments: Mapping[str, object], *, out_of_band: bool) -> object:
         if not self._negotiated and name != "qmp_capabilities":

@@ -18,6 +18,7 @@ import errno
 import os
 import select
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar, final
 
 import trio
@@ -27,11 +28,11 @@ from vmm.hostio import set_blocking
 from vmm.monitor.session import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from vmm.monitor.events import EventHub
     from vmm.monitor.ports import Executor, Transport
-    from vmm.monitor.session import SessionOptions, SessionState
+    from vmm.monitor.session import SessionOptions
 
 MAX_DESCRIPTORS: Final = 16
 """Descriptors taken with one message, as in QEMU."""
@@ -246,14 +247,14 @@ SessionT = TypeVar("SessionT", bound=SocketSession)
 class SocketMonitor(Generic[SessionT]):
     """One monitor: any number of clients, each with its own session, from listeners and single connections.
 
-    `make` makes the session of a client, by its name, its transport, and the state that a predecessor left if one did.
+    `make` makes the session of a client, by its name and its transport.
     `log` takes one line about a client that was refused or dropped.
     """
 
     def __init__(
         self,
         name: str,
-        make: Callable[[str, Transport, SessionState | None], SessionT],
+        make: Callable[[str, Transport], SessionT],
         log: Callable[[str], None],
     ) -> None:
         self.name: Final = name
@@ -269,7 +270,7 @@ class SocketMonitor(Generic[SessionT]):
 
     @property
     def sessions(self) -> Mapping[str, SessionT]:
-        """The sessions under way, by name."""
+        """The sessions under way, by name: the monitor's, and a number."""
         return self._sessions
 
     async def serve_listener(
@@ -312,19 +313,32 @@ class SocketMonitor(Generic[SessionT]):
                 continue
             nursery.start_soon(self.serve_connection, client)
 
-    async def serve_connection(self, sock: socket.socket, state: SessionState | None = None) -> None:
+    async def serve_connection(self, sock: socket.socket) -> None:
         """Serve the client of a connected socket, which belongs to the session, until it hangs up."""
-        await self._serve(SocketTransport(sock, self._gate), state)
+        await self._serve(SocketTransport(sock, self._gate))
 
     async def serve_descriptors(self, read_fd: int, write_fd: int) -> None:
         """Serve the client of two descriptors, which stay the caller's, until it hangs up."""
-        await self._serve(PipeTransport(read_fd, write_fd, self._gate), None)
+        await self._serve(PipeTransport(read_fd, write_fd, self._gate))
 
-    async def _serve(self, transport: Transport, state: SessionState | None) -> None:
+    async def _serve(self, transport: Transport) -> None:
         self._connections += 1
         name = f"{self.name}/{self._connections}"
-        session = self._make(name, transport, state)
+        session = self._make(name, transport)
         self._sessions[name] = session
+        await self._serve_session(name, session)
+
+    def take_up(
+        self, number: int, sock: socket.socket, make: Callable[[str, Transport], SessionT]
+    ) -> Callable[[], Awaitable[None]]:
+        """Make a session that a predecessor had under `number`; return what serves it. No other has that number."""
+        name = f"{self.name}/{number}"
+        session = make(name, SocketTransport(sock, self._gate))
+        self._connections = max(self._connections, number)
+        self._sessions[name] = session
+        return partial(self._serve_session, name, session)
+
+    async def _serve_session(self, name: str, session: SessionT) -> None:
         try:
             await session.serve()
         finally:
@@ -338,12 +352,13 @@ class SocketMonitor(Generic[SessionT]):
         if sessions:
             self._gate.shut()
 
-    def resume(self) -> None:
-        """Accept and read again, and send what sessions hold back since `Session.save`."""
+    def resume(self, *, sessions: bool = True) -> None:
+        """Accept again, and with `sessions` read, and let those go on that were held."""
         self._accepting.open()
-        self._gate.open()
-        for session in self._sessions.values():
-            session.resume()
+        if sessions:
+            self._gate.open()
+            for session in self._sessions.values():
+                session.resume()
 
     def stop_listening(self) -> None:
         """Accept nobody any more, for good; the sessions under way stay. The listener is the caller's to close."""
@@ -363,7 +378,7 @@ def qmp_monitor(
 ) -> SocketMonitor[Session]:
     """Make a monitor whose clients speak QMP."""
 
-    def make(name: str, transport: Transport, state: SessionState | None) -> Session:
-        return Session(name, transport, executor, hub, options, state)
+    def make(name: str, transport: Transport) -> Session:
+        return Session(name, transport, executor, hub, options)
 
     return SocketMonitor(name, make, log)

@@ -135,7 +135,8 @@ def migrate(
     from vmm.phases.migrating import TransferPlan  # Brings KVM and the streams; the guest that is to go has them.
 
     main, cpr = resolved((channels.main, channels.cpr), caller)
-    return may.start(TransferPlan(Channels(main, cpr), wishes=wishes))
+    sessions = bool(wishes.parameters.get("migrate-sessions", state.parameters["migrate-sessions"]))
+    return may.start(TransferPlan(Channels(main, cpr), sessions, wishes))
 
 
 def require_sockets(channels: Channels, command: str) -> None:

@@ -47,6 +47,13 @@ class Host:
         """Tell the operator something that the machine survives."""
         self.start.complain(text)
 
+    def end_without_clients(self, failure: str) -> None:
+        """End the process: its clients have gone along with the guest, and nobody is left to say so, or to be told."""
+        if failure:
+            self.complain(failure)
+            self.ending.exit_status = 1
+        self.ending.end("host-qmp-quit")
+
     def leave_by_key(self) -> None:
         """End the machine because somebody typed Ctrl-A X."""
         self.ending.end("host-ui")

@@ -62,6 +62,8 @@ class Machine:
         self.made.host.stores.declare_again(self.state)
         for section in (*self.sections, *self.slots.sections):
             section.prepare()
+        for moving in self.made.host.stores.moving:
+            moving.prepare()
 
     async def rehearse_load(self) -> None:
         """Save, send, check and load this machine's own state once, so that nothing is done for the first time later.
@@ -72,6 +74,8 @@ class Machine:
         for prepared in self.sections:
             prepared.prepare()
             await trio.lowlevel.checkpoint()
+        for moving in self.made.host.stores.moving:
+            moving.prepare()
         writer = StreamWriter("rehearsal")
         for section in self.state.save(optional=False).values():
             writer.section(section.name, section.version, section.state)
@@ -129,11 +133,11 @@ class Machine:
         self.made.host.stores.resume_chardevs()
         self.slots.go_on()
 
-    def descriptors(self) -> Mapping[str, int]:
-        """Return the descriptors that a successor needs before the pause, by resource name."""
+    def descriptors(self, *, sessions: bool = False) -> Mapping[str, int]:
+        """Return what a successor needs before the pause, by resource name; with `sessions`, clients' sockets too."""
         own = {"ram": self.memory.fd} if self.made.definition.ram is None else {}
         return {
             **own,
             **self.made.definition.descriptors(),
-            **self.made.host.stores.standing_descriptors(),
+            **self.made.host.stores.standing_descriptors(sessions=sessions),
         }

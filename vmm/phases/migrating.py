@@ -160,12 +160,12 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     with canceller.scope:
                         may = window.grants.send_descriptors
                         assert may is not None, "minted above"
-                        older = await _describe(may, channel, steps, machine, cell, limits)
+                        older = await _describe(may, channel, steps, machine, plan, cell, limits)
                         assert not isinstance(plan.channels.main, FileAddress), "checked by the command"
                         main = await _connect_main(plan.channels.main, channel, limits)
                         async with main:
                             steps.reach("main-connected")
-                            transfer = Transfer(channel, cell, main, steps, limits, progress, may, older)
+                            transfer = Transfer(channel, cell, main, steps, limits, progress, may, older, plan.sessions)
                             await run_quiesced(phase, run, transfer)
                 except* (VmmError, OSError, MemoryError) as group:
                     failure = channel.blame(group)
@@ -239,6 +239,7 @@ async def _describe(
     channel: CprChannel,
     steps: Steps,
     machine: Machine,
+    plan: TransferPlan,
     cell: OwnershipCell,
     limits: CprLimits,
 ) -> OlderSections:
@@ -258,7 +259,7 @@ async def _describe(
             "run-state": host.status.name,
             "sections": sections,
         }
-        descriptors = {**machine.descriptors(), "owner": cell.fd}
+        descriptors = {**machine.descriptors(sessions=plan.sessions), "owner": cell.fd}
         if host.start.stderr is not None:
             descriptors[STDERR] = host.start.stderr
         await may.send("machine", body, descriptors)

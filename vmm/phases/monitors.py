@@ -1,8 +1,8 @@
 """Monitors as back ends: over a chardev, or over a connected socket that this process was started with.
 
-One that listens goes over to a successor in a live update. One over a single connection (stdio, a socket that was open
-already, one that was connected to) stays with its client and this process, and is no part of the machine's recipe.
-When that client has left, nobody else comes, and the machine goes on.
+One that listens goes over to a successor in a live update, and so do its clients where that was asked for. One over a
+single connection (stdio, a socket that was open already, one that was connected to) stays with its client and this
+process, and is no part of the machine's recipe. When that client has left, nobody else comes, and the machine goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vmm.capabilities import ADMIN
 from vmm.errors import Unsupported
 from vmm.monitor.session import SessionOptions
 from vmm.monitor.unix import qmp_monitor
+from vmm.phases.session_moves import MovingSessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,14 +50,20 @@ class Monitor:
         listener: socket.socket | None = None,
         connection: socket.socket | None = None,
         streams: tuple[int, int] | None = None,
+        moving: MovingSessions | None = None,
         held: bool = False,
     ) -> None:
-        """Own `listener`, `connection` and `streams`: descriptors to read and to write."""
+        """Own `listener`, `connection` and `streams`: descriptors to read and to write.
+
+        `moving` takes clients along to a successor.
+        """
         self._monitor = monitor
         self._chardev = chardev
         self._listener = listener
         self._connection = connection
         self._streams = streams
+        self.moving: Final = moving
+        self._nursery: trio.Nursery | None = None
         if held:
             self.hold()
 
@@ -92,6 +99,7 @@ class Monitor:
     async def _serve_sessions(self, scope: trio.CancelScope, ended: trio.Event) -> None:
         with scope:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 if self._listener is not None:
                     nursery.start_soon(self._monitor.serve_listener, self._listener, self._admit)
                     nursery.start_soon(self._close_when_given_up, self._listener)
@@ -99,6 +107,7 @@ class Monitor:
                     nursery.start_soon(self._monitor.serve_connection, self._connection)
                 if self._streams is not None:
                     nursery.start_soon(self._monitor.serve_descriptors, *self._streams)
+        self._nursery = None
         self.close()
         ended.set()
 
@@ -110,6 +119,8 @@ class Monitor:
         streams, self._streams = self._streams, None
         for fd in set(streams or ()):
             os.close(fd)
+        if self.moving is not None:
+            self.moving.close()
 
     async def _close_when_given_up(self, listener: socket.socket) -> None:
         # As long as it is open somewhere, clients that nobody will accept are not refused either.
@@ -133,16 +144,23 @@ class Monitor:
 
     def go_on(self) -> None:
         """Accept again: the guest is this process's, and so is the socket's path."""
-        self._monitor.resume()
+        self._monitor.resume(sessions=False)
         if self._chardev is not None:
             self._chardev.own()
+        if self.moving is not None and self._nursery is not None:
+            for serve in self.moving.take_up():
+                self._nursery.start_soon(serve)
 
     def give_up(self) -> None:
-        """Leave the listener to the successor; sessions stay until they hang up."""
+        """Leave the listener to the successor, and the sessions that are held; others stay until they hang up."""
         self._monitor.stop_listening()
+        if self.moving is not None:
+            self.moving.give_up()
 
 
-def over_chardev(monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool) -> Monitor:
+def over_chardev(
+    monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool, moving: MovingSessions | None = None
+) -> Monitor:
     """Let `monitor` serve a socket or stdio chardev, which must be at rest and stays so.
 
     Raises:
@@ -167,6 +185,7 @@ def over_chardev(monitor: SocketMonitor[Any], chardev: Chardev, *, held: bool) -
         chardev=chardev,
         listener=socket.socket(fileno=hostio.dup(listener)) if listener is not None else None,
         connection=socket.socket(fileno=client) if client is not None else None,
+        moving=moving,
         held=held,
     )
 
@@ -183,11 +202,14 @@ class MonitorMaker:
 
     def over_chardev(self, name: str, chardev: Chardev, *, held: bool) -> Monitor:
         """Make a monitor over a chardev; see `over_chardev`."""
-        return over_chardev(self._socket_monitor(name), chardev, held=held)
+        monitor, options = self._socket_monitor(name)
+        moving = MovingSessions(name, monitor, self.table, self.events, options)
+        return over_chardev(monitor, chardev, held=held, moving=moving)
 
     def over_connection(self, name: str, fd: int) -> Monitor:
         """Make a monitor for the one client of connected socket `fd`, which is the monitor's from here on."""
-        return Monitor(self._socket_monitor(name), connection=socket.socket(fileno=fd))
+        return Monitor(self._socket_monitor(name)[0], connection=socket.socket(fileno=fd))
 
-    def _socket_monitor(self, name: str) -> SocketMonitor[Session]:
-        return qmp_monitor(name, self.table, self.events, SessionOptions(self.version), self.complain)
+    def _socket_monitor(self, name: str) -> tuple[SocketMonitor[Session], SessionOptions]:
+        options = SessionOptions(self.version)
+        return qmp_monitor(name, self.table, self.events, options, self.complain), options

@@ -16,6 +16,7 @@ import attrs
 import trio
 
 from vmm.capabilities import QTEST, MayInject
+from vmm.errors import CommandDeferred
 from vmm.monitor.unix import SocketMonitor
 from vmm.nursery_tree import Lending
 from vmm.phases.chain import hint
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from vmm.backends.chardev import Chardev
     from vmm.monitor.ports import Transport
-    from vmm.monitor.session import SessionState
     from vmm.nursery_tree import Tree
     from vmm.outside import OutsideAccess
 
@@ -52,7 +52,12 @@ class InjectLender:
         """
         await self.tree.wait_begun(command, holder)
         lending = Lending(command, holder, (MayInject,), trio.current_time())
-        await self.tree.pass_turnstile(lending)
+        while True:
+            try:
+                await self.tree.pass_turnstile(lending)
+                break
+            except CommandDeferred:
+                await self.tree.deferral.over()
         try:
             token, _ = self.tree.find(command, (MayInject,), None, QTEST, holder, hint)
             assert isinstance(token, MayInject)
@@ -117,7 +122,7 @@ class QtestBackend:
         """
         lender = InjectLender(tree)
 
-        def make(name: str, transport: Transport, _state: SessionState | None) -> QtestSession:
+        def make(name: str, transport: Transport) -> QtestSession:
             return QtestSession(name, transport, lender, log)
 
         self._monitor: Final = over_chardev(SocketMonitor(name, make, complain), chardev, held=held)

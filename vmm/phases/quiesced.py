@@ -17,6 +17,7 @@ from vmm.migration.stream import StreamWriter
 from vmm.phases.guest_requests import GuestWishes
 from vmm.phases.handover import run_handover
 from vmm.phases.run_state import RunStateName, run_state_named
+from vmm.phases.session_moves import come_to_rest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,6 +52,8 @@ class Transfer:
     send_descriptors: MaySendDescriptors
     older: OlderSections
     """What the destination reads in an older version alone."""
+    sessions: bool
+    """Whether clients of monitors go along."""
 
 
 @final
@@ -154,6 +157,9 @@ async def run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
     """
     # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
     async with run.control:
+        if transfer.sessions:
+            host = run.machine.made.host
+            await come_to_rest(host.stores.moving, host.tree.deferral)
         with closing(Urgency()) as urgency:
             urgency.begin()
             await _run_quiesced(migrating, run, transfer)
@@ -216,6 +222,7 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
             watch.finish()
             progress.pause_stages = watch.stages
             if lost:
+                run.lost = lost
                 run.machine.made.migration.failed(progress, lost)
             else:
                 progress.advance(MigrationStatus.COMPLETED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from contextlib import closing
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -31,10 +31,11 @@ from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
+from vmm.phases.session_moves import go_on
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Mapping
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
@@ -70,6 +71,10 @@ class Run:
         self.machine = machine
         self.here = here
         """Whether the guest is this process's to run. Changed under `control`, or before anybody else has it."""
+        self.lost = ""
+        """Why the guest, which has gone, is known to be nowhere; empty if it is not."""
+        self.leaves = False
+        """Whether it has gone with the clients of its monitors, so that this process ends by itself."""
         self.control: Final = trio.Lock()
         """Held by whoever starts, stops or resets the guest, or pauses it to give it away, from beginning to end."""
         self.status = machine.made.host.status
@@ -81,9 +86,18 @@ class Run:
         self.gang.start_nowait()
         self.status.runs()
 
+    @asynccontextmanager
+    async def _controlled(self) -> AsyncGenerator[None, None]:
+        # For commands: where it is not known who has the guest, those that wait are deferred.
+        await self.machine.made.host.tree.deferral.wait(self.control.acquire)
+        try:
+            yield
+        finally:
+            self.control.release()
+
     async def cont(self) -> None:
         """Run the guest. `InvalidState` after a failure that only a reset mends."""
-        async with self.control:
+        async with self._controlled():
             self._require_here("cont")
             if self.status.name in NEEDS_RESET:
                 raise InvalidState(
@@ -96,7 +110,7 @@ class Run:
 
     async def stop(self) -> None:
         """Take every vCPU out of the guest."""
-        async with self.control:
+        async with self._controlled():
             self._require_here("stop")
             await self.gang.stop()
             if self.status.name in ("running", "prelaunch"):
@@ -104,7 +118,7 @@ class Run:
 
     async def reset(self) -> None:
         """Put the machine into its power-on state; it runs afterwards if it ran before."""
-        async with self.control:
+        async with self._controlled():
             self._require_here("system_reset")
             await self.reset_because("host-qmp-system-reset")
 
@@ -202,6 +216,8 @@ async def run_running(
             run.machine.wake()
             run.machine.bells.take_over(GuestWishes())
             run.start_nowait()
+        if run.leaves:
+            run.machine.made.host.end_without_clients(run.lost)
         await run_postmigrate(phase, None)
 
 
@@ -292,9 +308,13 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
         )
 
     async with phase.window(grants):
+        # What came with the guest begins its commands now: here is what they need.
+        go_on(made.host.stores.moving, phase.tree.deferral)
         gone = False
         while not gone:
             turn = await inbox.take()
+            if turn.settled:
+                continue
             if made.incoming.arrival is not None:
                 # Of two migrations at a time nobody could say what is set for which.
                 await made.incoming.arrival.settled.wait()
@@ -311,9 +331,13 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                             gone = left is not None
                         else:
                             gone = await run_migrating(phase, run, plan, turn)
+                            run.leaves = gone and plan.sessions
                 except VmmError as error:
                     if turn.settled:
                         raise
                     turn.fail(error)
+                finally:
+                    # Not before the migration is over: what their commands need must be granted.
+                    go_on(made.host.stores.moving, phase.tree.deferral)
         inbox.close()
     return left

@@ -17,7 +17,7 @@ from vmm.errors import (
     OptionInvalid,
     StateRejected,
 )
-from vmm.phases import fdsets
+from vmm.phases import fdsets, session_moves
 from vmm.phases.luggage import Luggage, is_luggage
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.phases.fdsets import FdSets
     from vmm.phases.monitors import Monitor
     from vmm.phases.qtest import QtestBackend
+    from vmm.phases.session_moves import MovingSessions
     from vmm.phases.websocket import WebSocketBackend
     from vmm.recipe import Recipe
 
@@ -95,6 +96,7 @@ class BootStores:
         self.memories: Final[dict[str, HeldMemory]] = {}
         self.netdevs: Final[dict[str, tuple[Tap, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
+        self._with_sessions = False
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
 
@@ -208,7 +210,10 @@ class BootStores:
             held = self.chardevs[renamed[label]] = self.chardevs.pop(label)
             held.chardev.label = renamed[label]
         for name in renamed.keys() & self.monitors.keys():
-            self.monitors[renamed[name]] = self.monitors.pop(name)
+            self.monitors[renamed[name]] = held_monitor = self.monitors.pop(name)
+            moving = getattr(held_monitor[0], "moving", None)
+            if moving is not None:
+                moving.name = renamed[name]
         for name in renamed.keys() & self.memories.keys():
             self.memories[renamed[name]] = self.memories.pop(name)
         for held in self.chardevs.values():
@@ -260,8 +265,19 @@ class BootStores:
         for tap, _ in self.netdevs.values():
             tap.close()
 
-    def standing_descriptors(self) -> dict[str, int]:
-        """Return what there is before the pause, by resource name; `changed_descriptors` is relative to it."""
+    @property
+    def moving(self) -> list[MovingSessions]:
+        """The monitors whose clients can go along."""
+        found = [getattr(monitor, "moving", None) for monitor, _ in self.monitors.values()]
+        return [moving for moving in found if moving is not None]
+
+    def standing_descriptors(self, *, sessions: bool = False) -> dict[str, int]:
+        """Return what there is before the pause, by resource name; `changed_descriptors` is relative to it.
+
+        Args:
+            sessions: whether clients of monitors go along.
+        """
+        self._with_sessions = sessions
         descriptors = self._descriptors()
         self._sent = frozenset(descriptors)
         return descriptors
@@ -294,7 +310,12 @@ class BootStores:
             for suffix, fd in held.memory.descriptors().items()
         }
         netdevs = {f"netdev/{name}": tap.fd for name, (tap, _) in self.netdevs.items()}
-        return chardevs | monitors | objects | netdevs | self._fdsets.descriptors()
+        sessions = {
+            f"monitor/{moving.name}/{suffix}": fd
+            for moving in (self.moving if self._with_sessions else ())
+            for suffix, fd in moving.descriptors().items()
+        }
+        return chardevs | monitors | objects | netdevs | sessions | self._fdsets.descriptors()
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
         """Keep what the source's last message brought until the sections are loaded that it belongs to."""
@@ -324,6 +345,12 @@ class BootStores:
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
         load = partial(_load_fdsets, self._fdsets, self.luggage)
         yield fdsets.SECTION, SectionOwner(fdsets.VERSION, self._fdsets.save, load, optional=True)
+        theirs = None if recipe is None else {step.arguments["id"] for step in recipe if step.execute == "object-add"}
+        for moving in self.moving:
+            if theirs is None or moving.name in theirs:
+                name = f"{session_moves.SECTION}{moving.name}"
+                load = partial(moving.load, self.luggage)
+                yield name, SectionOwner(session_moves.VERSION, moving.save, load, optional=True)
 
     def declare_again(self, state: StateRegistry) -> None:
         """Declare the sections of a live update, of what there is now: it came and went since the board was made."""
@@ -381,7 +408,7 @@ _SECTION: Final = "chardev/"
 
 def _forget(state: StateRegistry) -> None:
     for name in state.order():
-        if name.startswith(_SECTION) or name == fdsets.SECTION:
+        if name.startswith((_SECTION, session_moves.SECTION)) or name == fdsets.SECTION:
             state.unregister(name)
 
 
