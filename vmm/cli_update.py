@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, final
 
@@ -36,6 +36,12 @@ COMPLETION: Final = 300.0
 
 CALLING_OFF: Final = 5.0
 """Seconds for the old process to answer when the update is called off."""
+
+ENDING: Final = 30.0
+"""Seconds for the old process to end by itself, once the guest and the monitors' clients are in the new one."""
+
+SESSIONS: Final = "migrate-sessions"
+"""Name of the parameter that takes connected clients along, ours among them. An older program has not got it."""
 
 
 @final
@@ -69,7 +75,7 @@ class UpdateReport:
     old_pid: int
     new_pid: int
     stages: dict[str, float]
-    """Stage of the guest's pause -> milliseconds, and their sum as `total`."""
+    """Stage of the guest's pause -> milliseconds, and their sum as `total`; empty if the old process did not tell."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -84,8 +90,9 @@ def update_machine(path: str, binary: str | None, *, as_json: bool) -> int:
         print(json.dumps(report.to_json()))
     else:
         stages = ", ".join(f"{name} {value:.2f}" for name, value in report.stages.items() if name != "total")
+        total = f"{report.stages['total']:.2f} ms ({stages})" if "total" in report.stages else "not known"
         print(f"updated: process {report.old_pid} -> {report.new_pid}")
-        print(f"the guest's pause: {report.stages['total']:.2f} ms ({stages})")
+        print(f"the guest's pause: {total}")
     return 0
 
 
@@ -156,7 +163,11 @@ def successor_command(binary: str | None) -> list[str]:
 
 
 async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = ()) -> UpdateReport:
-    """Hand the machine at `path` over to a new process, and end the old one. `extra` are options for the successor.
+    """Hand the machine at `path` over to a new process, and see the old one end. `extra` are options for the successor.
+
+    Clients of the machine's monitors keep their connections, and so does this one: it is answered by the old process
+    and then by the new one. Where one of the two programs is older than that, they stay behind, and the old one is told
+    to quit.
 
     On a failure or a cancel the successor is ended, unless it has the guest, and the guest stays where it is. Once the
     old process has been told to hand over, only its word ends the successor: nobody else knows who has the guest.
@@ -164,16 +175,24 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
     Raises:
         UpdateFailed, VmmError: the update did not come about.
     """
-    async with qmp_session(path) as source:
-        old_pid = source.peer_pid
-        async with (
-            successor_of(source, path, command, extra) as (successor, destination, main, cpr),
-            _changed_settings(source),
-        ):
-            new_pid = destination.peer_pid
-            stages = await _completed(source, destination, successor, _channels(main, cpr))
-        await _quit(source)
-    return UpdateReport(old_pid, new_pid, stages)
+    async with (
+        qmp_session(path) as source,
+        successor_of(source, path, command, extra) as (successor, destination, main, cpr),
+    ):
+        new_pid = destination.peer_pid
+        with closing(_HandOver(source, destination, successor, _channels(main, cpr))) as handover:
+            if await _knows_sessions(source) and await _knows_sessions(destination):
+                stages = await handover.completed({"mode": "cpr-transfer", SESSIONS: True})
+                await handover.ended()
+            else:
+                async with _changed_settings(source):
+                    stages = await handover.completed()
+                await _quit(source)
+    return UpdateReport(handover.old_pid, new_pid, stages)
+
+
+async def _knows_sessions(client: QmpClient) -> bool:
+    return SESSIONS in await client.execute("query-migrate-parameters")
 
 
 @asynccontextmanager
@@ -311,18 +330,6 @@ async def _await_listeners(destination: QmpClient) -> None:
         await destination.wait_event(lambda event: True)
 
 
-async def _begun(source: QmpClient, successor: _Successor) -> None:
-    """Wait for the old process to say that it has begun. Raises `UpdateFailed` if it has not."""
-    if successor.is_awaited:
-        return
-    try:
-        await source.reply("migrate")
-    except CommandFailed as error:
-        successor.may_have_the_guest = False
-        raise UpdateFailed(reason=error.desc) from error
-    successor.is_awaited = True
-
-
 def _channels(main: str, cpr: str) -> list[dict[str, Any]]:
     return [
         {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": where}}
@@ -330,75 +337,127 @@ def _channels(main: str, cpr: str) -> list[dict[str, Any]]:
     ]
 
 
-async def _completed(
-    source: QmpClient, destination: QmpClient, successor: _Successor, where: list[dict[str, Any]]
-) -> dict[str, float]:
-    """Hand the guest over to who listens at `where`, and return the stages of its pause. A cancel calls it off."""
-    try:
-        with trio.fail_after(COMPLETION):
-            # Shielded: of what is sent by halves nobody knows. Not a moment's wait: all before it was answered.
-            with trio.CancelScope(shield=True):
-                source.events.clear()
-                successor.may_have_the_guest = True
-                await source.send("migrate", channels=where)
-            await _begun(source, successor)
-            info = await _outcome(source)
-    except MonitorGone as error:
-        await _tell_of_a_lost_source(destination, successor, error)
-    except (trio.TooSlowError, trio.Cancelled) as error:
-        late = await _call_off(source, successor)
-        if isinstance(error, trio.TooSlowError):
-            raise UpdateUnclear(reason=f"the old process did not finish it within {COMPLETION:g} s; {late}") from error
-        raise
-    if info["status"] == "completed":
-        stages: dict[str, float] = info["x-pause"]
-        return stages
-    if "x-pause" not in info:
-        successor.may_have_the_guest = False
-        raise UpdateFailed(reason=info.get("error-desc", info["status"]))
-    raise UpdateUnclear(reason=info["error-desc"])
+@final
+class _HandOver:
+    """The guest on its way from whoever answers `source` to `successor`, which listens at `where`."""
 
+    def __init__(
+        self, source: QmpClient, destination: QmpClient, successor: _Successor, where: list[dict[str, Any]]
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._successor = successor
+        self._where = where
+        self.old_pid = source.peer_pid
+        """The process that hands over."""
+        self._old = -1
 
-async def _outcome(source: QmpClient) -> dict[str, Any]:
-    """Return what `query-migrate` says once it is over."""
-    while True:
-        info: dict[str, Any] = await source.execute("query-migrate")
-        if info["status"] in ("completed", "failed", "cancelled"):
-            return info
-        await source.wait_event(lambda event: event["event"] == "MIGRATION")
-
-
-async def _call_off(source: QmpClient, successor: _Successor) -> str:
-    """Ask the old process to keep the guest; say in words what is known then."""
-    with trio.move_on_after(CALLING_OFF, shield=True), suppress(VmmError):
-        await _begun(source, successor)
-        with suppress(CommandFailed):
-            await source.execute("migrate_cancel")
-        info = await _outcome(source)
-        if info["status"] != "completed" and "x-pause" not in info:
+    async def completed(self, parameters: dict[str, Any] | None = None) -> dict[str, float]:
+        """Hand the guest over, and return the stages of its pause. A cancel calls it off."""
+        source, successor = self._source, self._successor
+        more = {} if parameters is None else {"parameters": parameters}
+        try:
+            with trio.fail_after(COMPLETION):
+                # Shielded: of what is sent by halves nobody knows. Not a moment's wait: all before it was answered.
+                with trio.CancelScope(shield=True):
+                    source.events.clear()
+                    successor.may_have_the_guest = True
+                    await source.send("migrate", channels=self._where, **more)
+                await self._begun()
+                info = await self._outcome()
+        except MonitorGone as error:
+            await self._tell_of_a_lost_source(error)
+        except (trio.TooSlowError, trio.Cancelled) as error:
+            late = await self._call_off()
+            if isinstance(error, trio.TooSlowError):
+                reason = f"the old process did not finish it within {COMPLETION:g} s; {late}"
+                raise UpdateUnclear(reason=reason) from error
+            raise
+        if info["status"] == "completed":
+            stages: dict[str, float] = info.get("x-pause", {})
+            return stages
+        if "x-pause" not in info:
             successor.may_have_the_guest = False
-            return "the guest goes on in the old process"
-        return "the guest is with the new process"
-    return "it may be with either process" if successor.may_have_the_guest else "the guest goes on in the old process"
+            raise UpdateFailed(reason=info.get("error-desc", info["status"]))
+        raise UpdateUnclear(reason=info["error-desc"])
 
+    async def ended(self) -> None:
+        """Wait for the end of the old process, which comes by itself. Raises `UpdateUnclear` if it does not."""
+        if self._old >= 0:
+            with trio.move_on_after(ENDING) as patience:
+                await trio.lowlevel.wait_readable(self._old)
+            if patience.cancelled_caught:
+                reason = (
+                    f"the guest goes on in the new process, {self._destination.peer_pid}, but the old one, "
+                    f"{self.old_pid}, has not ended within {ENDING:g} s"
+                )
+                raise UpdateUnclear(reason=reason)
 
-async def _tell_of_a_lost_source(destination: QmpClient, successor: _Successor, error: MonitorGone) -> NoReturn:
-    gone = "the old process ended during the update"
-    status = ""
-    try:
-        with trio.move_on_after(CALLING_OFF):
-            while status != "completed":
-                status = (await destination.execute("query-migrate"))["status"]
-                if status != "completed":
-                    await destination.wait_event(lambda event: True)
-    except MonitorGone:
+    def close(self) -> None:
+        """Close the old process's pidfd. Idempotent."""
+        if self._old >= 0:
+            os.close(self._old)
+            self._old = -1
+
+    async def _begun(self) -> None:
+        """Wait for the old process to say that it has begun. Raises `UpdateFailed` if it has not."""
+        if self._successor.is_awaited:
+            return
+        try:
+            await self._source.reply("migrate")
+        except CommandFailed as error:
+            self._successor.may_have_the_guest = False
+            raise UpdateFailed(reason=error.desc) from error
+        self._successor.is_awaited = True
+        self.old_pid = self._source.peer_pid
+        with suppress(OSError):  # it has ended by now, or is of another namespace
+            self._old = os.pidfd_open(self.old_pid)
+
+    async def _outcome(self) -> dict[str, Any]:
+        """Return what `query-migrate` says once it is over: the old process's word, or the new one's if we moved.
+
+        Each of them has something to tell after that.
+        """
+        while True:
+            info: dict[str, Any] = await self._source.execute("query-migrate")
+            if info["status"] in ("completed", "failed", "cancelled"):
+                return info
+            await self._source.wait_event(lambda event: True)
+
+    async def _call_off(self) -> str:
+        """Ask the old process to keep the guest; say in words what is known then."""
+        with trio.move_on_after(CALLING_OFF, shield=True), suppress(VmmError):
+            await self._begun()
+            with suppress(CommandFailed):
+                await self._source.execute("migrate_cancel")
+            info = await self._outcome()
+            if info["status"] != "completed" and "x-pause" not in info:
+                self._successor.may_have_the_guest = False
+                return "the guest goes on in the old process"
+            return "the guest is with the new process"
+        if self._successor.may_have_the_guest:
+            return "it may be with either process"
+        return "the guest goes on in the old process"
+
+    async def _tell_of_a_lost_source(self, error: MonitorGone) -> NoReturn:
+        gone = "the old process ended during the update"
+        destination, status = self._destination, ""
+        if self._source.peer_pid == destination.peer_pid:
+            gone = "the new process ended when it had taken over"
+        try:
+            with trio.move_on_after(CALLING_OFF):
+                while status != "completed":
+                    status = (await destination.execute("query-migrate"))["status"]
+                    if status != "completed":
+                        await destination.wait_event(lambda event: True)
+        except MonitorGone:
+            raise UpdateUnclear(reason=f"{gone}, and the guest with it") from error
+        if status == "completed":
+            reason = f"{gone}; the guest goes on in the new one, process {destination.peer_pid}"
+            raise UpdateUnclear(reason=reason) from error
+        # Still waiting for a source to connect: it has nothing, and nobody is left to give it anything.
+        self._successor.may_have_the_guest = status != "setup"
         raise UpdateUnclear(reason=f"{gone}, and the guest with it") from error
-    if status == "completed":
-        reason = f"{gone}; the guest goes on in the new one, process {destination.peer_pid}"
-        raise UpdateUnclear(reason=reason) from error
-    # Still waiting for a source to connect: it has nothing, and nobody is left to give it anything.
-    successor.may_have_the_guest = status != "setup"
-    raise UpdateUnclear(reason=f"{gone}, and the guest with it") from error
 
 
 async def _quit(source: QmpClient) -> None:

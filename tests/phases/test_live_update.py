@@ -453,7 +453,12 @@ async def test_the_update_command_moves_a_machine_reports_and_leaves_no_pipe_ope
         old = bench.machine(console)
         await console.beats(2)
         with closing(Ram(old.pid)) as ram:
-            done = await update(bench, "--json")
+            async with bench.session(bench.qmp) as client:
+                done = await update(bench, "--json")
+                # Whoever was connected stays so, sees what happens, and nothing of how it came about.
+                assert (await client.execute("query-status"))["running"]
+                assert client.peer_pid != old.pid
+                assert told(client.events) == ["STOP", "RESUME"]
             assert (done.returncode, done.stderr) == (0, "")
             report = json.loads(done.stdout)
             assert (report["old-pid"], set(report["pause-ms"])) == (old.pid, STAGES)
@@ -469,6 +474,36 @@ async def test_the_update_command_moves_a_machine_reports_and_leaves_no_pipe_ope
             finally:
                 await trio.to_thread.run_sync(end_orphan, new)
         assert not bench.is_there(bench.qmp)
+
+
+async def test_a_program_that_knows_nothing_of_clients_that_go_along_is_updated_to_without_them() -> None:
+    async with open_bench() as bench:
+        console = bench.console()
+        old = bench.machine(console)
+        await console.beats(1)
+        older = bench.folder / "older.py"
+        older.write_text(
+            "import sys\n"
+            "from vmm.migration import parameter_table as table\n"
+            "table.PARAMETERS = tuple(one for one in table.PARAMETERS if one.name != 'migrate-sessions')\n"
+            "from vmm.cli import main\n"
+            "sys.exit(main())\n"
+        )
+        binary = bench.folder / "older"
+        binary.write_text(f'#!/bin/sh\nexec {PROGRAM[0]} {older} "$@"\n')
+        binary.chmod(0o700)
+        async with bench.session(bench.qmp) as client:
+            done = await update(bench, "--json", "--binary", str(binary))
+            assert (done.returncode, done.stderr) == (0, "")
+            await hung_up(client)
+        report = json.loads(done.stdout)
+        assert set(report["pause-ms"]) == STAGES
+        try:
+            assert await old.ended() == 0
+            assert await answering_pid(bench.qmp) == report["new-pid"]
+            await console.new_beats(2)
+        finally:
+            await trio.to_thread.run_sync(end_orphan, report["new-pid"])
 
 
 async def test_the_report_for_people_names_the_processes_and_the_stages() -> None:
