@@ -15,7 +15,8 @@ from vmm.errors import StateRejected, StreamCorrupt
 from vmm.monitor.events import EventHub
 from vmm.phases.catalog import EVENTS
 from vmm.phases.fd_receive import _stages
-from vmm.phases.fdsets import FdSets
+from vmm.phases.fdsets import VERSION, FdSets
+from vmm.phases.fdsets_state import FdSetsState
 from vmm.phases.jobs import Jobs
 from vmm.phases.luggage import Luggage
 from vmm.phases.migration_state import MigrationState
@@ -104,22 +105,22 @@ async def test_descriptor_sets_go_over_under_the_numbers_that_clients_know(tmp_p
 
 
 def entry(**changes: Any) -> dict[str, Any]:
-    return {"set": 1, "number": 5, "serial": 2, "opaque": b"why"} | changes
+    return {"fdset": 1, "number": 5, "serial": 2, "opaque": b"why"} | changes
 
 
 SETS: tuple[tuple[Any, str], ...] = (
-    ({}, "it must have a list of descriptors, and nothing else"),
-    ({"descriptors": []}, "it must have a list of descriptors, and nothing else"),
-    ({"descriptors": [entry()], "more": 1}, "it must have a list of descriptors, and nothing else"),
-    ({"descriptors": [7]}, "descriptors[0] must have set, number, serial and opaque"),
-    ({"descriptors": [entry(x=1)]}, "descriptors[0] must have set, number, serial and opaque"),
-    ({"descriptors": [entry(set=-1)]}, f"descriptors[0].set is -1, not an integer from 0 to {(1 << 63) - 1}"),
-    ({"descriptors": [entry(number=True)]}, f"descriptors[0].number is True, not an integer from 0 to {(1 << 31) - 1}"),
-    ({"descriptors": [entry(serial=1 << 31)]}, f"descriptors[0].serial is {1 << 31}, not an integer from 0 to"),
-    ({"descriptors": [entry(opaque="why")]}, "descriptors[0].opaque is no UTF-8"),
-    ({"descriptors": [entry(opaque=b"\xff")]}, "descriptors[0].opaque is no UTF-8"),
+    ({}, "fdsets.descriptors is missing"),
+    ({"descriptors": [entry()], "more": 1}, "fdsets.more"),
+    ({"descriptors": [7]}, "fdsets.descriptors[0]"),
+    ({"descriptors": [entry(x=1)]}, "fdsets.descriptors[0].x"),
+    ({"descriptors": [entry(fdset=-1)]}, "fdsets.descriptors[0].fdset"),
+    ({"descriptors": [entry(number=True)]}, "fdsets.descriptors[0].number"),
+    ({"descriptors": [entry(serial=1 << 31)]}, "fdsets.descriptors[0].serial"),
+    ({"descriptors": [entry(opaque="why")]}, "fdsets.descriptors[0].opaque"),
+    ({"descriptors": [entry(opaque=b"\xff")]}, "b'\\xff' is no UTF-8"),
     ({"descriptors": [entry(serial=3)]}, "descriptor fdset/1/3 did not come"),
     ({"descriptors": [entry(), entry(number=6)]}, "a descriptor is there twice"),
+    ({"descriptors": [entry(), entry(serial=3)]}, "a descriptor is there twice"),
 )
 
 
@@ -128,10 +129,14 @@ def test_sets_that_are_none_are_refused_by_name(section: Any, fault: str) -> Non
     luggage, sets = Luggage(), FdSets()
     luggage.add({"fdset/1/2": os.open("/dev/null", os.O_RDONLY)})
     with pytest.raises(StateRejected) as caught:
-        sets.load(section, luggage)
+        sets.load(luggage, VERSION, section)
     assert fault in str(caught.value)
     assert sets.sets == {}
     luggage.close()
+
+
+def test_the_version_of_the_section_is_that_of_its_class() -> None:
+    assert FdSetsState.SCHEMA.version == VERSION
 
 
 def test_a_descriptor_that_comes_again_takes_the_place_of_the_one_before() -> None:

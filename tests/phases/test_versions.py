@@ -120,6 +120,10 @@ def test_every_class_with_a_schema_is_a_kind() -> None:
     assert len(section_kinds()) == len(DECLARED) + 2
 
 
+NOW_AND_THEN = {"fdsets", "monitor"}
+"""Kinds of sections that a machine has only if a client wants it."""
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("accelerator", ["kvm", "qtest"])
 async def test_every_section_of_a_machine_is_of_a_kind(tmp_path: Path, accelerator: str) -> None:
@@ -132,14 +136,14 @@ async def test_every_section_of_a_machine_is_of_a_kind(tmp_path: Path, accelerat
         told = sections(machine)
         require_readable(told)
         names = [section["name"] for section in told]
-        assert set(parts(machine).state.order()) | {"pause"} == set(names)
+        assert set(parts(machine).state.versions()) | {"pause"} == set(names)
         assert len(names) == len(set(names))
         kinds = {section["kind"] for section in told}
-        assert kinds >= section_kinds().keys() - {"kvm", "qtest"}
+        assert kinds >= section_kinds().keys() - {"kvm", "qtest", *NOW_AND_THEN}
         assert accelerator in kinds
 
 
-def later_uart(machine: Machine, hello: Mapping[str, Any]) -> list[dict[str, Any]]:
+def later_uart(machine: Machine, hello: Mapping[str, Any], *, sessions: bool = False) -> list[dict[str, Any]]:
     """What a later program would tell."""
     return [{**told, "version": 2} if told["kind"] == "uart16550" else told for told in sections_of(machine)]
 
@@ -173,7 +177,7 @@ async def test_a_later_source_is_refused_before_the_guest_pauses(
 @pytest.mark.kvm
 @pytest.mark.usefixtures("no_leaks")
 async def test_a_source_that_tells_no_sections_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(migrating, "sections_of", lambda machine, hello: [])
+    monkeypatch.setattr(migrating, "sections_of", lambda machine, hello, **more: [])
     async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await update(source, tmp_path))["status"] == "completed"

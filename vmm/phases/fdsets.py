@@ -16,15 +16,15 @@ import attrs
 from vmm.errors import DescriptorError, StateRejected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
+    from vmm.hw.codec import StateCodec
+    from vmm.phases.fdsets_state import FdSetsState
     from vmm.phases.luggage import Luggage
 
 SECTION: Final = "fdsets"
 VERSION: Final = 1
-
-_MOST: Final = 1 << 31
-_MOST_SETS: Final = 1 << 63
+"""Of `FdSetsState`."""
 
 
 @final
@@ -47,6 +47,7 @@ class FdSets:
     def __init__(self) -> None:
         self.sets: Final[dict[int, list[FdsetFd]]] = {}
         self._serials = count(1)
+        self._codec: StateCodec[FdSetsState] | None = None
 
     def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> tuple[int, int]:
         """Take over `fd` into set `fdset_id` (None: the lowest unused number); return the set's number and its own."""
@@ -86,21 +87,37 @@ class FdSets:
         """Return what a successor needs, by name."""
         return {_name(number, entry.serial): entry.fd for number, held in self.sets.items() for entry in held}
 
+    def prepare(self) -> None:
+        """Do now what would else be done in the guest's pause: compile the codec."""
+        self._codec_of_state()
+
+    def _codec_of_state(self) -> StateCodec[FdSetsState]:
+        if self._codec is None:
+            from vmm.hw.codec import StateCodec  # Which is not needed until a machine moves.
+            from vmm.phases.fdsets_state import FdSetsState
+
+            self._codec = StateCodec.of(FdSetsState)
+        return self._codec
+
     def save(self) -> Mapping[str, Any] | None:
         """Return what clients know of each; None where there is nothing."""
-        entries = [
-            {
-                "set": number,
-                "number": entry.number,
-                "serial": entry.serial,
-                "opaque": None if entry.opaque is None else entry.opaque.encode(),
-            }
-            for number, held in self.sets.items()
-            for entry in held
-        ]
-        return {"descriptors": entries} if entries else None
+        if not self.sets:
+            return None
+        from vmm.phases.fdsets_state import FdSetsState, FdState
 
-    def load(self, section: Mapping[str, Any], luggage: Luggage) -> Callable[[], None]:
+        found = tuple(
+            FdState(
+                fdset=fdset,
+                number=entry.number,
+                serial=entry.serial,
+                opaque=None if entry.opaque is None else entry.opaque.encode(),
+            )
+            for fdset, held in self.sets.items()
+            for entry in held
+        )
+        return self._codec_of_state().dump(FdSetsState(descriptors=found))
+
+    def load(self, luggage: Luggage, version: int, section: Mapping[str, Any]) -> Callable[[], None]:
         """Check what a predecessor had, whose descriptors are in `luggage`; return what puts it in force.
 
         What was added here before stays in its set, under its number unless that has come with another.
@@ -108,48 +125,28 @@ class FdSets:
         Raises:
             StateRejected: it is none, or a descriptor did not come.
         """
-        entries = list(_entries(section))
-        names = [_name(entry["set"], entry["serial"]) for entry in entries]
+        found = self._codec_of_state().load(section, version, SECTION).descriptors
+        names = [_name(entry.fdset, entry.serial) for entry in found]
         faults = [f"descriptor {name} did not come" for name in names if name not in luggage]
-        if len(set(names)) < len(names) or len({entry["number"] for entry in entries}) < len(entries):
+        if len(set(names)) < len(names) or len({entry.number for entry in found}) < len(found):
             faults.append("a descriptor is there twice")
+        faults += [f"{entry.opaque!r:.60} is no UTF-8" for entry in found if entry.text is None]
         if faults:
             raise StateRejected(section=SECTION, faults=tuple(faults))
 
         def apply() -> None:
-            own = [(number, entry) for number, held in self.sets.items() for entry in held]
+            own = [(fdset, entry) for fdset, held in self.sets.items() for entry in held]
             self.sets.clear()
-            for name, entry in zip(names, entries, strict=True):
-                opaque = None if entry["opaque"] is None else entry["opaque"].decode()
-                kept = FdsetFd(luggage.claim(name), entry["number"], entry["serial"], opaque)
-                self.sets.setdefault(entry["set"], []).append(kept)
-            self._serials = count(max(entry["serial"] for entry in entries) + 1)
-            for number, mine in own:
-                self.add(mine.fd, number, mine.opaque)
+            for name, entry in zip(names, found, strict=True):
+                opaque = None if entry.opaque is None else entry.text
+                kept = FdsetFd(luggage.claim(name), entry.number, entry.serial, opaque)
+                self.sets.setdefault(entry.fdset, []).append(kept)
+            self._serials = count(max((entry.serial for entry in found), default=0) + 1)
+            for fdset, mine in own:
+                self.add(mine.fd, fdset, mine.opaque)
 
         return apply
 
 
-def _name(number: int, serial: int) -> str:
-    return f"fdset/{number}/{serial}"
-
-
-def _entries(section: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    entries = section.get("descriptors")
-    if set(section) != {"descriptors"} or not isinstance(entries, list) or not entries:
-        raise StateRejected(section=SECTION, faults=("it must have a list of descriptors, and nothing else",))
-    for place, entry in enumerate(entries):
-        where = f"descriptors[{place}]"
-        if not isinstance(entry, dict) or set(entry) != {"set", "number", "serial", "opaque"}:
-            raise StateRejected(section=SECTION, faults=(f"{where} must have set, number, serial and opaque",))
-        for member, most in (("set", _MOST_SETS), ("number", _MOST), ("serial", _MOST)):
-            value = entry[member]
-            if type(value) is not int or not 0 <= value < most:
-                fault = f"{where}.{member} is {str(value)[:40]}, not an integer from 0 to {most - 1}"
-                raise StateRejected(section=SECTION, faults=(fault,))
-        try:
-            if entry["opaque"] is not None:
-                entry["opaque"].decode()
-        except (AttributeError, UnicodeDecodeError):
-            raise StateRejected(section=SECTION, faults=(f"{where}.opaque is no UTF-8",)) from None
-        yield entry
+def _name(fdset: int, serial: int) -> str:
+    return f"fdset/{fdset}/{serial}"

@@ -62,8 +62,7 @@ class Machine:
         self.made.host.stores.declare_again(self.state)
         for section in (*self.sections, *self.slots.sections):
             section.prepare()
-        for moving in self.made.host.stores.moving:
-            moving.prepare()
+        self.made.host.stores.prepare_to_move()
 
     async def rehearse_load(self) -> None:
         """Save, send, check and load this machine's own state once, so that nothing is done for the first time later.
@@ -74,8 +73,7 @@ class Machine:
         for prepared in self.sections:
             prepared.prepare()
             await trio.lowlevel.checkpoint()
-        for moving in self.made.host.stores.moving:
-            moving.prepare()
+        self.made.host.stores.prepare_to_move()
         writer = StreamWriter("rehearsal")
         for section in self.state.save(optional=False).values():
             writer.section(section.name, section.version, section.state)

@@ -252,7 +252,7 @@ async def _describe(
         await channel.hello(host.start.version.package)
         steps.reach("greeted")
         channel.step = "describing"
-        sections = sections_of(machine, channel.peer_hello)
+        sections = sections_of(machine, channel.peer_hello, sessions=plan.sessions)
         body: Mapping[str, Any] = {
             "recipe": _recipe(machine),
             "cpu": cpu_to_json(machine.cpu),

@@ -23,8 +23,10 @@ from vmm.hw.uart import UartState
 from vmm.hw.virtio.rng import VirtioRngState
 from vmm.kvm.state import ChipState, VcpuState
 from vmm.migration.stream_records import Section
+from vmm.phases.fdsets_state import FdSetsState
 from vmm.phases.processors import KernelState
 from vmm.phases.quiesced import Pause
+from vmm.phases.session_state import MonitorState
 from vmm.qtest.state import QtestState
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class SectionKind:
 
 
 DECLARED: Final[tuple[Any, ...]] = (
-    AcpiPmState, ChardevState, DebugExitState, I8042State, PostCodeState, QtestState, RtcState, SystemControlState,
-    UartState, VirtioRngState,
+    AcpiPmState, ChardevState, DebugExitState, FdSetsState, I8042State, MonitorState, PostCodeState, QtestState,
+    RtcState, SystemControlState, UartState, VirtioRngState,
 )  # fmt: skip
 """The classes that have a schema, which is a kind each."""
 
@@ -95,18 +97,21 @@ def version_for(kind: str, version: int, hello: object) -> int:
             return version
 
 
-def sections_of(machine: Machine, hello: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+def sections_of(
+    machine: Machine, hello: Mapping[str, Any] | None = None, *, sessions: bool = False
+) -> list[dict[str, Any]]:
     """Return name, kind and version of each section that `machine` will send, as message ``machine`` has them.
 
     Args:
         hello: what the destination said, unchecked. Of a kind that it knows in an older version alone it gets that, if
             there are downgrades to it.
+        sessions: whether clients of its monitors go along.
     """
     machine.made.host.stores.declare_again(machine.state)
     kinds = {device.name: device.state.SCHEMA.name for device in (*machine.devices, *machine.slots.devices)}
     told = [
         {"name": name, "kind": kind, "version": version_for(kind, version, hello)}
-        for name, version in machine.state.versions().items()
+        for name, version in (*machine.state.versions().items(), *machine.made.host.stores.extra_sections(sessions))
         for kind in (kinds.get(name, name.partition("/")[0]),)
     ]
     return [*told, {"name": Pause.KIND, "kind": Pause.KIND, "version": Pause.VERSION}]

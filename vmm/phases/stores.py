@@ -265,6 +265,12 @@ class BootStores:
         for tap, _ in self.netdevs.values():
             tap.close()
 
+    def prepare_to_move(self) -> None:
+        """Do now what would else be done in the guest's pause: compile codecs."""
+        self._fdsets.prepare()
+        for moving in self.moving:
+            moving.prepare()
+
     @property
     def moving(self) -> list[MovingSessions]:
         """The monitors whose clients can go along."""
@@ -335,6 +341,13 @@ class BootStores:
 
     # State.
 
+    def extra_sections(self, sessions: bool) -> Iterator[tuple[str, int]]:
+        """Yield name and version of those sections that there are only now and then, and will be in a live update."""
+        if self._fdsets.sets:
+            yield fdsets.SECTION, fdsets.VERSION
+        for moving in self.moving if sessions else ():
+            yield f"{session_moves.SECTION}{moving.name}", session_moves.VERSION
+
     def sections(self, recipe: Recipe | None = None) -> Iterator[tuple[str, SectionOwner]]:
         """Yield the sections of a live update; with a predecessor's `recipe`, of its chardevs alone."""
         moved = (
@@ -343,7 +356,7 @@ class BootStores:
         for label, held in self.chardevs.items():
             if not held.chardev.surrendered and (moved is None or label in moved):
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
-        load = partial(_load_fdsets, self._fdsets, self.luggage)
+        load = partial(self._fdsets.load, self.luggage)
         yield fdsets.SECTION, SectionOwner(fdsets.VERSION, self._fdsets.save, load, optional=True)
         theirs = None if recipe is None else {step.arguments["id"] for step in recipe if step.execute == "object-add"}
         for moving in self.moving:
@@ -410,10 +423,6 @@ def _forget(state: StateRegistry) -> None:
     for name in state.order():
         if name.startswith((_SECTION, session_moves.SECTION)) or name == fdsets.SECTION:
             state.unregister(name)
-
-
-def _load_fdsets(sets: FdSets, luggage: Luggage, _version: int, section: Mapping[str, Any]) -> Callable[[], None]:
-    return sets.load(section, luggage)
 
 
 MONITOR: Final = "monitor "
