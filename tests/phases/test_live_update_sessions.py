@@ -300,3 +300,58 @@ async def test_a_client_that_is_too_far_behind_to_go_along_is_told_of_before_the
         assert [name for name, _ in old.events() if name == "STOP"] == []
         async with made.destination() as new:
             await go_over(made, mover, new)
+
+
+async def test_a_monitor_over_one_connection_goes_along_with_its_client(tmp_path: Path) -> None:
+    with hostio.listen_unix(str(tmp_path / "other")) as listener:
+        options = ("-chardev", f"socket,id=one,path={tmp_path}/other,server=off", "-mon", "chardev=one")
+        async with pair(tmp_path, *options) as made, connected(made.qmp) as mover, AsyncExitStack() as stack:
+            sock = stack.enter_context(trio.socket.from_stdlib_socket(listener.accept()[0]))
+            client = Client(sock)
+            await client.negotiate()
+            before = await mover.execute("query-monitors")
+            for _ in range(2):
+                await client.send(b'{"execute": "query-st')
+                new = await stack.enter_async_context(made.destination())
+                await go_over(made, mover, new)
+                await client.send(b'atus", "id": 1}')
+                assert (await replies(client, 1))[0]["return"]["running"]
+            after = [it for it in await mover.execute("query-monitors") if it["chardev"] in ("one", "compat_monitor0")]
+            assert sorted(after, key=str) == sorted(before, key=str)
+            # Once it has left, there is nothing to go along, and it is no part of the machine.
+            sock.close()
+            await until(lambda: new.host.stores.single_monitors() == set())
+            await go_over(made, mover, last := await stack.enter_async_context(made.destination()))
+            assert "mon0" not in last.host.stores.monitors
+
+
+async def test_without_being_asked_for_a_monitor_over_one_connection_stays(tmp_path: Path) -> None:
+    with hostio.listen_unix(str(tmp_path / "other")) as listener:
+        options = ("-chardev", f"socket,id=one,path={tmp_path}/other,server=off", "-mon", "chardev=one")
+        async with pair(tmp_path, *options) as made, made.destination() as new, connected(made.qmp) as mover:
+            with trio.socket.from_stdlib_socket(listener.accept()[0]) as sock:
+                client = Client(sock)
+                await client.negotiate()
+                await hand_over(made, mover, 1)
+                assert (await concluded(new))["status"] == "completed"
+                await client.send({"execute": "query-status", "id": 1})
+                assert (await replies(client, 1))[0]["return"]["status"] == "postmigrate"
+                assert "mon0" not in new.host.stores.monitors
+                await mover.execute("quit")
+
+
+async def test_clients_of_a_tcp_port_go_along_as_well(tmp_path: Path) -> None:
+    async with (
+        pair(tmp_path, "-qmp", "tcp:127.0.0.1:0,server=on,wait=off") as made,
+        made.destination() as new,
+        connected(made.qmp) as mover,
+    ):
+        (where,) = [it["filename"] for it in await mover.execute("query-chardev") if it["label"] == "compat_monitor1"]
+        port = int(where.partition(",")[0].rpartition(":")[2])
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            client = Client(stream.socket)
+            await client.negotiate()
+            await client.send(b'{"execute": "query-st')
+            await go_over(made, mover, new)
+            await client.send(b'atus", "id": 1}')
+            assert (await replies(client, 1))[0]["return"]["running"]

@@ -197,8 +197,13 @@ async def _add_monitor(may: MayCreateBackend, host: HostSource, machine: Host, a
     except BaseException:
         machine.stores.free_chardev(label)
         raise
+    made = {"qom-type": "monitor-qmp", "id": args.id, "chardev": label}
     if monitor.moves:
-        machine.recorder.record("object-add", {"qom-type": "monitor-qmp", "id": args.id, "chardev": label})
+        machine.recorder.record("object-add", made)
+    elif monitor.moving is not None:
+        machine.recorder.set_aside("chardev-add", "id", label)
+        machine.recorder.record("object-add", made)
+        machine.recorder.set_aside("object-add", "id", args.id)
     else:
         machine.recorder.forget("chardev-add", "id", label)
 

@@ -228,10 +228,12 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
         raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest has not noticed")
 
 
-def _recipe(machine: Machine) -> list[dict[str, Any]]:
+def _recipe(machine: Machine, *, sessions: bool = False) -> list[dict[str, Any]]:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
-    return machine.made.host.recorder.recipe().ordered(rank).to_json()
+    host = machine.made.host
+    besides = host.stores.single_monitors() if sessions else ()
+    return host.recorder.recipe(besides=besides).ordered(rank).to_json()
 
 
 async def _describe(
@@ -254,7 +256,7 @@ async def _describe(
         channel.step = "describing"
         sections = sections_of(machine, channel.peer_hello, sessions=plan.sessions)
         body: Mapping[str, Any] = {
-            "recipe": _recipe(machine),
+            "recipe": _recipe(machine, sessions=plan.sessions),
             "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
             "sections": sections,

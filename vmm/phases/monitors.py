@@ -1,8 +1,9 @@
 """Monitors as back ends: over a chardev, or over a connected socket that this process was started with.
 
 One that listens goes over to a successor in a live update, and so do its clients where that was asked for. One over a
-single connection (stdio, a socket that was open already, one that was connected to) stays with its client and this
-process, and is no part of the machine's recipe. When that client has left, nobody else comes, and the machine goes on.
+single connection (a socket that was open already, one that was connected to) goes along with its client or not at all:
+only there it is a part of the machine's recipe. One over stdio, or over a connection that is no chardev, stays with
+this process. When its client has left, nobody else comes, and the machine goes on.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class Monitor:
         self._streams = streams
         self.moving: Final = moving
         self._nursery: trio.Nursery | None = None
+        self._awaits = held and listener is None and moving is not None
+        self._went_on = trio.Event()
         if held:
             self.hold()
 
@@ -76,6 +79,11 @@ class Monitor:
     def moves(self) -> bool:
         """Whether a successor goes on with it."""
         return self._listener is not None
+
+    @property
+    def goes_along(self) -> MovingSessions | None:
+        """Those who take its clients along, if there can be any."""
+        return self.moving if self._listener is not None or self.clients or self._awaits else None
 
     @property
     def clients(self) -> int:
@@ -100,6 +108,8 @@ class Monitor:
         with scope:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                if self._awaits:
+                    nursery.start_soon(self._went_on.wait)
                 if self._listener is not None:
                     nursery.start_soon(self._monitor.serve_listener, self._listener, self._admit)
                     nursery.start_soon(self._close_when_given_up, self._listener)
@@ -150,6 +160,8 @@ class Monitor:
         if self.moving is not None and self._nursery is not None:
             for serve in self.moving.take_up():
                 self._nursery.start_soon(serve)
+        self._awaits = False
+        self._went_on.set()
 
     def give_up(self) -> None:
         """Leave the listener to the successor, and the sessions that are held; others stay until they hang up."""
@@ -180,6 +192,8 @@ def over_chardev(
         raise Unsupported(what="Monitor over a socket that listens on", name=others, instead=instead)
     client = chardev.surrender_client()
     listener = chardev.descriptors().get("listener")
+    # Without either its client comes by itself, with what else there is of it.
+    chardev.surrendered = listener is None
     return Monitor(
         monitor,
         chardev=chardev,

@@ -274,7 +274,7 @@ class BootStores:
     @property
     def moving(self) -> list[MovingSessions]:
         """The monitors whose clients can go along."""
-        found = [getattr(monitor, "moving", None) for monitor, _ in self.monitors.values()]
+        found = [getattr(monitor, "goes_along", None) for monitor, _ in self.monitors.values()]
         return [moving for moving in found if moving is not None]
 
     def standing_descriptors(self, *, sessions: bool = False) -> dict[str, int]:
@@ -340,6 +340,15 @@ class BootStores:
             raise DescriptorsUnclaimed(names=tuple(names))
 
     # State.
+
+    def single_monitors(self) -> set[str]:
+        """Return the names of the monitors, and of their chardevs, that go along only with their one client."""
+        found = {
+            name: monitor.chardev
+            for name, (monitor, _) in self.monitors.items()
+            if getattr(monitor, "goes_along", None) is not None and not getattr(monitor, "moves", False)
+        }
+        return {*found, *(label for label in found.values() if label is not None)}
 
     def extra_sections(self, sessions: bool) -> Iterator[tuple[str, int]]:
         """Yield name and version of those sections that there are only now and then, and will be in a live update."""
