@@ -9,9 +9,13 @@ import attrs
 from vmm.backends.chardev_state import ChardevState
 from vmm.hw.codec import StateCodec
 from vmm.kvm.state import ChipState, VcpuState
+from vmm.monitor.belongings import Belongings, SessionState
+from vmm.monitor.json_stream import Fault, Message, StreamState
+from vmm.phases.fdsets_state import FdSetsState, FdState
 from vmm.phases.guest_requests import GuestWishes
 from vmm.phases.processors import _structure
 from vmm.phases.quiesced import Pause
+from vmm.phases.session_state import MonitorState, client_state
 from vmm.phases.stores import BootStores
 from vmm.qtest.state import QtestState
 from vmm.terminals import TERMINAL_SETTINGS_SIZE
@@ -60,6 +64,40 @@ def load_pause(version: int, section: Section) -> object:
     return Pause.from_json(section)
 
 
+def fdsets_sections() -> dict[str, Section]:
+    codec = StateCodec.of(FdSetsState)
+    named = FdState(fdset=3, number=17, serial=2, opaque=b"rdonly:/a/file")
+    busy = FdSetsState(descriptors=(named, FdState(fdset=(1 << 63) - 1, number=0, serial=9, opaque=None)))
+    return {"idle": codec.dump(FdSetsState(descriptors=())), "busy": codec.dump(busy)}
+
+
+def load_fdsets(version: int, section: Section) -> object:
+    return StateCodec.of(FdSetsState).load(section, version)
+
+
+def monitor_sections() -> dict[str, Section]:
+    codec = StateCodec.of(MonitorState)
+    quiet = SessionState(negotiated=False, oob=False, stream=StreamState(), waiting=(), unsent=b"")
+    busy = SessionState(
+        negotiated=True,
+        oob=True,
+        stream=StreamState(b'{"execute": "c', "balance", 0x22, 1, -1),
+        waiting=(Message({"execute": "stop", "id": [1.5, None]}), Fault("Malformed JSON")),
+        unsent=b'urn": {}}\r\n',
+    )
+    descriptors = Belongings({"a name": -1}, [-1])
+    clients = (client_state(1, quiet, Belongings()), client_state(7, busy, descriptors))
+    return {
+        "idle": codec.dump(MonitorState(grant=b"admin", sessions=())),
+        "busy": codec.dump(MonitorState(grant=b"admin", sessions=clients)),
+    }
+
+
+def load_monitor(version: int, section: Section) -> object:
+    found = StateCodec.of(MonitorState).load(section, version)
+    return [client.to_session("monitor/qmp0") for client in found.sessions]
+
+
 def qtest_sections() -> dict[str, Section]:
     busy = QtestState(epoch_ns=-5, now_ns=1_000_000_007, high=0x80_0001)
     codec = StateCodec.of(QtestState)
@@ -94,7 +132,9 @@ def load_kvm(version: int, section: Section) -> object:
 
 OTHERS: Final = (
     OtherCase("chardev", chardev_sections, load_chardev),
+    OtherCase("fdsets", fdsets_sections, load_fdsets),
     OtherCase("kvm", kvm_sections, load_kvm),
+    OtherCase("monitor", monitor_sections, load_monitor),
     OtherCase("pause", pause_sections, load_pause),
     OtherCase("qtest", qtest_sections, load_qtest),
 )
