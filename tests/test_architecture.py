@@ -30,12 +30,14 @@ ORDER: Final = (
         "taps",
         "terminals",
         "recipe",
+        "qmp_client",
+        "service",
         "monitor",
         "kvm",
         "backends",
         "hw",
     ),
-    *("qtest", "migration", "cpr", "phases", "qmp_client", "process", "embedding", "cli"),
+    *("qtest", "migration", "cpr", "phases", "roles", "process", "embedding", "cli"),
 )
 """A package may import those before it. `cli` is `cli.py` and each `cli_*.py`."""
 
@@ -49,6 +51,7 @@ HOST_RESOURCES: Final = (
     *("hostio.py", "host_tcp.py", "hostmem.py", "taps.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "guests/build.py",  # a program of its own
+    "service.py",  # one datagram, and nothing stays open
 )
 """Who may open files, sockets and memory of the host, and map them."""
 

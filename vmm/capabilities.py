@@ -649,6 +649,14 @@ class MayStartMigration(Token[Departure]):
         """Ask the other side of `plan` what would become of the machine there. The guest does not notice."""
         return await self._reach().check(plan)
 
+    def undo(self) -> Awaitable[None]:
+        """Post the guest's return to the process that it came from, which is kept ready for that."""
+        return self._reach().undo()
+
+    def forget(self) -> None:
+        """Let that process end: the guest does not go back there."""
+        self._reach().forget()
+
 
 @final
 class MayCancelMigration(Token[Cancellable]):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
-from vmm.errors import VmmError
+from vmm.errors import OptionInvalid, VmmError
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
     from vmm.recipe import Recipe
+    from vmm.roles import Role
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     update.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
     update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
-    update.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
+    how = update.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
+    how.add_argument("--exec", action="store_true", help="let the process execute the new program; its number stays")
+    how.add_argument("--keep", action="store_true", help="leave the old process waiting, for --undo")
+    how.add_argument("--undo", action="store_true", help="go back to the process that --keep left waiting")
+    how.add_argument("--forget", action="store_true", help="let that process end")
     update.add_argument("--json", action="store_true", help="report as JSON")
     save = commands.add_parser(
         "save", help="save a running machine in a file, and end it", allow_abbrev=False,
@@ -52,11 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "run":
                 return _run(run, options)
             case "update":
-                from vmm.cli_update import check_update, update_machine
-
-                if options.check:
-                    return check_update(options.qmp, options.binary, as_json=options.json)
-                return update_machine(options.qmp, options.binary, as_json=options.json)
+                return _update(options)
             case "save":
                 from vmm.cli_save import save_machine
 
@@ -77,11 +80,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _update(options: argparse.Namespace) -> int:
+    if options.exec or options.undo or options.forget:
+        from vmm.cli_replace import forget_predecessor, replace_program, undo_update
+
+        if options.exec:
+            return replace_program(options.qmp, options.binary, as_json=options.json)
+        if options.binary is not None:
+            raise OptionInvalid(option="--binary", value=options.binary, wanted="of use here: no program is started")
+        if options.undo:
+            return undo_update(options.qmp, as_json=options.json)
+        return forget_predecessor(options.qmp)
+    from vmm.cli_update import check_update, update_machine
+
+    if options.check:
+        return check_update(options.qmp, options.binary, as_json=options.json)
+    return update_machine(options.qmp, options.binary, keep=options.keep, as_json=options.json)
+
+
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from vmm.cli_options import defines_machine
     from vmm.cli_recipe import has_monitor, recipe_of, require_precreate
     from vmm.recipe import Recipe
 
+    if "TRIO_VMM_TAKE_BACK" in os.environ:
+        from vmm.process import run_process
+        from vmm.roles import TakingBack
+
+        # The machine is what it was: what the options say of one is for a start without a guest.
+        return run_process(Recipe("of no options", ()), options, os.environ, TakingBack.of(os.environ))
     recipe = recipe_of(options)
     if options.recipe is not None:
         read = _read_recipe(options.recipe)
@@ -102,7 +129,12 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             return 1
     from vmm.process import run_process
 
-    return run_process(recipe, options)
+    role: Role | None = None
+    if options.x_cpr_caretaker_of:
+        from vmm.roles import LookingAfter
+
+        role = LookingAfter(options.x_cpr_caretaker_of)
+    return run_process(recipe, options, os.environ, role)
 
 
 def _lacks(options: argparse.Namespace, *, machine: bool) -> str | None:

@@ -163,6 +163,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         else:
             add(*names, dest=option.attribute, metavar=option.metavar, help=option.help)
     parser.add_argument("--x-cpr-stop-at", default="", metavar="SIDE:STEP", help=argparse.SUPPRESS)
+    parser.add_argument("--x-cpr-caretaker", default="", metavar="OPTIONS", help=argparse.SUPPRESS)
+    parser.add_argument("--x-cpr-caretaker-of", type=int, default=0, metavar="PID", help=argparse.SUPPRESS)
     parser.add_argument("--x-cpr-limits", default="", metavar="NAME=SECONDS,...", help=argparse.SUPPRESS)
 
 

@@ -258,7 +258,7 @@ def resume_machine(path: str, options: argparse.Namespace) -> int:
         with suppress(FileNotFoundError):
             os.unlink(target)
 
-    return run_process(recipe, options, begun=used_up)
+    return run_process(recipe, options, os.environ, begun=used_up)
 
 
 def resumed(path: str, options: argparse.Namespace) -> Recipe:

@@ -41,6 +41,7 @@ ENDING: Final = 30.0
 """Seconds for the old process to end by itself, once the guest and the monitors' clients are in the new one."""
 
 SESSIONS: Final = "migrate-sessions"
+KEEP: Final = "x-keep-source"
 """Name of the parameter that takes connected clients along, ours among them. An older program has not got it."""
 
 
@@ -82,10 +83,13 @@ class UpdateReport:
         return {"old-pid": self.old_pid, "new-pid": self.new_pid, "pause-ms": self.stages}
 
 
-def update_machine(path: str, binary: str | None, *, as_json: bool) -> int:
-    """Update the machine whose monitor is at `path`, print a report, and return the exit status."""
+def update_machine(path: str, binary: str | None, *, keep: bool, as_json: bool) -> int:
+    """Update the machine whose monitor is at `path`, print a report, and return the exit status.
+
+    With `keep` the old process waits, for `trio-vmm update --undo`.
+    """
     command = successor_command(binary)
-    report = trio.run(_update, path, command)
+    report = trio.run(_update, path, command, keep)
     if as_json:
         print(json.dumps(report.to_json()))
     else:
@@ -93,6 +97,8 @@ def update_machine(path: str, binary: str | None, *, as_json: bool) -> int:
         total = f"{report.stages['total']:.2f} ms ({stages})" if "total" in report.stages else "not known"
         print(f"updated: process {report.old_pid} -> {report.new_pid}")
         print(f"the guest's pause: {total}")
+        if keep:
+            print(f"process {report.old_pid} waits: trio-vmm update --undo goes back to it, --forget lets it end")
     return 0
 
 
@@ -128,13 +134,13 @@ async def _check(path: str, command: Sequence[str]) -> dict[str, Any]:
     return verdict
 
 
-async def _update(path: str, command: Sequence[str]) -> UpdateReport:
+async def _update(path: str, command: Sequence[str], keep: bool) -> UpdateReport:
     report: UpdateReport | None = None
     failure: VmmError | None = None
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_cancel_at_signal, nursery.cancel_scope)
-            report = await live_update(path, command)
+            report = await live_update(path, command, keep=keep)
             nursery.cancel_scope.cancel()
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
@@ -162,8 +168,12 @@ def successor_command(binary: str | None) -> list[str]:
     return [found]
 
 
-async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = ()) -> UpdateReport:
+async def live_update(
+    path: str, command: Sequence[str], extra: Sequence[str] = (), *, keep: bool = False
+) -> UpdateReport:
     """Hand the machine at `path` over to a new process, and see the old one end. `extra` are options for the successor.
+
+    With `keep` the old process waits, ready to take the guest back.
 
     Clients of the machine's monitors keep their connections, and so does this one: it is answered by the old process
     and then by the new one. Where one of the two programs is older than that, they stay behind, and the old one is told
@@ -181,18 +191,20 @@ async def live_update(path: str, command: Sequence[str], extra: Sequence[str] = 
     ):
         new_pid = destination.peer_pid
         with closing(_HandOver(source, destination, successor, _channels(main, cpr))) as handover:
-            if await _knows_sessions(source) and await _knows_sessions(destination):
-                stages = await handover.completed({"mode": "cpr-transfer", SESSIONS: True})
-                await handover.ended()
+            known = await source.execute("query-migrate-parameters")
+            if keep and KEEP not in known:
+                raise UpdateFailed(reason="the old process is of a program that cannot wait; leave --keep out")
+            if SESSIONS in known and SESSIONS in await destination.execute("query-migrate-parameters"):
+                stages = await handover.completed(
+                    {"mode": "cpr-transfer", SESSIONS: True, **({KEEP: True} if keep else {})}
+                )
+                if not keep:
+                    await handover.ended()
             else:
                 async with _changed_settings(source):
                     stages = await handover.completed()
                 await _quit(source)
     return UpdateReport(handover.old_pid, new_pid, stages)
-
-
-async def _knows_sessions(client: QmpClient) -> bool:
-    return SESSIONS in await client.execute("query-migrate-parameters")
 
 
 @asynccontextmanager

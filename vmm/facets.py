@@ -113,6 +113,14 @@ class Departure(Protocol):
         """Ask the other side of `plan`, and return its answer; nothing else happens."""
         ...
 
+    def undo(self) -> Awaitable[None]:
+        """Post the guest's return to the process that it came from; settles as `start`."""
+        ...
+
+    def forget(self) -> None:
+        """Let that process end."""
+        ...
+
 
 class Cancellable(Protocol):
     """Something under way that can be called off."""

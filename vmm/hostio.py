@@ -101,6 +101,22 @@ def listen_unix(path: str) -> socket.socket:
     return listener
 
 
+def listen_abstract(name: str) -> socket.socket:
+    """Listen on a stream socket under `name` in the abstract namespace. It does not block.
+
+    Raises:
+        HostFileRefused: the host refused, or somebody has that name.
+    """
+    listener = _unix_socket("listen on", f"@{name}")
+    try:
+        listener.bind(f"\0{name}")
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise refused("listen on", f"@{name}", error) from error
+    return listener
+
+
 @contextmanager
 def _sole_starter(path: str) -> Generator[None, None, None]:
     """Keep other starters of `path` out.

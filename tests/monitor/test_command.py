@@ -757,11 +757,21 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert operate - observe == {"cont", "stop", "system_reset", "quit", "device_add", "device_del"}
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
-            *("x-cpr-check", "x-cpr-abandon", "x-allow-difference", "job-cancel", "job-dismiss"),
+            *(
+                "x-cpr-check",
+                "x-cpr-abandon",
+                "x-cpr-undo",
+                "x-cpr-forget",
+                "x-allow-difference",
+                "job-cancel",
+                "job-dismiss",
+            ),
         }
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
         beyond_a_recipe = {command.name for command in COMMANDS} - admitted(table, REPLAY)
-        assert beyond_a_recipe == {"migrate", "loadvm", "x-cpr-check", "x-allow-resource"}
+        assert beyond_a_recipe == {
+            *("migrate", "loadvm", "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource"),
+        }
 
 
 async def test_a_command_that_comes_too_early_is_told_the_token_the_phases_and_the_way() -> None:

@@ -406,6 +406,8 @@ CASES: Final = (
     # Live update.
     Case("x-cpr-check", _channels("@nowhere", "@nowhere"), _never),
     Case("x-cpr-check", {}, _never),
+    Case("x-cpr-undo", {}, _never),
+    Case("x-cpr-forget", {}, _never),
     Case("x-cpr-abandon", {}, lambda state, grant: state.awaits, _abandon),
     Case("x-allow-difference", {"names": ["serial"]}),
     Case("x-allow-difference", {"names": 1}, _never),

@@ -220,7 +220,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "job-cancel": ("may-cancel-migration", "may-query"),
     "job-dismiss": ("may-dismiss-job",),
     "loadvm": ("may-restore-guest", "may-open-host-file"),
-    "x-cpr-check": ("may-start-migration",),
+    **dict.fromkeys(("x-cpr-check", "x-cpr-undo", "x-cpr-forget"), ("may-start-migration",)),
     "x-cpr-abandon": ("may-listen",),
     "x-allow-difference": ("may-listen",),
     "x-allow-resource": ("may-open-host-file", "may-listen"),

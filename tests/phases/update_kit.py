@@ -202,14 +202,17 @@ class Bench:
         self.qmp = str(folder / "machine")
         """The machine's own monitor, which moves with it."""
 
-    def start(self, *options: str, qmp: str | None = None) -> Process:
-        """Start a VMM with a monitor at `qmp`, or at a path of its own."""
+    def start(self, *options: str, qmp: str | None = None, notify: Path | None = None) -> Process:
+        """Start a VMM with a monitor at `qmp`, or at a path of its own; `notify` is its service manager's socket."""
         number = len(self._processes)
         path = qmp or str(self.folder / f"qmp{number}")
         log = self.folder / f"log{number}"
         with log.open("wb") as file:
             command = [*PROGRAM, "run", "-qmp", f"unix:{path}", *options]
-            popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+            environment = {**os.environ, "NOTIFY_SOCKET": str(notify)} if notify is not None else None
+            popen = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, env=environment
+            )
         process = Process(popen, path, log)
         self._processes.append(process)
         return process
@@ -225,9 +228,12 @@ class Bench:
         self._stack.callback(console.close)
         return console
 
-    def machine(self, console: Console, *options: str, guest: Sequence[str] = GUEST) -> Process:
+    def machine(
+        self, console: Console, *options: str, guest: Sequence[str] = GUEST, notify: Path | None = None
+    ) -> Process:
         """Start a machine with the heartbeat guest, whose monitor is at `self.qmp`."""
-        return self.start(*guest, "-serial", f"unix:{console.path},server=off", *options, qmp=self.qmp)
+        serial = ("-serial", f"unix:{console.path},server=off")
+        return self.start(*guest, *serial, *options, qmp=self.qmp, notify=notify)
 
     def destination(self, *options: str) -> Process:
         """Start a process that awaits a live update on `self.channels` of its number."""

@@ -146,7 +146,7 @@ ONLY_HERE: Final = MappingProxyType(
             # of releases after 7.2
             "avail-switchover-bandwidth", "cpr-exec-command", "direct-io", "mode", "multifd-qatzip-level",
             "vcpu-dirty-limit", "x-rdma-chunk-size", "x-vcpu-dirty-limit-period", "zero-page-detection",
-            "migrate-sessions",  # an extension
+            *("migrate-sessions", "x-keep-source"),  # extensions
         },
     }
 )  # fmt: skip
@@ -224,7 +224,7 @@ EXTENSIONS: Final = frozenset(
     {
         "accel-set", "cpu-model-set", "finish-machine-init", "machine-set", "query-machine-phase", "query-monitors",
         "query-nursery-tree", "x-exit-precreate", "loadvm", "query-differences", "x-allow-difference", "x-cpr-abandon",
-        "x-cpr-check", "x-allow-resource",
+        "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource",
     }
 )  # fmt: skip
 """The commands that QEMU has not."""

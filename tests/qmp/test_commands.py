@@ -264,6 +264,8 @@ def precreate(directory: Path) -> list[Step]:
             "x-cpr-abandon is not possible when no CPR channel is awaited; query-migrate says what is under way",
         ),
         lacks("x-cpr-check", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
+        lacks("x-cpr-undo", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
+        lacks("x-cpr-forget", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
         lacks("migrate", "may-start-migration", PRE, "running (reached by finish-machine-init or cont)"),
         # Running something that is not there.
         lacks(
@@ -467,8 +469,9 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     refused = {step.name for step in steps if step.error is not None}
     # The first four need descriptors (test_protocol), the others a migration (above, and test_migration_jobs).
     elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
-    # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying).
-    elsewhere |= {"x-cpr-check", "x-cpr-abandon", "loadvm"}
+    # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying,
+    # test_kept_process).
+    elsewhere |= {"x-cpr-check", "x-cpr-abandon", "x-cpr-undo", "x-cpr-forget", "loadvm"}
     # And these with a tap (tests/phases/test_netdev).
     elsewhere |= {"netdev_add", "netdev_del"}
     names = {command.name for command in COMMANDS}

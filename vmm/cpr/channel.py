@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
 from vmm.errors import (
     CprError,
@@ -308,6 +309,14 @@ class CprChannel:
     async def peer_died(self) -> None:
         """Wait until the peer's process has died."""
         await trio.lowlevel.wait_readable(self._peer_pidfd)
+
+    def leash(self) -> int:
+        """Return a copy of the socket: as long as a side has one open, the other side's copy tells nothing.
+
+        Raises:
+            HostFileRefused: the host has no descriptor left.
+        """
+        return hostio.dup(self._sock.fileno())
 
     def _gone(self, what: str) -> CprPeerGone:
         outcome = "the guest stays where it was" if self.side == "source" else "nothing was taken over"

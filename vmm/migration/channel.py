@@ -130,6 +130,13 @@ class Channels:
     main: ChannelAddress
     cpr: ChannelAddress | None = None
 
+    def to_json(self) -> list[dict[str, object]]:
+        """Return them as QEMU's list of MigrationChannel."""
+        channels = [Channel("main", self.main)]
+        if self.cpr is not None:
+            channels.append(Channel("cpr", self.cpr))
+        return [channel.to_json() for channel in channels]
+
 
 def outgoing_channels(uri: str | None, channels: Sequence[object] | None) -> Channels:
     """Return where `migrate` goes, from its arguments `uri` and `channels` (each as `Channel.from_json` takes it).

@@ -118,12 +118,11 @@ PARAMETERS: Final = (
     Parameter("zero-page-detection", "str", "multifd", choices=get_args(ZeroPageDetection)),
     Parameter("direct-io", "bool", False),
     Parameter("x-rdma-chunk-size", "int", _MIB, low=_MIB, high=1024 * _MIB, unit="bytes", power_of_two=True),
-    Parameter("cpr-exec-command", "strings", ()),
+    Parameter("cpr-exec-command", "strings", (), supported=True),
     Parameter("migrate-sessions", "bool", False, supported=True),
+    Parameter("x-keep-source", "bool", False, supported=True),
 )
-"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`; the last is ours."""
-
-SUPPORTED_MODES: Final = ("normal", "cpr-reboot", "cpr-transfer")
+"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`; two are ours."""
 
 
 @final
@@ -231,8 +230,6 @@ class MigrationParameters:
 
 
 def _refuse_unsupported(parameter: Parameter, value: object) -> None:
-    if parameter.name == "mode" and value not in SUPPORTED_MODES:
-        raise Unsupported(what="Migration mode", name=f"{value}", instead=f"use one of {', '.join(SUPPORTED_MODES)}")
     # An empty list asks for nothing, whether or not the default is one.
     asks = bool(value) if isinstance(value, list) else value != parameter.default
     if asks and not parameter.supported:

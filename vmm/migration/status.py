@@ -137,6 +137,16 @@ class MigrationRamStats:
 
 @final
 @attrs.frozen(kw_only=True)
+class KeptProcess:
+    """The process that the guest came from, ready to take it back."""
+
+    pid: int
+    program: str
+    """What it calls itself, as in its monitor's greeting."""
+
+
+@final
+@attrs.frozen(kw_only=True)
 class MigrationInfo:
     """What `query-migrate` replies; None stands for an absent member. Times are in milliseconds."""
 
@@ -154,6 +164,10 @@ class MigrationInfo:
     """How long each stage of a live update's pause took, in milliseconds. Not in QEMU."""
     x_step: str | None = None
     """The step that a live update has reached on this side, and after a failure the last one. Not in QEMU."""
+    x_pause_before: dict[str, float] | None = None
+    """After an update by exec: the same of the first of the two pauses, when the guest went to the caretaker."""
+    x_kept: KeptProcess | None = None
+    """Who waits to take the guest back (`x-cpr-undo`). Not in QEMU."""
 
     def to_json(self) -> dict[str, object]:
         """Return the reply with its names on the wire."""
@@ -184,6 +198,8 @@ class MigrationProgress:
         """Stage of a live update's pause -> milliseconds."""
         self.step: str | None = None
         """Of a live update: the step that this side has reached; see `vmm.cpr.steps`."""
+        self.pause_before: Mapping[str, float] | None = None
+        """The same of the first of two pauses, where there were two."""
         self._steps: Final = SOURCE_STEPS if side == "source" else TARGET_STEPS
         self._observer: Final = observer
         self._clock: Final = clock
@@ -217,8 +233,8 @@ class MigrationProgress:
         self._setup_done = self._paused = self._downtime = self._over = None
         self.ram = MigrationRamStats()
         self.addresses = tuple(addresses)
-        self.pause_stages = None
         self.step = None
+        self.pause_stages = self.pause_before = None
         self._enter(_S.SETUP)
 
     def advance(self, status: MigrationStatus) -> None:
@@ -264,6 +280,7 @@ class MigrationProgress:
             socket_address=list(self.addresses) or None,
             x_pause=dict(self.pause_stages) if self.pause_stages is not None else None,
             x_step=self.step,
+            x_pause_before=dict(self.pause_before) if self.pause_before is not None else None,
         )
         if self.side == "target" or self._status in _BARE:
             return bare

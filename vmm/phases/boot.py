@@ -100,6 +100,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                 HostFiles(),
                 MonitorMaker(table, events, start.version, start.complain),
                 overrides,
+                start.service,
             )
             for view in (
                 host,
@@ -140,6 +141,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                         tree.settle(failure)
             finally:
                 # After the window, whose end has events too: this is the last that a client sees.
+                host.let_predecessor_go()
                 cause = ending.cause or ("host-signal" if failure is None else "host-error")
                 events.emit("SHUTDOWN", {"guest": cause.startswith("guest"), "reason": cause})
     if failure is not None:

@@ -102,6 +102,8 @@ COMMANDS: Final = (
     Command("job-dismiss", f"{_JOBS}:job_dismiss"),
     Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
     Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),
+    Command("x-cpr-undo", f"{_UPDATE}:x_cpr_undo"),
+    Command("x-cpr-forget", f"{_UPDATE}:x_cpr_forget"),
     Command("x-allow-difference", f"{_UPDATE}:x_allow_difference"),
     Command("x-allow-resource", f"{_UPDATE}:x_allow_resource"),
     Command("query-differences", f"{_UPDATE}:query_differences"),

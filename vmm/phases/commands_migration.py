@@ -19,17 +19,19 @@ from vmm.capabilities import (
     MaySetMigrationParam,
     MayStartMigration,
 )
-from vmm.errors import DescriptorError, MigrationRefused, Unsupported
+from vmm.errors import DescriptorError, MigrationRefused
 from vmm.migration.address import ChannelAddress, DescriptorAddress, FileAddress
 from vmm.migration.capability_table import MigrationCapabilityStatus, SetMigrationCapabilities
 from vmm.migration.channel import Channel, Channels, MigrationChannel, incoming_channels, outgoing_channels
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
-from vmm.migration.status import MigrationInfo
+from vmm.migration.status import KeptProcess, MigrationInfo
 from vmm.monitor.ports import Caller
+from vmm.phases.foundation import Host
 from vmm.phases.migration_state import MigrationState, Wishes
 
 if TYPE_CHECKING:
     from vmm.phases.copying import CopyPlan
+    from vmm.phases.executing import ExecPlan
 
 
 async def migrate_set_capabilities(may: MaySetMigrationCap, args: SetMigrationCapabilities) -> None:
@@ -57,7 +59,11 @@ def query_migrate_parameters(may: MayQuery) -> ParameterValues:
 def query_migrate(may: MayQuery) -> MigrationInfo:
     """Say how far the last or present migration is; for a live update, with the stages of its pause."""
     progress = may.view(MigrationState).progress
-    return progress.info() if progress is not None else MigrationInfo()
+    info = progress.info() if progress is not None else MigrationInfo()
+    kept = may.view(Host).predecessor
+    if kept is None or not kept.waits:
+        return info
+    return attrs.evolve(info, x_kept=KeptProcess(pid=kept.pid, program=kept.program))
 
 
 @attrs.frozen(kw_only=True)
@@ -112,23 +118,22 @@ def migrate(
 
     Parameter `mode` says how: `normal` and `cpr-reboot` copy it, which stands meanwhile, and leave RAM where it is with
     x-ignore-shared, a file of RAM and a `file:` to save in; `cpr-transfer` hands it over on this host, and needs a
-    channel of type cpr beside the main one. A `file:` takes may-open-host-file besides.
+    channel of type cpr beside the main one; `cpr-exec` executes `cpr-exec-command` in this process, which has the guest
+    again then, and uses no channel. A `file:` takes may-open-host-file besides.
     """
     if args.resume:
         raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
-    channels = outgoing_channels(args.uri, args.channels)
     state, wishes = query.view(MigrationState), args.wishes("migrate", cap, param)
     state.check(wishes)
     mode = wishes.parameters.get("mode", state.parameters.mode)
+    if mode == "cpr-exec":
+        return may.start(_exec_plan(args, state, wishes, query, host))
+    channels = outgoing_channels(args.uri, args.channels)
     if mode in ("normal", "cpr-reboot"):
         if channels.cpr is not None:
             reason = "migrate: a channel of type 'cpr' is for mode cpr-transfer; set parameter 'mode', or leave it out"
             raise MigrationRefused(reason=reason)
         return may.start(_copy_plan(channels.main, wishes, host, caller))
-    if mode != "cpr-transfer":
-        raise Unsupported(
-            what="Migration mode", name=mode, instead="parameter 'mode' can be normal, cpr-reboot or cpr-transfer"
-        )
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
     require_sockets(channels, "migrate")
@@ -137,6 +142,24 @@ def migrate(
     main, cpr = resolved((channels.main, channels.cpr), caller)
     sessions = bool(wishes.parameters.get("migrate-sessions", state.parameters["migrate-sessions"]))
     return may.start(TransferPlan(Channels(main, cpr), sessions, wishes))
+
+
+def _exec_plan(
+    args: Migrate, state: MigrationState, wishes: Wishes, query: MayQuery, host: MayOpenHostFile | None
+) -> ExecPlan:
+    from vmm.phases.executing import ExecPlan  # Likewise.
+
+    if args.uri is not None or args.channels is not None:
+        outgoing_channels(args.uri, args.channels)  # QEMU's clients name a file; none is needed
+    if host is None:
+        reason = "migrate: mode cpr-exec takes may-open-host-file, which this session is not lent; use cpr-transfer"
+        raise MigrationRefused(reason=reason)
+    if not query.view(Host).start.own_process:
+        reason = "migrate: mode cpr-exec replaces the program of a process, and this one is not the machine's alone"
+        raise MigrationRefused(reason=f"{reason}; use cpr-transfer")
+    plan = ExecPlan(wishes.parameters.get("cpr-exec-command", state.parameters["cpr-exec-command"]), wishes)
+    plan.check()
+    return plan
 
 
 def require_sockets(channels: Channels, command: str) -> None:

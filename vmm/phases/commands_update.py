@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from typing import final
 
 import attrs
@@ -112,6 +113,20 @@ async def x_allow_resource(host: MayOpenHostFile, may: MayListen, args: AllowRes
     if args.fd is not None and not 0 <= args.fd < 1 << 31:
         raise OptionInvalid(option="x-allow-resource, fd", value=args.fd, wanted="the number of a descriptor")
     may.allow_resource(args.name, f"fd:{args.fd}" if args.fd is not None else args.path or "")
+
+
+def x_cpr_undo(may: MayStartMigration) -> Awaitable[None]:
+    """Give the guest back to the process that it came from, which a live update with `x-keep-source` left waiting.
+
+    Replies once that has begun, as `migrate` does; it is a live update in the other direction, sessions included.
+    """
+    return may.undo()
+
+
+async def x_cpr_forget(may: MayStartMigration) -> None:
+    """Let the process that the guest came from end; the guest stays here."""
+    await trio.lowlevel.checkpoint()
+    may.forget()
 
 
 def query_differences(may: MayQuery) -> list[Difference]:

@@ -25,10 +25,13 @@ from vmm.monitor.arguments import unstructure
 from vmm.phases.host import Inheritance
 from vmm.phases.host_resources import socket_paths
 from vmm.phases.migrating import STDERR
+from vmm.phases.migration_state import MigrationState
+from vmm.phases.predecessor import Predecessor
 from vmm.phases.replay import SUCCESSOR, replay_incoming
 from vmm.phases.run_state import run_state_named
 from vmm.phases.section_kinds import read_here
 from vmm.recipe import Recipe
+from vmm.service import ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,15 +87,15 @@ class Arrival:
             self._refused = True
             await self.channel.refuse(str(error))
 
-    async def farewell(self) -> Mapping[str, float] | None:
-        """Wait, for `_FAREWELL` seconds at most, for what the source says last: the stages of the guest's pause."""
+    async def farewell(self) -> Mapping[str, Any]:
+        """Wait, for `_FAREWELL` seconds at most, for what the source says last; empty if it says nothing."""
         with trio.move_on_after(_FAREWELL):
             try:
                 with closing(await self.channel.receive("finished")) as message:
-                    return _stages(message.body.get("pause"))
+                    return message.body
             except CprError:
                 pass  # It has ended, or was never going to say anything.
-        return None
+        return {}
 
     def adopt_standard_error(self, start: Start) -> None:
         """Put the source's standard error, if it sent one, in place of this process's, if it is the machine's alone."""
@@ -137,7 +140,7 @@ async def run_fd_receive(
                         with closing(arrival):
                             await _build(phase, host, port, arrival)
                             await arrival.over.wait()
-                            await _conclude(arrival, port)
+                            await _conclude(arrival, host, port)
                             inheritance.retire_replaced(host.complain)
                             await port.unbind()
                             return
@@ -197,6 +200,8 @@ async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inherita
                 return None
             try:
                 arrival = _arrival_of(message, channel, steps, port, inheritance)
+                if message.body.get("service"):
+                    host.service = ServiceManager.named(message.body["service"])
             except VmmError as error:
                 raise await channel.refuse(str(error)) from error
         steps.reach("described")
@@ -237,11 +242,18 @@ def _arrival_of(
     return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
 
 
-async def _conclude(arrival: Arrival, port: IncomingPort) -> None:
+async def _conclude(arrival: Arrival, host: Host, port: IncomingPort) -> None:
     progress = port.progress
     assert progress is not None
-    progress.pause_stages = await arrival.farewell()
+    told = await arrival.farewell()
+    progress.pause_stages = _stages(told.get("pause"))
+    progress.pause_before = _stages(told.get("before"))
+    host.predecessor = Predecessor.of(told.get("kept"), arrival.channel)
     progress.advance(MigrationStatus.COMPLETED)
+    if host.start.failure:
+        # Of the way out, of which this was the way back: that is what whoever asked for it waits for.
+        migration = host.tree.view(MigrationState)
+        migration.failed(migration.begin("source"), host.start.failure)
     arrival.settled.set()
 
 

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from vmm.monitor.command import CommandTable
     from vmm.monitor.events import EventHub
     from vmm.nursery_tree import Tree
+    from vmm.phases.afterwards import Afterwards
     from vmm.phases.host import HostFiles
     from vmm.phases.jobs import Jobs
     from vmm.phases.monitors import MonitorMaker
     from vmm.phases.overrides import Overrides
+    from vmm.phases.predecessor import Predecessor
     from vmm.phases.recorder import Recorder
     from vmm.phases.run_state import RunState
     from vmm.phases.start import Start
     from vmm.phases.stores import BootStores
+    from vmm.service import ServiceManager
 
 
 @final
@@ -40,8 +43,18 @@ class Host:
     files: HostFiles
     monitors: MonitorMaker
     overrides: Overrides
+    service: ServiceManager
+    """A guest that comes in brings its own along."""
     calling_off: CallingOff = attrs.Factory(CallingOff)
     """Of what comes in."""
+    predecessor: Predecessor | None = None
+    """The process that the guest came from, if it is kept ready to take the guest back."""
+
+    def let_predecessor_go(self) -> None:
+        """Let the process that the guest came from end, if it is kept."""
+        if self.predecessor is not None:
+            self.predecessor.close()
+            self.predecessor = None
 
     def complain(self, text: str) -> None:
         """Tell the operator something that the machine survives."""
@@ -67,6 +80,8 @@ class Ending:
         self.cause = ""
         """QAPI ShutdownCause; empty while nobody wants the end."""
         self.exit_status = 0
+        self.afterwards: Afterwards | None = None
+        """What the process does then, besides; None for nothing. Whoever takes it up owns it."""
         self.scope: Final = trio.CancelScope()
 
     def end(self, cause: str) -> None:

@@ -7,8 +7,8 @@ first: when phase quiesced opens and the guest pauses, the destination has built
 from __future__ import annotations
 
 import socket
-from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Final, final
+from contextlib import ExitStack, closing, suppress
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
@@ -22,6 +22,7 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MayStartMigration,
 )
+from vmm.cpr.berth import Berth
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
@@ -30,6 +31,7 @@ from vmm.errors import CprError, CprPeerGone, HostFileRefused, MigrationCancelle
 from vmm.migration.address import FileAddress
 from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
+from vmm.phases.afterwards import StandBy
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import Transfer, run_quiesced
@@ -37,13 +39,14 @@ from vmm.phases.section_kinds import OlderSections, sections_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from vmm.capabilities import Mint
     from vmm.migration.address import SocketAddress
     from vmm.migration.channel import Channels
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.assembly import Precreated
+    from vmm.phases.foundation import Host
     from vmm.phases.machine import Machine
     from vmm.phases.running import Run
 
@@ -139,9 +142,12 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
     limits = made.host.start.limits or CprLimits()
     steps.reach("begun")
     with (
+        ExitStack() as stack,
         closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel,
         closing(OwnershipCell.create()) as cell,
     ):
+        # All that is needed to take the guest back is there before it goes.
+        berth = stack.enter_context(closing(_berth(made.host))) if migration.parameters["x-keep-source"] else None
         async with running.child("migrating") as phase:
             steps.reach("connected")
             canceller = _Canceller(cell)
@@ -178,7 +184,12 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     progress.advance(MigrationStatus.CANCELLING)
                     progress.advance(MigrationStatus.CANCELLED)
             if not cell.ours:
-                await _finish(channel, progress)
+                made.host.let_predecessor_go()
+                made.host.service.main_process_is(channel.peer_pid)
+                told = await _finish(channel, progress, made, berth)
+                if told and berth is not None:
+                    made.host.ending.afterwards = StandBy(berth, channel.leash())
+                    stack.pop_all()
         return not cell.ours
 
 
@@ -197,10 +208,27 @@ async def _connect_main(address: SocketAddress, channel: CprChannel, limits: Cpr
         raise
 
 
-async def _finish(channel: CprChannel, progress: MigrationProgress) -> None:
-    """Tell the destination, if it listens, that all is over here, and how long the guest stood."""
+def _berth(host: Host) -> Berth:
+    if not host.start.own_process:
+        reason = "migrate: x-keep-source leaves a process waiting, and this one is not the machine's alone"
+        raise MigrationRefused(reason=f"{reason}; leave it off")
+    return Berth.bind()
+
+
+async def _finish(channel: CprChannel, progress: MigrationProgress, made: Precreated, berth: Berth | None) -> bool:
+    """Tell the destination, if it listens, that all is over here, how long the guest stood, and where it can go back.
+
+    Return whether it listened.
+    """
+    body: dict[str, Any] = {"pause": dict(progress.pause_stages or {})}
+    if berth is not None:
+        body["kept"] = {"channels": berth.channels.to_json(), "program": made.host.start.version.package}
+    if made.host.start.is_caretaker and made.incoming.progress is not None:
+        body["before"] = dict(made.incoming.progress.pause_stages or {})
     with trio.move_on_after(_FAREWELL, shield=True), suppress(CprError):
-        await channel.send("finished", {"pause": dict(progress.pause_stages or {})})
+        await channel.send("finished", body)
+        return True
+    return False
 
 
 async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, Any]:
@@ -260,6 +288,7 @@ async def _describe(
             "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
             "sections": sections,
+            "service": host.service.address,
         }
         descriptors = {**machine.descriptors(sessions=plan.sessions), "owner": cell.fd}
         if host.start.stderr is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import asynccontextmanager, closing
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
@@ -26,8 +26,10 @@ from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
+from vmm.phases.departure import Departure
+from vmm.phases.executing import ExecPlan, run_executing
 from vmm.phases.guest_requests import GuestRequests, GuestWishes
-from vmm.phases.migrating import TransferPlan, ask_destination, run_migrating
+from vmm.phases.migrating import TransferPlan, run_migrating
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
@@ -35,7 +37,7 @@ from vmm.phases.session_moves import go_on
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Mapping
+    from collections.abc import AsyncGenerator, Awaitable
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
@@ -74,7 +76,7 @@ class Run:
         self.lost = ""
         """Why the guest, which has gone, is known to be nowhere; empty if it is not."""
         self.leaves = False
-        """Whether it has gone with the clients of its monitors, so that this process ends by itself."""
+        """Whether it has gone, and this process's machine ends by itself: its clients went along, or it is awaited."""
         self.control: Final = trio.Lock()
         """Held by whoever starts, stops or resets the guest, or pauses it to give it away, from beginning to end."""
         self.status = machine.made.host.status
@@ -156,30 +158,10 @@ class Run:
 
 
 @final
-class _Departure:
-    """The facet of `may-start-migration`."""
-
-    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan | SavedState], run: Run) -> None:
-        self._inbox = inbox
-        self._run = run
-
-    async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
-        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
-        with closing(plan):
-            return await ask_destination(self._run.machine, plan)
-
-    def start(self, plan: TransferPlan | CopyPlan) -> Awaitable[None]:
-        """Post `plan`, whose descriptors are closed if it is not carried out."""
-        turn = self._inbox.post(plan, until="migrating")
-        turn.on_settled(lambda: plan.close() if turn.failed else None)
-        return turn
-
-
-@final
 class _Restoration:
     """The facet of `may-restore-guest`."""
 
-    def __init__(self, inbox: Inbox[TransferPlan | CopyPlan | SavedState]) -> None:
+    def __init__(self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState]) -> None:
         self._inbox = inbox
 
     def decide(self, saved: object) -> Awaitable[None]:
@@ -291,7 +273,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
     """
     machine = run.machine
     made = machine.made
-    inbox: Inbox[TransferPlan | CopyPlan | SavedState] = Inbox("running")
+    inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState] = Inbox("running")
     left: Gone | None = None
 
     def grants(mint: Mint) -> RunningGrants:
@@ -303,7 +285,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
             open_host_file=mint(MayOpenHostFile, made.host.files),
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
-            start_migration=mint(MayStartMigration, _Departure(inbox, run)),
+            start_migration=mint(MayStartMigration, Departure(inbox, run)),
             restore_guest=mint(MayRestoreGuest, _Restoration(inbox)),
         )
 
@@ -329,9 +311,11 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                         if isinstance(plan, CopyPlan):
                             left = await run_copying(phase, run, plan, turn)
                             gone = left is not None
+                        elif isinstance(plan, ExecPlan):
+                            run.leaves = gone = await run_executing(phase, run, plan, turn)
                         else:
                             gone = await run_migrating(phase, run, plan, turn)
-                            run.leaves = gone and plan.sessions
+                            run.leaves = gone and (plan.sessions or made.host.ending.afterwards is not None)
                 except VmmError as error:
                     if turn.settled:
                         raise

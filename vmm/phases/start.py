@@ -9,6 +9,7 @@ import attrs
 
 from vmm import __version__
 from vmm.monitor.session import Version
+from vmm.service import NO_MANAGER, ServiceManager
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +56,16 @@ class Start:
     """Whether a guest that comes in, and ran where it was, runs here at once (`-S`: not before `cont`)."""
     begun: Callable[[], None] | None = None
     """Called once the recipe has been carried out."""
+    own_process: bool = False
+    """Whether the process is the machine's alone: it can become another program then, or await its guest's return."""
+    is_caretaker: bool = False
+    """Whether the guest is here only until the process that had it has become another program."""
+    caretaker_options: tuple[str, ...] = ()
+    """For tests: more options of the process that has the guest while this one becomes another program."""
+    failure: str = ""
+    """Why a guest that left for another program comes back here instead, as a sentence; empty where none does."""
+    service: ServiceManager = NO_MANAGER
+    """Who is told which process has the guest."""
     version: Version = VERSION
     complain: Callable[[str], None] = _complain_on_stderr
     """Takes a sentence for the operator: something went wrong that the machine survives."""

@@ -1,0 +1,58 @@
+"""How a guest is made to leave, from phase running: the facet of `may-start-migration`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, final
+
+from vmm.errors import MigrationRefused
+from vmm.phases.migrating import TransferPlan, ask_destination
+from vmm.phases.migration_state import Wishes
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Mapping
+
+    from vmm.nursery_tree import Inbox
+    from vmm.phases.building import SavedState
+    from vmm.phases.copying import CopyPlan
+    from vmm.phases.executing import ExecPlan
+    from vmm.phases.predecessor import Predecessor
+    from vmm.phases.running import Run
+
+
+@final
+class Departure:
+    """The facet of `may-start-migration`."""
+
+    def __init__(self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState], run: Run) -> None:
+        self._inbox = inbox
+        self._run = run
+
+    async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
+        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
+        with closing(plan):
+            return await ask_destination(self._run.machine, plan)
+
+    def start(self, plan: TransferPlan | ExecPlan | CopyPlan) -> Awaitable[None]:
+        """Post `plan`, whose descriptors are closed if it is not carried out."""
+        turn = self._inbox.post(plan, until="migrating")
+        turn.on_settled(lambda: plan.close() if turn.failed else None)
+        return turn
+
+    def undo(self) -> Awaitable[None]:
+        """Post the guest's return. Raises `MigrationRefused` if no process is kept for it."""
+        predecessor = self._predecessor("x-cpr-undo")
+        parameters = {"mode": "cpr-transfer", "migrate-sessions": True, "x-keep-source": False}
+        return self.start(TransferPlan(predecessor.channels, True, Wishes(parameters=parameters)))
+
+    def forget(self) -> None:
+        """Let the process that the guest came from end. Raises as `undo`."""
+        self._predecessor("x-cpr-forget")
+        self._run.machine.made.host.let_predecessor_go()
+
+    def _predecessor(self, command: str) -> Predecessor:
+        predecessor = self._run.machine.made.host.predecessor
+        if predecessor is None or not predecessor.waits:
+            reason = "no process is kept ready to take the guest back; a live update with x-keep-source keeps one"
+            raise MigrationRefused(reason=f"{command}: {reason}")
+        return predecessor
