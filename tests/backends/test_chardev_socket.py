@@ -109,16 +109,43 @@ async def test_a_client_that_leaves_is_noticed_even_if_the_guest_takes_no_input(
         await second.aclose()
 
 
-async def test_more_than_a_buffer_of_a_client_that_left_is_dropped_with_a_complaint(
+async def test_the_guest_takes_all_that_a_client_left_at_its_own_pace(
+    path: str, complain: Complaints, frontend: Frontend
+) -> None:
+    frontend.space = 0
+    left = os.urandom(2 * BUFFER_LIMIT)
+    async with served(open_server(path, complain)) as chardev:
+        chardev.attach(frontend)
+        client = await connected(path)
+        await client.send_all(left)
+        await client.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert chardev.filename.startswith("disconnected:")
+        assert chardev.put(bytes(1 << 20)) == 1 << 20, "nobody reads it"
+        while len(frontend.received) < len(left):
+            frontend.space = 10_000
+            chardev.accept_input()
+            await frontend.wait_received(min(len(frontend.received) + 10_000, len(left)))
+        assert frontend.received == left
+        async with await connected(path) as second:
+            chardev.put(b"for the second")
+            assert await read_exactly(second, 14) == b"for the second"
+    assert complain.texts == []
+
+
+async def test_more_than_a_buffer_of_a_client_that_left_is_dropped_with_a_complaint_when_the_next_one_comes(
     path: str, complain: Complaints, frontend: Frontend
 ) -> None:
     frontend.space = 0
     async with served(open_server(path, complain)) as chardev:
         chardev.attach(frontend)
-        client = await connect(path)
+        client = await connected(path)
         await client.send_all(b"a" * BUFFER_LIMIT + b"b" * 4096)
         await client.aclose()
         await trio.testing.wait_all_tasks_blocked()
+        assert complain.texts == []
+        second = await connected(path)
+        await second.aclose()
         assert complain.texts == ["Chardev 'serial0': a client left more than 65536 bytes; the rest is dropped"]
         frontend.space = 1 << 20
         chardev.accept_input()

@@ -371,6 +371,35 @@ async def test_who_hangs_up_during_the_pause_has_been_heard(tmp_path: Path, fami
 
 
 @both_families
+async def test_the_guest_gets_all_that_was_left_to_it_in_the_pause(tmp_path: Path, family: str) -> None:
+    left = random.Random(5).randbytes(150_000)  # more than a chardev holds, and less than a socket does
+    async with line_of(tmp_path, family) as (line, frontend, path):
+        client = await connect(line.machine, path)
+        # So that nothing waits in the pause, which trio would have it do.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        if family == "tcp":
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MIB)
+        frontend.space = 0
+
+        async def leave() -> None:
+            await client.send_all(left)
+            await client.aclose()
+
+        # A write finds out that the client has left. (TCP itself throws away what was sent before such a reset.)
+        said = b"nobody reads this" if family == "unix" else b""
+        chardev_of(line).put(said)
+        await line.update(leave)
+        chardev = chardev_of(line)
+        chardev.attach(frontend)
+        chardev.put(said)
+        while len(frontend.received) < len(left):
+            frontend.space = 10_000
+            chardev.accept_input()
+            await frontend.wait_received(min(len(frontend.received) + 10_000, len(left)))
+        assert frontend.received == left
+
+
+@both_families
 async def test_who_connects_during_the_pause_is_served_after_it(tmp_path: Path, family: str) -> None:
     clients: list[trio.SocketStream] = []
     async with line_of(tmp_path, family) as (line, frontend, path):

@@ -34,8 +34,8 @@ class SocketChardev(Chardev):
     """A stream socket. While nobody is connected output is dropped.
 
     A client that shuts down its sending side is still written to; over TCP until the next one comes, since it may have
-    left. When one hangs up, what it had sent is kept for the guest, up to `BUFFER_LIMIT` bytes, and the next one is
-    taken from the listener's backlog.
+    left. When one hangs up, the guest takes what it had sent, however long that lasts. But the next one does not wait
+    for the guest: if there is one, at most `BUFFER_LIMIT` bytes are kept for it, and the rest dropped.
     """
 
     kind: ClassVar[ChardevKind] = "socket"
@@ -68,6 +68,8 @@ class SocketChardev(Chardev):
         self._tcp_ends: tuple[str, str] | None = None
         """Of a client's TCP connection: the own end and the other."""
         self._client_is_silent = False
+        self._client_has_left = False
+        """It has hung up, and the guest has not taken yet what it had sent."""
         self._cannot_accept = False
         if listener is not None:
             self._watch.add(listener.fileno())
@@ -79,7 +81,7 @@ class SocketChardev(Chardev):
     @property
     def filename(self) -> str:
         server = ",server=on" if self._listener is not None else ""
-        if self._client is None:
+        if self._client is None or self._client_has_left:
             return f"disconnected:{self._where}{server}"
         if self._tcp_ends is not None:
             own, other = self._tcp_ends
@@ -200,22 +202,24 @@ class SocketChardev(Chardev):
                     return self._feed()
                 self._client_is_silent = True
         # Input is not wanted, or over. A hang-up would show in a read; without one, it must be asked for.
-        if poll(client) & (select.POLLHUP | select.POLLERR) or self._has_successor():
-            self._hang_up(client)
-            return True
+        said_all = self._client_is_silent and self._tcp_ends is not None
+        if poll(client) & (select.POLLHUP | select.POLLERR) or (said_all and self._another_waits()):
+            return self._hang_up(client)
         return False
 
-    def _has_successor(self) -> bool:
-        """Whether a TCP client has said all, and another one waits."""
-        return (
-            self._client_is_silent
-            and self._tcp_ends is not None
-            and self._listener is not None
-            and bool(poll(self._listener.fileno()) & select.POLLIN)
-        )
+    def _another_waits(self) -> bool:
+        return self._listener is not None and bool(poll(self._listener.fileno()) & select.POLLIN)
 
-    def _hang_up(self, client: int) -> None:
-        """Part from a client that has left. Its last words are read now: the next one need not wait for the guest."""
+    def _hang_up(self, client: int) -> bool:
+        """Part from a client that has left: at once if it had said all, or another one waits. Say if anything changed.
+
+        In the second case its last words are read now.
+        """
+        before, self._client_has_left = self._client_has_left, True
+        if self._output.drop() and self._frontend is not None:
+            self._frontend.drained()
+        if not self._client_is_silent and not self._another_waits():
+            return not before
         lost = False
         while not self._client_is_silent and not lost:
             try:
@@ -229,8 +233,7 @@ class SocketChardev(Chardev):
         if lost:
             self._complain(f"Chardev {self.label!r}: a client left more than {BUFFER_LIMIT} bytes; the rest is dropped")
         self._close_client()
-        if self._output.drop() and self._frontend is not None:
-            self._frontend.drained()
+        return True
 
     def _close_client(self) -> None:
         if self._client is not None:
@@ -239,6 +242,7 @@ class SocketChardev(Chardev):
             self._client = None
             self._tcp_ends = None
             self._client_is_silent = False
+            self._client_has_left = False
 
     def _release(self, *, owner: bool) -> None:
         self._close_client()
