@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 RAM: Final = 0x1_0000
 REGISTERS: Final = tuple(range(0, 0x104, 4))
+CODEC: Final = StateCodec.of(VirtioRngState)
+"""Compiled once: there are thousands of steps, each of which is checked."""
 
 words = st.one_of(
     st.sampled_from((0, 1, 2, 3, 8, 11, 15, 64, 0x80, DESCRIPTORS, DRIVER, DEVICE, RAM - 1, RAM, 0xFFFF_FFFF)),
@@ -84,8 +86,7 @@ class Guest:
         assert sum(length for _, length in self.bench.ram.writes) <= got + 8 + 2
 
     def check(self) -> None:
-        codec = StateCodec.of(VirtioRngState)
-        assert codec.load(codec.dump(self.device.state)) == self.device.state
+        assert CODEC.load(CODEC.dump(self.device.state)) == self.device.state
         assert self.bench.line.is_up() is (self.device.state.transport.interrupts != 0)
         assert not self.device.lock.locked()
 
