@@ -17,12 +17,12 @@ import pytest
 
 import vmm
 from tests.conformance.fingerprints import RELEASED
-from tests.phases.copy_kit import parts, save, ticked
+from tests.phases.copy_kit import outcome, parts, save, ticked
 from tests.phases.test_overrides import channels, update
 from vmm import hostio
 from vmm.cpr.channel import CprChannel
 from vmm.migration.stream import StreamReader, StreamWriter
-from vmm.migration.stream_records import Header, RamContent, RamExtents, Recipe, Section
+from vmm.migration.stream_records import Header, Home, RamContent, RamExtents, Recipe, Section
 from vmm.phases.section_kinds import section_kinds
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ async def record(folder: Path) -> dict[str, bytes]:
         await destination.execute("migrate-incoming", channels=channels(folder))
         with overheard(source) as heard:
             info = await update(source, folder)
-        assert info["status"] == "completed", info
+            assert info["status"] == "completed", info
+            await outcome(destination)  # once the source has said its last word
         await ticked(destination, 40)
     said = [attrs.asdict(message) for message in heard.said]
     versions = {kind.name: kind.version for kind in section_kinds().values()}
@@ -191,6 +192,8 @@ def on_this_host(stream: bytes, here: Mapping[str, Any]) -> bytes:
                 writer.ram_extents(found.extents, in_stream=found.in_stream)
             case RamContent():
                 writer.ram_content(found)
+            case Home():
+                writer.home(found.commands)
             case _:
                 raise AssertionError(found)
     return b"".join(writer.finish())

@@ -118,6 +118,8 @@ async def test_it_takes_a_guest_over_from_the_present_program(release: Release, 
     ):
         async with vmm.machine(guest(tmp_path)) as source:
             await source.execute("migrate-set-parameters", mode="cpr-transfer")
+            # The settings go over: the same ones as in the recorded update.
+            await source.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
             await source.execute("migrate", channels=channels(tmp_path))
             with trio.fail_after(HANGS):
                 accepted, _ = await trio.socket.from_stdlib_socket(awaiting).accept()
