@@ -156,7 +156,7 @@ class TakingBack:
             "migrate",
             channels=self._berth.channels.to_json(),
             capabilities=[{"capability": "events", "state": True}],
-            parameters={"mode": "cpr-transfer", "migrate-sessions": True},
+            parameters={"mode": "cpr-transfer", "migrate-sessions": True, "x-keep-source": False},
         )
         while True:
             info = await caretaker.execute("query-migrate")

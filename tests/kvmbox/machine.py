@@ -91,15 +91,27 @@ class LinuxMachine:
 
     async def update(self) -> dict[str, Any]:
         """Replace the process by `trio-vmm update`, and wait for the end of the old one. The command's report."""
-        report = self.log.with_name("update.json")
-        # Files, not pipes: the successor inherits them and keeps them open.
-        with report.open("wb") as out, self.log.open("ab") as errors, trio.fail_after(UPDATE):
-            command = [*PROGRAM, "update", "--qmp", str(self.qmp), "--json"]
-            await trio.run_process(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
-            told: dict[str, Any] = json.loads(report.read_text())
-            assert told["old-pid"] == self.pid
+        with trio.fail_after(UPDATE):
+            told = await self._update()
             assert await self.ended() == 0
         self.pid = told["new-pid"]
+        return told
+
+    async def become(self) -> dict[str, Any]:
+        """Let the process execute the program anew by `trio-vmm update --exec`. The command's report."""
+        with trio.fail_after(UPDATE):
+            told = await self._update("--exec")
+            assert told["new-pid"] == self.pid
+        return told
+
+    async def _update(self, *options: str) -> dict[str, Any]:
+        report = self.log.with_name("update.json")
+        # Files, not pipes: the successor inherits them and keeps them open.
+        with report.open("wb") as out, self.log.open("ab") as errors:
+            command = [*PROGRAM, "update", "--qmp", str(self.qmp), "--json", *options]
+            await trio.run_process(command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors)
+        told: dict[str, Any] = json.loads(report.read_text())
+        assert told["old-pid"] == self.pid
         return told
 
     async def ended(self) -> int:

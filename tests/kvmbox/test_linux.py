@@ -141,8 +141,9 @@ async def test_linux_counts_through_three_live_updates_and_reboots_in_the_last_p
         async with trio.open_nursery() as nursery:
             nursery.start_soon(counted.read, console)
             await counted.more(3)
-            for _ in range(3):
-                await machine.update()
+            # A guest's CPUs make no difference to how a process starts: the one with one goes the longest way.
+            for update in (machine.update, machine.update, machine.become if cpus == 1 else machine.update):
+                await update()
                 await counted.more(3)
             nursery.cancel_scope.cancel()
         counted.check()

@@ -203,6 +203,10 @@ REFUSED: Final[tuple[tuple[dict[str, Any], str], ...]] = (
         {"cpr-exec-command": ["/bin/true", "a\0b"]},
         "migrate: there is no executable '/bin/true', which cpr-exec-command begins with; name one",
     ),
+    (
+        {"cpr-exec-command": RUN, "x-keep-source": True},
+        "migrate: mode cpr-exec leaves no process that x-keep-source could keep; turn x-keep-source off",
+    ),
 )
 
 

@@ -157,6 +157,9 @@ def _exec_plan(
     if not query.view(Host).start.own_process:
         reason = "migrate: mode cpr-exec replaces the program of a process, and this one is not the machine's alone"
         raise MigrationRefused(reason=f"{reason}; use cpr-transfer")
+    if wishes.parameters.get("x-keep-source", state.parameters["x-keep-source"]):
+        reason = "migrate: mode cpr-exec leaves no process that x-keep-source could keep; turn x-keep-source off"
+        raise MigrationRefused(reason=reason)
     plan = ExecPlan(wishes.parameters.get("cpr-exec-command", state.parameters["cpr-exec-command"]), wishes)
     plan.check()
     return plan
