@@ -235,6 +235,7 @@ class _Demo:
         self._screen = screen
         self._processes = processes
         self._stack = stack
+        self._old, self._theirs = (stack.enter_context(sock) for sock in hostio.connected_pair())
         self._qmp = str(folder / "qmp.sock")
         self._watch = str(folder / "watch.sock")
         self._console = str(folder / "serial.sock")
@@ -260,7 +261,7 @@ class _Demo:
             screen.heading("The guest lives: 1000 timer ticks a second, each noted in its RAM")
             await self._beats(_BEATS, process.pid, ram)
             before = _looked(reader)
-            update = await self._update(machine, nursery, process.pid, ram)
+            update = await self._update(nursery, process.pid, ram)
             await self._processes.ended(process.pid)
             process.wait()
             moved = self._ram(update.new_pid)
@@ -280,7 +281,9 @@ class _Demo:
     async def _start(self) -> tuple[subprocess.Popen[bytes], QmpClient]:
         self._screen.heading("A process with a monitor, and nothing else")
         self._screen.command("$", f"trio-vmm run -qmp unix:{self._qmp}")
-        process = _machine(["-qmp", f"unix:{self._qmp}"])
+        # With one monitor more: clients of the machine's own go along with the guest, and this one sees what is left.
+        with self._theirs as theirs:
+            process = _machine(["-qmp", f"unix:{self._qmp}", "-qmp", f"fd:{theirs.fileno()}"], theirs.fileno())
         self._processes.add(process.pid)
         while True:
             try:
@@ -354,14 +357,14 @@ class _Demo:
 
     # The update.
 
-    async def _update(self, machine: QmpClient, nursery: trio.Nursery, pid: int, ram: _Ram) -> UpdateReport:
+    async def _update(self, nursery: trio.Nursery, pid: int, ram: _Ram) -> UpdateReport:
         self._screen.heading("A live update: another process takes the guest over")
         self._screen.command("$", f"trio-vmm update --qmp {self._qmp}")
         listener = hostio.listen_unix(self._watch)
         self._stack.callback(listener.close)
         nursery.start_soon(self._watch_new, listener)
-        async with trio.open_nursery() as watching:
-            watching.start_soon(self._watch_old, machine)
+        async with qmp_over(self._old, "the old process") as old, trio.open_nursery() as watching:
+            watching.start_soon(self._watch_old, old)
             beating = await watching.start(self._go_on_beating, pid, ram)
             # What the command does, with one more monitor for the successor: it connects to us, so we see it begin.
             extra = ["-qmp", f"unix:{self._watch},server=off"]
@@ -378,10 +381,10 @@ class _Demo:
             task_status.started(scope)
             await self._follow(lambda: False, pid, ram)
 
-    async def _watch_old(self, machine: QmpClient) -> None:
+    async def _watch_old(self, old: QmpClient) -> None:
         with suppress(MonitorGone):
             while True:
-                self._moments.append(Moment.of(OLD, await machine.wait_event(lambda event: True)))
+                self._moments.append(Moment.of(OLD, await old.wait_event(lambda event: True)))
 
     async def _watch_new(self, listener: socket.socket) -> None:
         await trio.lowlevel.wait_readable(listener)
@@ -441,10 +444,10 @@ class _Demo:
         return 0
 
 
-def _machine(options: list[str]) -> subprocess.Popen[bytes]:
+def _machine(options: list[str], fd: int) -> subprocess.Popen[bytes]:
     """Start `trio-vmm run`, out of the reach of this terminal's Ctrl-C: the demo ends it in its own time."""
     return subprocess.Popen(
-        [*successor_command(None), "run", *options], stdin=subprocess.DEVNULL, start_new_session=True
+        [*successor_command(None), "run", *options], stdin=subprocess.DEVNULL, pass_fds=(fd,), start_new_session=True
     )
 
 
