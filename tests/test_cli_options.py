@@ -92,7 +92,15 @@ def test_the_parser_knows_what_the_table_has_and_nothing_else() -> None:
     known = {text for action in parser._actions for text in action.option_strings}
     table = {text for option in OPTIONS for text in (option.name, *option.also)}
     assert known - table == {
-        *("-h", "--help", "--x-cpr-stop-at", "--x-cpr-limits", "--x-cpr-caretaker", "--x-cpr-caretaker-of"),
+        *(
+            "-h",
+            "--help",
+            "--x-cpr-stop-at",
+            "--x-cpr-allow-uid",
+            "--x-cpr-limits",
+            "--x-cpr-caretaker",
+            "--x-cpr-caretaker-of",
+        ),
     }
     assert table <= known
 

@@ -165,6 +165,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--x-cpr-stop-at", default="", metavar="SIDE:STEP", help=argparse.SUPPRESS)
     parser.add_argument("--x-cpr-caretaker", default="", metavar="OPTIONS", help=argparse.SUPPRESS)
     parser.add_argument("--x-cpr-caretaker-of", type=int, default=0, metavar="PID", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--x-cpr-allow-uid", type=int, default=[], action="append", metavar="UID", help=argparse.SUPPRESS
+    )
     parser.add_argument("--x-cpr-limits", default="", metavar="NAME=SECONDS,...", help=argparse.SUPPRESS)
 
 

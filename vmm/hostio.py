@@ -651,6 +651,18 @@ def require_stream_socket(fd: int, name: str) -> None:
         raise DescriptorWrongKind(name=name, found="a socket of another type", wanted=wanted)
 
 
+def require_writable(fd: int, name: str) -> None:
+    """Check that descriptor `name` can be written to.
+
+    Raises:
+        DescriptorWrongKind: it cannot; it stays open.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_RDONLY:
+        found = f"{descriptor_kind(fd)} that was opened to be read"
+        raise DescriptorWrongKind(name=name, found=found, wanted="something to write to")
+
+
 def adopt_connection(fd: int) -> int:
     """Take over connected unix socket number `fd`, which this process was started with, as close-on-exec.
 

@@ -82,6 +82,7 @@ def _start(
         after_preconfig,
         options.x_cpr_stop_at,
         limits=limits,
+        cpr_uids=frozenset(options.x_cpr_allow_uid),
         stderr=2 if sys.stderr is not None else None,
         autostart=not options.stopped,
         begun=begun,

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import socket
+import stat
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import pytest
 import trio
 
 from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, no_descriptor_left, packed
+from vmm import hostio
 from vmm.cpr import versions
 from vmm.cpr.channel import MAGIC, MAX_FRAME, CprChannel
 from vmm.errors import CprError, CprHostFailed, CprPeerGone, CprRefused, DescriptorMissing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.usefixtures("no_leaks"),
@@ -58,6 +61,10 @@ def close(fds: list[int]) -> None:
 
 def reap(child: int) -> None:
     os.waitpid(child, 0)
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 async def refusal(channel: CprChannel, *kinds: str) -> str:
@@ -435,6 +442,46 @@ async def test_a_process_of_another_user_is_refused(pair: tuple[CprChannel, Peer
     reason = "the source runs as uid 12345; only uid 0 and root are admitted"
     assert text == f"Live update refused by the destination at step 'hello': {reason}"
     assert [answer["kind"] for answer in answers] == ["refused"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize(("uids", "admitted"), [((), False), ((12345,), True), ((12346,), False)])
+async def test_who_connects_as_another_user_is_refused_before_a_byte_is_read_unless_that_user_is_admitted(
+    tmp_path: Path, uids: tuple[int, ...], admitted: bool
+) -> None:
+    path = str(tmp_path / "cpr")
+    with hostio.listen_unix(path) as listener:
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        # What root's own mode keeps out, for the sake of what is behind it.
+        os.chmod(path, 0o666)
+        os.chmod(tmp_path, 0o711)
+        child = os.fork()
+        if not child:
+            try:
+                os.chdir(tmp_path)
+                os.setgid(12345)
+                os.setuid(12345)
+                with socket.socket(socket.AF_UNIX) as other:
+                    other.connect("cpr")
+                    os._exit(0 if b"refused" in other.recv(4096) else 1)
+            finally:
+                os._exit(2)
+        with trio.fail_after(20):
+            await trio.lowlevel.wait_readable(listener)
+        sock = trio.socket.from_stdlib_socket(listener.accept()[0])
+        with closing(CprChannel(sock, side="destination", peer="source", uids=uids)) as channel:
+            if admitted:
+                await channel.admit()
+            else:
+                with pytest.raises(CprRefused) as caught:
+                    await channel.admit()
+                others = "".join(f", uid {uid}" for uid in uids)
+                assert str(caught.value) == (
+                    "Live update refused by the destination at step 'hello': "
+                    f"the source runs as uid 12345; only uid 0{others} and root are admitted"
+                )
+        assert ended(child) == int(admitted)
+        os.unlink(path)
 
 
 async def test_the_death_of_a_peer_shows_and_can_be_awaited(pair: tuple[CprChannel, Peer]) -> None:

@@ -342,6 +342,10 @@ def pipe_for_owner(offer: Offer) -> None:
     offer.put("owner", pipe())
 
 
+def standard_error_to_read(offer: Offer) -> None:
+    offer.put("stderr", pipe())
+
+
 def unknown_run_state(offer: Offer) -> None:
     offer.body["run-state"] = "dreaming"
 
@@ -421,6 +425,10 @@ ADMITTED: Final = (
 REFUSED_OFFERS: Final = (
     (without_owner, "The source sent no descriptor named 'owner'"),
     (pipe_for_owner, "Descriptor 'owner' is no file, not a sealed memfd of 4096 bytes"),
+    (
+        standard_error_to_read,
+        "Descriptor 'stderr' is a pipe that was opened to be read, not something to write to",
+    ),
     (unknown_run_state, "Recipe of the source, as a whole: run state 'dreaming' is none"),
     (no_recipe, "Recipe of the source, as a whole: it must be a list of commands"),
     (recipe_of_numbers, "Recipe of the source, command 1: a command must be a JSON object"),

@@ -44,7 +44,7 @@ from vmm.errors import (
 from vmm.monitor.json_text import nests_within
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 MAGIC: Final = b"TVCP"
 MAX_FRAME: Final = 8 << 20
@@ -88,11 +88,15 @@ class CprChannel:
     `peer` and `peer_pid` say who is on the other side, once `hello` has been exchanged.
     """
 
-    def __init__(self, sock: trio.socket.SocketType, *, side: str, peer: str) -> None:
+    def __init__(
+        self, sock: trio.socket.SocketType, *, side: str, peer: str, uids: Collection[int] = frozenset()
+    ) -> None:
+        """Args: `uids` are admitted besides root and this process's own."""
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sock = sock
         self.side: Final = side
         self.peer: Final = peer
+        self._uids: Final = frozenset(uids)
         self.step = "hello"
         """What is being done, for error texts."""
         self.version = OLDEST
@@ -236,6 +240,23 @@ class CprChannel:
 
     # Who is there.
 
+    async def admit(self) -> None:
+        """Look who connected, before a byte of it is read. For the side that accepted the connection.
+
+        An inherited socket names the wrong process: `hello` asks again, for a proof.
+
+        Raises:
+            CprRefused: another user, who was told so.
+        """
+        await trio.lowlevel.checkpoint()
+        await self._require_admitted(hostio.peer_credentials(self._sock)[1])
+
+    async def _require_admitted(self, uid: int) -> None:
+        own = os.getuid()
+        if uid not in {0, own} | self._uids:
+            admitted = ", ".join(f"uid {one}" for one in (own, *sorted(self._uids)))
+            raise await self.refuse(f"the {self.peer} runs as uid {uid}; only {admitted} and root are admitted")
+
     async def hello(self, program: str, more: Mapping[str, Any] | None = None) -> None:
         """Exchange versions and identities. Both sides call it first; the peer's pidfd is kept from then on.
 
@@ -263,10 +284,7 @@ class CprChannel:
             self.peer_hello = message.body
             assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
             pid, uid, _gid = self._sender
-            if uid not in (0, os.getuid()):
-                raise await self.refuse(
-                    f"the {self.peer} runs as uid {uid}; only uid {os.getuid()} and root are admitted"
-                )
+            await self._require_admitted(uid)
             try:
                 self._peer_pidfd = message.claim("pidfd")
                 named = _pid_of(self._peer_pidfd)

@@ -8,12 +8,13 @@ process ends with that reason.
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 import trio
 
+from vmm import hostio
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
@@ -131,7 +132,9 @@ async def run_fd_receive(
                 await phase.tree.wait_begun("migrate-incoming", SUCCESSOR.name)
                 while True:
                     sock = await listener.accept()
-                    with closing(CprChannel(sock, side="destination", peer="source")) as channel:
+                    with closing(
+                        CprChannel(sock, side="destination", peer="source", uids=host.start.cpr_uids)
+                    ) as channel:
                         arrival = await _attempt(channel, host, port, inheritance)
                         if arrival is None:
                             continue
@@ -186,6 +189,7 @@ async def _receive(channel: CprChannel, host: Host, port: IncomingPort, inherita
     steps.reach("accepted")
     limits = host.start.limits or CprLimits()
     with trio.move_on_after(limits.describing):
+        await channel.admit()
         await channel.hello(host.start.version.package, read_here())
         steps.reach("greeted")
         channel.step = "describing"
@@ -233,12 +237,17 @@ def _arrival_of(
     arriving = port.consider(
         source, message.descriptors.keys(), message.body.get("cpu"), message.body.get("sections"), live=True
     )
+    if STDERR in message.descriptors:
+        hostio.require_writable(message.descriptors[STDERR], STDERR)
     inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
-    stderr = message.descriptors.pop(STDERR, -1)
-    inheritance.add(message.descriptors)
-    message.descriptors = {}
-    inheritance.open_here(arriving.here, socket_paths(source))
+    with ExitStack() as undo:
+        undo.callback(cell.close)
+        stderr = message.descriptors.pop(STDERR, -1)
+        inheritance.add(message.descriptors)
+        message.descriptors = {}
+        inheritance.open_here(arriving.here, socket_paths(source))
+        undo.pop_all()
     return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
 
 

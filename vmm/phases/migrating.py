@@ -143,7 +143,9 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
     steps.reach("begun")
     with (
         ExitStack() as stack,
-        closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel,
+        closing(
+            CprChannel(await plan.connect(), side="source", peer="destination", uids=made.host.start.cpr_uids)
+        ) as channel,
         closing(OwnershipCell.create()) as cell,
     ):
         # All that is needed to take the guest back is there before it goes.
@@ -239,7 +241,8 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
     """
     host = machine.made.host
     limits = host.start.limits or CprLimits()
-    with closing(CprChannel(await plan.connect(), side="source", peer="destination")) as channel:
+    sock = await plan.connect()
+    with closing(CprChannel(sock, side="source", peer="destination", uids=host.start.cpr_uids)) as channel:
         with trio.move_on_after(limits.checking):
             await channel.hello(host.start.version.package)
             channel.step = "checking"

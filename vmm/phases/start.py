@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Final, final
 
@@ -25,7 +26,9 @@ VERSION: Final = Version(*QEMU_VERSION, f"trio-vmm {__version__}")
 
 
 def _complain_on_stderr(text: str) -> None:
-    print(f"trio-vmm: {text}", file=sys.stderr, flush=True)
+    # A disk that is full, or a pipe that nobody reads any more, is no reason to end a guest.
+    with contextlib.suppress(OSError, ValueError):
+        print(f"trio-vmm: {text}", file=sys.stderr, flush=True)
 
 
 @final
@@ -49,6 +52,8 @@ class Start:
     """For tests of live update: the named step at which this process stops itself with SIGSTOP."""
     limits: CprLimits | None = None
     """How long this side of a live update waits for the other; None for the usual."""
+    cpr_uids: frozenset[int] = frozenset()
+    """Users whose processes may be the other side of a live update, besides root and this process's own."""
     stderr: int | None = None
     """Descriptor of this process's standard error: handed to a successor, and replaced by a predecessor's. None where
     it is not the machine's alone, as in an embedding program."""
