@@ -11,6 +11,7 @@ import random
 import socket
 import struct
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -233,10 +234,10 @@ class Line:
         steps = [{"execute": "migrate-incoming", "arguments": {"channels": where}}]
         return await self.nursery.start(self._run, steps, over), over, where
 
-    async def update(self, during: Callable[[], Awaitable[object]] | None = None) -> None:
-        """Hand the machine over. When all of it is at rest, wait for `during`."""
+    async def update(self, during: Callable[[], Awaitable[object]] | None = None, *, fails: bool = False) -> None:
+        """Hand the machine over. When all of it is at rest, wait for `during`; then the new one ends if it `fails`."""
         new, over, where = await self.successor()
-        old, self.machine = self.machine, new
+        old = self.machine
         stores = old._host.stores
         quiesce = stores.quiesce
 
@@ -244,6 +245,8 @@ class Line:
             await quiesce()
             if during is not None:
                 await during()
+            if fails:
+                over.set()
 
         stores.quiesce = quiesce_and_more  # type: ignore[method-assign]
         async with old.events() as events:
@@ -254,9 +257,13 @@ class Line:
                 info: dict[str, Any] = await old.execute("query-migrate")
                 if info["status"] in OVER:
                     break
+        stores.quiesce = quiesce  # type: ignore[method-assign]
+        if fails:
+            assert info["status"] == "failed", info
+            return
         assert info["status"] == "completed", info
         self._over.set()
-        self._over = over
+        self.machine, self._over = new, over
 
     def end(self) -> None:
         self._over.set()
@@ -344,6 +351,28 @@ async def test_what_arrives_during_the_pause_comes_after_what_came_before(tmp_pa
         assert await frontend.wait_received(38) == b"read, not read; in the pause; after it"
         chardev.put(b"said after")
         assert await read_exactly(client, 23) == b"said before; said after"
+
+
+@both_families
+async def test_an_update_that_fails_in_the_pause_loses_nothing_either(tmp_path: Path, family: str) -> None:
+    async with line_of(tmp_path, family) as (line, frontend, path), await connect(line.machine, path) as client:
+        frontend.space = 4
+        chardev = chardev_of(line)
+        typed, said = b"read, not read; ", b"said before; "
+        await client.send_all(typed)
+        await frontend.wait_received(4)
+        chardev.put(said)
+        for number in range(3):
+            more = b"in pause %d; " % number
+            typed += more
+            await line.update(partial(client.send_all, more), fails=True)
+            assert chardev.put(more) == len(more)
+            said += more
+        assert chardev_of(line) is chardev
+        frontend.space = 1000
+        chardev.accept_input()
+        assert await frontend.wait_received(len(typed)) == typed
+        assert await read_exactly(client, len(said)) == said
 
 
 @both_families
