@@ -429,6 +429,29 @@ async def test_the_guest_gets_all_that_was_left_to_it_in_the_pause(tmp_path: Pat
 
 
 @both_families
+async def test_what_was_read_of_a_client_that_left_goes_along(tmp_path: Path, family: str) -> None:
+    async with line_of(tmp_path, family) as (line, frontend, path):
+        frontend.space = 0
+        first = await connect(line.machine, path)
+        await first.send_all(b"one, ")
+        await first.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        async with await connect(line.machine, path) as second:
+            if family == "tcp":
+                # It may read on, for all that is known, until a write is answered by a reset.
+                while chardev_of(line).pending().input == b"":
+                    chardev_of(line).put(b"x")
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            assert chardev_of(line).pending().input == b"one, "
+            await second.send_all(b"two")
+            await line.update()
+            chardev_of(line).attach(frontend)
+            frontend.space = 1000
+            chardev_of(line).accept_input()
+            assert await frontend.wait_received(8) == b"one, two"
+
+
+@both_families
 async def test_who_connects_during_the_pause_is_served_after_it(tmp_path: Path, family: str) -> None:
     clients: list[trio.SocketStream] = []
     async with line_of(tmp_path, family) as (line, frontend, path):
