@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 
+from tests.kvm.test_system import INTERRUPT_ON_GSI_4
 from tests.kvm.tiny import LONG_MODE, PIT_AT_100_HZ, TinyMachine, assemble
 from vmm.errors import KvmCallFailed, KvmExtensionMissing, StateRejected
 from vmm.kvm.clock import Moment, clock_distance
@@ -161,7 +162,7 @@ def test_a_deadline_that_passes_during_the_pause_is_kept() -> None:
         m.boot(TSC_DEADLINE)
         run_until(m, lambda value: value == 1)
         while int.from_bytes(m.fds[0].save().tsc_deadline, "little") > guest_tsc(m):
-            pass
+            m.vm.hold_irqfds()
         with successor(m) as heir:
             hand_over(m, heir)
             run_until(heir, lambda value: True)
@@ -472,3 +473,38 @@ def test_an_xsave_area_of_another_length_is_taken_if_nothing_in_use_is_cut_off()
         shorter = attrs.evolve(states[0], xsave=states[0].xsave[:1024])
         load_machine(heir.vm, heir.fds, [shorter], chips)
         assert save_machine(heir.vm, heir.fds)[0][0].xsave == states[0].xsave
+
+
+@contextmanager
+def eventfd() -> Iterator[int]:
+    fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("stays", [True, False])
+def test_an_irqfd_written_around_the_pause_interrupts_once_for_each_write(stays: bool) -> None:
+    for _ in range(20):
+        with eventfd() as bell, TinyMachine() as m:
+            m.boot(INTERRUPT_ON_GSI_4)
+            m.run()  # until it is ready for interrupts
+            m.vm.assign_irqfd(bell, 4)
+            os.eventfd_write(bell, 1)  # KVM's worker raises it some time after this
+            m.vm.hold_irqfds()
+            m.vm.hold_irqfds()
+            os.eventfd_write(bell, 1)
+            if stays:
+                assert m.run().reason == "kicked"
+                m.vm.release_irqfds()
+                m.vm.release_irqfds()
+                assert m.run().reason == "kicked"
+                assert len(m.outs(0x99)) == 3
+                continue
+            with successor(m) as heir:
+                hand_over(m, heir)
+                assert heir.run().reason == "kicked"
+                heir.vm.assign_irqfd(bell, 4)
+                assert heir.run().reason == "kicked"
+                assert len(heir.outs(0x99)) == 2

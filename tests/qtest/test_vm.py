@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from vmm.hw.doorbell import make_doorbell
 from vmm.hw.irq import IrqLines
@@ -97,3 +98,22 @@ def test_an_observer_is_told_of_changes_and_the_controller_of_all() -> None:
     lines.set(3, False)
     assert driven == [(3, False), (3, True), (3, True), (3, False)]
     assert told == [(3, True), (3, False)]
+
+
+async def test_what_is_written_while_irqfds_are_held_waits() -> None:
+    with closing(make_doorbell()) as bell, closing(make_doorbell()) as late:
+        async with serving() as (vm, changes):
+            vm.assign_irqfd(bell.fd, 7)
+            os.eventfd_write(bell.fd, 1)
+            vm.hold_irqfds()
+            vm.hold_irqfds()
+            assert [changes.receive_nowait(), changes.receive_nowait()] == [(7, True), (7, False)]
+            os.eventfd_write(bell.fd, 1)
+            vm.assign_irqfd(late.fd, 5)
+            vm.deassign_irqfd(late.fd, 5)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(trio.WouldBlock):
+                changes.receive_nowait()
+            vm.release_irqfds()
+            vm.release_irqfds()
+            assert [await changes.receive(), await changes.receive()] == [(7, True), (7, False)]

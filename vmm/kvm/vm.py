@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 
@@ -42,6 +42,8 @@ class Vm:
         self._run_size = run_size
         self._chips = ChipBuffers()
         self._has_irqchip = False
+        self._irqfds: Final[dict[int, tuple[int, int | None]]] = {}
+        self._irqfds_held = False
         identity_map = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
         call_with(fd, "KVM_SET_IDENTITY_MAP_ADDR", identity_map)
         call(fd, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
@@ -134,11 +136,36 @@ class Vm:
 
         The kernel keeps its own reference to both; closing them does not end it, `deassign_irqfd` does.
         """
-        self._irqfd(fd, gsi, 0 if resample_fd is None else lib.KVM_IRQFD_FLAG_RESAMPLE, resample_fd)
+        self._assign_irqfd(fd, gsi, resample_fd)
+        self._irqfds[fd] = (gsi, resample_fd)
 
     def deassign_irqfd(self, fd: int, gsi: int) -> None:
         """Undo `assign_irqfd`."""
-        self._irqfd(fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, None)
+        del self._irqfds[fd]
+        if not self._irqfds_held:
+            self._irqfd(fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, None)
+
+    def hold_irqfds(self) -> None:
+        """Have every interrupt raised whose eventfd was written, and from now on none. What is written then waits.
+
+        KVM raises most of them in a worker of its own, some time after the write: a state that is saved before that
+        would lack them. To take an irqfd away waits for the worker (Linux, irqfd_shutdown). It lowers a line that is a
+        level: whoever drives that raises it again where the guest goes on, as after a load.
+        """
+        if not self._irqfds_held:
+            self._irqfds_held = True
+            for fd, (gsi, _) in self._irqfds.items():
+                self._irqfd(fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, None)
+
+    def release_irqfds(self) -> None:
+        """Undo `hold_irqfds`: raise what was written meanwhile. Without effect where they are not held."""
+        if self._irqfds_held:
+            self._irqfds_held = False
+            for fd, (gsi, resample_fd) in self._irqfds.items():
+                self._assign_irqfd(fd, gsi, resample_fd)
+
+    def _assign_irqfd(self, fd: int, gsi: int, resample_fd: int | None) -> None:
+        self._irqfd(fd, gsi, 0 if resample_fd is None else lib.KVM_IRQFD_FLAG_RESAMPLE, resample_fd)
 
     def assign_ioeventfd(
         self, fd: int, address: int, size: int, *, port: bool = False, value: int | None = None

@@ -54,6 +54,12 @@ class VirtualMachine(Protocol):
     def deassign_irqfd(self, fd: int, gsi: int) -> None:
         """Undo `assign_irqfd`."""
 
+    def hold_irqfds(self) -> None:
+        """Have every interrupt raised whose eventfd was written, and from now on none."""
+
+    def release_irqfds(self) -> None:
+        """Undo `hold_irqfds`, with what was written meanwhile."""
+
     def assign_ioeventfd(
         self, fd: int, address: int, size: int, *, port: bool = False, value: int | None = None
     ) -> None:

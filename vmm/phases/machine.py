@@ -115,9 +115,11 @@ class Machine:
         """Come to rest: afterwards nothing here touches the guest's memory, or a chardev. No vCPU is in the guest."""
         self.slots.hold()
         await self.made.host.stores.quiesce()
+        self.accelerator.vm.hold_irqfds()
 
     def resume(self) -> None:
         """Go on, here, with what came meanwhile: this process owns the guest, and what its descriptors stand for."""
+        self.accelerator.vm.release_irqfds()
         self.made.host.stores.resume()
         self.slots.go_on()
 
@@ -125,9 +127,11 @@ class Machine:
         """Bring the devices and their chardevs to rest; monitors go on, as the process does not change."""
         self.slots.hold()
         await self.made.host.stores.quiesce_chardevs()
+        self.accelerator.vm.hold_irqfds()
 
     def wake(self) -> None:
         """Undo `rest`, with what came meanwhile."""
+        self.accelerator.vm.release_irqfds()
         self.made.host.stores.resume_chardevs()
         self.slots.go_on()
 

@@ -49,6 +49,7 @@ class QtestVm:
         self._lines: Final = lines
         self._bells: Final[dict[_Bell, int]] = {}
         self._irqfds: Final[dict[int, _Line]] = {}
+        self._irqfds_held = False
         self._poll: Final = hostio.open_epoll()
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
@@ -57,12 +58,29 @@ class QtestVm:
     def assign_irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None) -> None:
         """From now on line `gsi` is pulsed when eventfd `fd` is written; then `resample_fd` is written, if given."""
         self._irqfds[fd] = _Line(gsi, resample_fd)
-        self._poll.register(fd, select.EPOLLIN)
+        if not self._irqfds_held:
+            self._poll.register(fd, select.EPOLLIN)
 
     def deassign_irqfd(self, fd: int, gsi: int) -> None:
         """Undo `assign_irqfd`."""
         assert self._irqfds.pop(fd).gsi == gsi, "deassigned with other arguments than assigned"
-        self._poll.unregister(fd)
+        if not self._irqfds_held:
+            self._poll.unregister(fd)
+
+    def hold_irqfds(self) -> None:
+        """Pulse the lines of those that were written, and from now on none. What is written then waits."""
+        if not self._irqfds_held:
+            self._pulse()
+            self._irqfds_held = True
+            for fd in self._irqfds:
+                self._poll.unregister(fd)
+
+    def release_irqfds(self) -> None:
+        """Undo `hold_irqfds`, with what was written meanwhile. Without effect where they are not held."""
+        if self._irqfds_held:
+            self._irqfds_held = False
+            for fd in self._irqfds:
+                self._poll.register(fd, select.EPOLLIN)
 
     def assign_ioeventfd(
         self, fd: int, address: int, size: int, *, port: bool = False, value: int | None = None
@@ -88,10 +106,13 @@ class QtestVm:
         with self._poll as poll:
             while True:
                 await trio.lowlevel.wait_readable(poll.fileno())
-                for fd, _ in poll.poll(0):
-                    os.eventfd_read(fd)
-                    line = self._irqfds[fd]
-                    self._lines.set(line.gsi, True)
-                    self._lines.set(line.gsi, False)
-                    if line.resample_fd is not None:
-                        os.eventfd_write(line.resample_fd, 1)
+                self._pulse()
+
+    def _pulse(self) -> None:
+        for fd, _ in self._poll.poll(0):
+            os.eventfd_read(fd)
+            line = self._irqfds[fd]
+            self._lines.set(line.gsi, True)
+            self._lines.set(line.gsi, False)
+            if line.resample_fd is not None:
+                os.eventfd_write(line.resample_fd, 1)
