@@ -11,9 +11,10 @@ from tests.conformance.devices import Bench
 from tests.hw.virtio.driver import BUFFERS, NEXT, WRITE, Driver
 from vmm.errors import HostFileRefused
 from vmm.hw.board import virtio_addresses
+from vmm.hw.codec import StateCodec
 from vmm.hw.doorbell import open_doorbell
 from vmm.hw.virtio.mmio import NEEDS_RESET, VirtioMmio
-from vmm.hw.virtio.rng import Quota, RngWorker, VirtioRng
+from vmm.hw.virtio.rng import Quota, QuotaState, RngWorker, VirtioRng, VirtioRngState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -275,3 +276,35 @@ async def test_a_quota_is_whole_again_in_a_new_period(autojump_clock: trio.testi
     began = trio.current_time()
     assert await quota.wait() == 5
     assert trio.current_time() - began == 10
+
+
+async def test_what_is_left_of_a_quota_goes_along(autojump_clock: object) -> None:
+    before, after, smaller = Quota(5, 10), Quota(5, 10), Quota(2, 1)
+    assert before.save() == QuotaState()
+    before.spend(2)
+    await trio.sleep(4)
+    saved = before.save()
+    assert saved == QuotaState(left=3, ends_in=6_000_000_000)
+    after.load(saved)
+    smaller.load(saved)
+    assert (await after.wait(), await smaller.wait()) == (3, 2)
+    after.spend(3)
+    smaller.spend(2)
+    begun = trio.current_time()
+    assert (await smaller.wait(), round(trio.current_time() - begun, 6)) == (2, 1)
+    assert (await after.wait(), round(trio.current_time() - begun, 6)) == (5, 6)
+
+
+async def test_a_quota_that_knows_of_no_period_begins_with_a_whole_one(autojump_clock: object) -> None:
+    quota, unlimited = Quota(5, 10), Quota(None, 10)
+    quota.spend(5)
+    quota.load(QuotaState())
+    assert await quota.wait() == 5
+    unlimited.load(QuotaState(left=0, ends_in=1))
+    assert unlimited.save() == QuotaState()
+
+
+def test_an_older_program_gets_a_state_without_the_quota() -> None:
+    (downgrade,) = VirtioRngState.SCHEMA.downgrades
+    fields = StateCodec.of(VirtioRngState).dump(VirtioRngState(quota=QuotaState(left=1, ends_in=2)))
+    assert StateCodec.of(VirtioRngState).load(downgrade(fields), 1) == VirtioRngState()

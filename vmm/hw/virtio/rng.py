@@ -9,13 +9,13 @@ Source: Virtual I/O Device (VIRTIO) Version 1.3, 5.4 (entropy device).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Protocol, final
 
 import attrs
 import trio
 
 from vmm.errors import VmmError
-from vmm.hw.state import Schema
+from vmm.hw.state import U64, Integer, Schema, adds
 from vmm.hw.virtio.mmio import TransportState
 from vmm.hw.virtio.queue import QueueState
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.hw.doorbell import Doorbell
+    from vmm.hw.state import Fields
     from vmm.hw.virtio.mmio import VirtioMmio
 
 REQUESTS: Final = 0
@@ -42,14 +43,37 @@ class Source(Protocol):
         """Return 1 to `size` of them. A checkpoint in every case. `VmmError` where there are none."""
 
 
+_LONGEST: Final = 1 << 62  # ns
+
+
+@attrs.define(kw_only=True)
+class QuotaState:
+    """How much of its quota the guest has left. Up to date while the device is held."""
+
+    left: U64 = 0  # bytes, in the period under way
+    ends_in: Annotated[int, Integer(0, _LONGEST)] = 0  # ns until that is over; 0: there is none under way
+
+
+def _without_quota(fields: Fields) -> Fields:
+    # An older destination begins with a whole period, as it always did: the guest gets no more than one quota too much.
+    return {name: value for name, value in fields.items() if name != "quota"}
+
+
 @attrs.define(kw_only=True)
 class VirtioRngState:
     """All that there is: the device has no configuration space."""
 
-    SCHEMA: ClassVar[Schema] = Schema("virtio-rng", version=1, accepts=1)
+    SCHEMA: ClassVar[Schema] = Schema(
+        "virtio-rng",
+        version=2,
+        accepts=1,
+        upgrades=(adds(quota={"left": 0, "ends_in": 0}),),
+        downgrades=(_without_quota,),
+    )
 
     transport: TransportState = attrs.Factory(TransportState)
     requests: QueueState = attrs.Factory(QueueState)
+    quota: QuotaState = attrs.Factory(QuotaState)
 
     @property
     def queues(self) -> tuple[QueueState, ...]:
@@ -85,12 +109,24 @@ class Quota:
         """Wait until there are bytes to be had; return how many."""
         if self._most is None:
             return _MOST
+        if not self._left and trio.current_time() < self._ends:
+            await trio.sleep_until(self._ends)
         if trio.current_time() >= self._ends:
             self._left = self._most
-        elif not self._left:
-            await trio.sleep_until(self._ends)
-            self._left = self._most
         return self._left
+
+    def save(self) -> QuotaState:
+        """Return what is left."""
+        ends_in = max(0.0, self._ends - trio.current_time())
+        if self._most is None or not ends_in:
+            return QuotaState()
+        return QuotaState(left=self._left, ends_in=min(round(ends_in * 1e9), _LONGEST))
+
+    def load(self, state: QuotaState) -> None:
+        """Go on with what is left, as far as this quota allows so much, and for as long as a period of it can last."""
+        if self._most is not None:
+            self._left = min(state.left, self._most)
+            self._ends = trio.current_time() + min(state.ends_in / 1e9, self._period) if state.ends_in else -1.0
 
     def spend(self, count: int) -> None:
         """Note that the guest has got so many."""
@@ -134,9 +170,11 @@ class RngWorker:
         """Touch neither the guest's memory nor the back end from now on."""
         self._device.hold()
         self._reading.cancel()
+        self._device.state.quota = self._quota.save()
 
     def go_on(self) -> None:
-        """Go on, with what the guest asked for meanwhile too."""
+        """Go on, with what the guest asked for meanwhile too, and with what it has left of its quota."""
+        self._quota.load(self._device.state.quota)
         self._device.go_on()
 
     async def _answer_all(self) -> None:
