@@ -17,6 +17,7 @@ from vmm.phases.processors import _structure
 from vmm.phases.quiesced import Pause
 from vmm.phases.session_state import MonitorState, client_state
 from vmm.phases.stores import BootStores
+from vmm.qtest.session_state import Interception, NumberedSession, QtestServerState, QtestSessionState, Unsent
 from vmm.qtest.state import QtestState
 from vmm.terminals import TERMINAL_SETTINGS_SIZE
 
@@ -108,6 +109,20 @@ def load_qtest(version: int, section: Section) -> object:
     return StateCodec.of(QtestState).load(section, version)
 
 
+def qtest_server_sections() -> dict[str, Section]:
+    codec = StateCodec.of(QtestServerState)
+    quiet = NumberedSession(number=1, state=QtestSessionState())
+    unsent = (Unsent(data=b"IRQ raise 4\nIRQ lower 4\n", events=True), Unsent(data=b"K 0x00\n", events=False))
+    telling = Interception(path=b"/machine/unattached/ioapic", name=b"unnamed-gpio-in", inputs=True)
+    busy = QtestSessionState(unread=b"inb 0x80\ninw", overlong=True, unsent=unsent, intercepted=telling)
+    both = QtestServerState(log_began=1 << 40, sessions=(quiet, NumberedSession(number=7, state=busy)))
+    return {"idle": codec.dump(QtestServerState()), "busy": codec.dump(both)}
+
+
+def load_qtest_server(version: int, section: Section) -> object:
+    return StateCodec.of(QtestServerState).load(section, version)
+
+
 def kvm_sections() -> dict[str, Section]:
     """Of one vCPU. What is in KVM's structures is the kernel's business: this has no more of them than their sizes."""
     sizes = {
@@ -137,4 +152,5 @@ OTHERS: Final = (
     OtherCase("monitor", monitor_sections, load_monitor),
     OtherCase("pause", pause_sections, load_pause),
     OtherCase("qtest", qtest_sections, load_qtest),
+    OtherCase("qtest-server", qtest_server_sections, load_qtest_server),
 )

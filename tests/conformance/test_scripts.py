@@ -10,6 +10,7 @@ import pytest
 from tests.conformance import fingerprints
 from tests.conformance.fingerprints import GOLDEN
 from vmm import __version__
+from vmm.phases.section_kinds import section_kinds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,8 +60,9 @@ def test_golden_files_are_written_for_what_is_new_and_for_nothing_that_was_relea
     record = golden.recorded()
     monkeypatch.setattr(golden, "recorded", dict)
     assert golden.main() == 0
+    # Those of older versions are kept, and cannot be made again.
     assert {path.name for path in (tmp_path / "state").iterdir()} == {
-        path.name for path in (GOLDEN / "state").iterdir()
+        f"{kind.name}-{kind.version}.json" for kind in section_kinds().values()
     }
     uart = (tmp_path / "state" / "uart16550-1.json").read_bytes()
 

@@ -141,10 +141,10 @@ async def before_machine(tmp_path: Path, *more: Step, **options: Any) -> AsyncGe
 
 @asynccontextmanager
 async def machine(
-    tmp_path: Path, *more: Step, accel: str = "qtest", options: Mapping[str, Any] | None = None
+    tmp_path: Path, *more: Step, accel: str = "qtest", options: Mapping[str, Any] | None = None, **qtest: Any
 ) -> AsyncGenerator[Bench, None]:
-    """Run a machine as far as phase devices; `options` are more of `machine-set`'s."""
-    async with before_machine(tmp_path, *more) as bench:
+    """Run a machine as far as phase devices; `options` are more of `machine-set`'s, `qtest` of the qtest object's."""
+    async with before_machine(tmp_path, *more, **qtest) as bench:
         await build(bench.qmp, accel, options)
         yield bench
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from tests.phases.machine import bare
+from tests.phases.machine import connected, machine, monitor
 from tests.phases.update_kit import begin_update, channels, due, outcome
+from vmm.phases.start import Start
+from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -26,7 +28,10 @@ async def successor(
     """Run a process that awaits a machine; yield it, a client of its own monitor, and where it listens."""
     await trio.Path(folder).mkdir()
     where = channels(str(folder / "main"), str(folder / "cpr"))
-    async with bare(folder, *steps) as (running, client):
+    # A name of its own: what steps aside for the one that comes is called after the process, and both are one here.
+    path = folder / "qmp"
+    start = Start(Recipe("of this test", (*monitor(path, folder.name), *steps)))
+    async with machine(start, path) as running, connected(path) as client:
         await client.execute("migrate-incoming", channels=where)
         yield running, client, where
 

@@ -8,12 +8,15 @@ that lets too many pile up is dropped.
 from __future__ import annotations
 
 from collections import deque
+from itertools import groupby
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vmm.monitor.ports import Transport
 
 
@@ -50,6 +53,18 @@ class Output:
     def unsent(self) -> bytes:
         """What was put and not sent."""
         return b"".join(line for line, _ in self._lines)
+
+    @property
+    def unsent_runs(self) -> list[tuple[bytes, bool]]:
+        """The same in runs of events, and of what is none; each with whether it is of events."""
+        runs = groupby(self._lines, key=lambda line: line[1])
+        return [(b"".join(line for line, _ in lines), events) for events, lines in runs]
+
+    def put_runs(self, runs: Iterable[tuple[bytes, bool]]) -> None:
+        """Send what another output returned as `unsent_runs`."""
+        for data, events in runs:
+            for line in data.splitlines(keepends=True) if events else [data]:
+                self.put(line, event=events)
 
     @property
     def has_room(self) -> bool:

@@ -3,7 +3,7 @@
 It is there from the beginning, like a monitor. Each of its clients' lines is lent `may-inject` for as long as it is
 carried out, by whichever open phase grants it; in a phase that does not, the line is answered with the reason.
 
-A machine with KVM can be handed to another process with it: the listener and the log go over, clients do not.
+A machine can be handed to another process with it: where it listens, its clients and its log go along.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vmm.monitor.unix import SocketMonitor
 from vmm.nursery_tree import Lending
 from vmm.phases.chain import hint
 from vmm.phases.monitors import over_chardev
+from vmm.phases.qtest_clients import QtestClients
 from vmm.qtest.session import QtestSession
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vmm.monitor.ports import Transport
     from vmm.nursery_tree import Tree
     from vmm.outside import OutsideAccess
+    from vmm.qtest.session_state import QtestSessionState
 
 ResultT = TypeVar("ResultT")
 
@@ -75,13 +77,14 @@ class TrafficLog:
         """The file, which is the log's to close."""
         self._name: Final = name
         self._complain: Final = complain
-        self._start: Final = time.monotonic()
+        self.began_ns = time.monotonic_ns()
+        """What times are told from: CLOCK_MONOTONIC, so that a successor can go on with it."""
 
     def note(self, kind: str, line: str) -> None:
         """Write a line. After an error the rest is not logged, and the operator told."""
         if self.fd is None:
             return
-        record = f"[{kind} +{time.monotonic() - self._start:f}] {line}\n".encode()
+        record = f"[{kind} +{(time.monotonic_ns() - self.began_ns) / 1e9:f}] {line}\n".encode()
         try:
             whole = os.write(self.fd, record) == len(record)
             reason = "it takes no more"
@@ -122,10 +125,15 @@ class QtestBackend:
         """
         lender = InjectLender(tree)
 
-        def make(name: str, transport: Transport) -> QtestSession:
-            return QtestSession(name, transport, lender, log)
+        def make(name: str, transport: Transport, state: QtestSessionState | None) -> QtestSession:
+            session = QtestSession(name, transport, lender, log, state)
+            if self._clients.held:
+                session.hold()
+            return session
 
-        self._monitor: Final = over_chardev(SocketMonitor(name, make, complain), chardev, held=held)
+        sessions = SocketMonitor(name, lambda name, transport: make(name, transport, None), complain)
+        self._clients: Final = QtestClients(name, sessions, make, log, held=held)
+        self._monitor: Final = over_chardev(sessions, chardev, held=held)
         self._log: Final = log
 
     @property
@@ -143,32 +151,55 @@ class QtestBackend:
         """How many are connected."""
         return self._monitor.clients
 
+    @property
+    def qtest_clients(self) -> QtestClients | None:
+        """The clients, if a successor goes on with them."""
+        return self._clients if self.moves else None
+
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve clients until cancelled, or the only one leaves."""
+        clients = trio.CancelScope(shield=True)
         try:
-            await self._monitor.serve(task_status=task_status)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._serve_clients, clients)
+                try:
+                    await self._monitor.serve(task_status=task_status)
+                finally:
+                    clients.cancel()
         finally:
-            self._log.close()
+            self.close()
+
+    async def _serve_clients(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        with scope:
+            await self._clients.serve(task_status=task_status)
 
     def close(self) -> None:
         """Close all that it owns, for one that is never served; `serve` does it at its end. Idempotent."""
         self._monitor.close()
+        self._clients.close()
         self._log.close()
 
     # Live update.
 
     def descriptors(self) -> dict[str, int]:
         """Return what a successor needs, by the last part of its name."""
-        return {} if self._log.fd is None else {"log": self._log.fd}
+        log = {} if self._log.fd is None else {"log": self._log.fd}
+        return log | (self._clients.descriptors() if self.moves else {})
 
     def hold(self) -> None:
-        """Accept nobody from now on."""
+        """Accept nobody, and carry out nothing, from now on."""
         self._monitor.hold()
+        if self.moves:
+            self._clients.hold()
 
     def go_on(self) -> None:
-        """Accept again."""
+        """Accept again, and take up the clients that have come."""
         self._monitor.go_on()
+        self._clients.go_on()
 
     def give_up(self) -> None:
-        """Leave the listener to the successor."""
+        """Leave listener, clients and log to the successor."""
         self._monitor.give_up()
+        if self.moves:
+            self._clients.give_up()
+            self._log.close()

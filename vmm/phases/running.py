@@ -292,6 +292,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
     async with phase.window(grants):
         # What came with the guest begins its commands now: here is what they need.
         go_on(made.host.stores.moving, phase.tree.deferral)
+        made.host.stores.begin()
         gone = False
         while not gone:
             turn = await inbox.take()

@@ -27,6 +27,7 @@ from vmm.phases.fdsets_state import FdSetsState
 from vmm.phases.processors import KernelState
 from vmm.phases.quiesced import Pause
 from vmm.phases.session_state import MonitorState
+from vmm.qtest.session_state import QtestServerState
 from vmm.qtest.state import QtestState
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class SectionKind:
 
 
 DECLARED: Final[tuple[Any, ...]] = (
-    AcpiPmState, ChardevState, DebugExitState, FdSetsState, I8042State, MonitorState, PostCodeState, QtestState,
-    RtcState, SystemControlState, UartState, VirtioRngState,
+    AcpiPmState, ChardevState, DebugExitState, FdSetsState, I8042State, MonitorState, PostCodeState, QtestServerState,
+    QtestState, RtcState, SystemControlState, UartState, VirtioRngState,
 )  # fmt: skip
 """The classes that have a schema, which is a kind each."""
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vmm.phases.fdsets import FdSets
     from vmm.phases.monitors import Monitor
     from vmm.phases.qtest import QtestBackend
+    from vmm.phases.qtest_clients import QtestClients
     from vmm.phases.session_moves import MovingSessions
     from vmm.phases.websocket import WebSocketBackend
     from vmm.recipe import Recipe
@@ -214,6 +215,9 @@ class BootStores:
             moving = getattr(held_monitor[0], "moving", None)
             if moving is not None:
                 moving.name = renamed[name]
+            clients = getattr(held_monitor[0], "qtest_clients", None)
+            if clients is not None:
+                clients.name = renamed[name]
         for name in renamed.keys() & self.memories.keys():
             self.memories[renamed[name]] = self.memories.pop(name)
         for held in self.chardevs.values():
@@ -242,6 +246,15 @@ class BootStores:
         for held in self.chardevs.values():
             if not held.chardev.surrendered and (held.user is None or not held.user.startswith(MONITOR)):
                 held.chardev.resume()
+
+    def begin(self) -> None:
+        """Let those carry out what they want who drive the machine: what that needs is granted from now on."""
+        for clients in self._qtest_clients():
+            clients.begin()
+
+    def _qtest_clients(self) -> list[QtestClients]:
+        found = [getattr(monitor, "qtest_clients", None) for monitor, _ in self.monitors.values()]
+        return [clients for clients in found if clients is not None]
 
     async def quiesce_chardevs(self) -> None:
         """Bring the chardevs of devices to rest; monitors, and whoever else uses one, go on."""
@@ -354,6 +367,8 @@ class BootStores:
         """Yield name and version of those sections that there are only now and then, and will be in a live update."""
         if self._fdsets.sets:
             yield fdsets.SECTION, fdsets.VERSION
+        for clients in self._qtest_clients():
+            yield f"{_QTEST}{clients.name}", _QTEST_VERSION
         for moving in self.moving if sessions else ():
             yield f"{session_moves.SECTION}{moving.name}", session_moves.VERSION
 
@@ -365,9 +380,13 @@ class BootStores:
         for label, held in self.chardevs.items():
             if not held.chardev.surrendered and (moved is None or label in moved):
                 yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+        theirs = None if recipe is None else {step.arguments["id"] for step in recipe if step.execute == "object-add"}
+        for clients in self._qtest_clients():
+            if theirs is None or clients.name in theirs:
+                load = partial(clients.load, self.luggage)
+                yield f"{_QTEST}{clients.name}", SectionOwner(_QTEST_VERSION, clients.save, load, optional=True)
         load = partial(self._fdsets.load, self.luggage)
         yield fdsets.SECTION, SectionOwner(fdsets.VERSION, self._fdsets.save, load, optional=True)
-        theirs = None if recipe is None else {step.arguments["id"] for step in recipe if step.execute == "object-add"}
         for moving in self.moving:
             if theirs is None or moving.name in theirs:
                 name = f"{session_moves.SECTION}{moving.name}"
@@ -427,10 +446,14 @@ class BootStores:
 
 _SECTION: Final = "chardev/"
 
+_QTEST: Final = "qtest-server/"
+"""How the section of a qtest's clients begins; its present version."""
+_QTEST_VERSION: Final = 1
+
 
 def _forget(state: StateRegistry) -> None:
     for name in state.order():
-        if name.startswith((_SECTION, session_moves.SECTION)) or name == fdsets.SECTION:
+        if name.startswith((_SECTION, _QTEST, session_moves.SECTION)) or name == fdsets.SECTION:
             state.unregister(name)
 
 

@@ -14,10 +14,21 @@ if TYPE_CHECKING:
 class LineReader:
     """Holds at most `limit` bytes of a line whose end has not come."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, overlong: bool = False) -> None:
+        """With `overlong`, begin in the middle of a line that is too long already."""
         self._limit: Final = limit
         self._begun = bytearray()
-        self._overlong = False
+        self._overlong = overlong
+
+    @property
+    def begun(self) -> bytes:
+        """What has come of a line whose end has not; nothing of one that is too long."""
+        return bytes(self._begun)
+
+    @property
+    def overlong(self) -> bool:
+        """Whether the line whose end has not come is too long."""
+        return self._overlong
 
     def feed(self, data: bytes) -> Iterator[bytes | MalformedRequest]:
         """Yield each line that `data` ends, without its end; for one that is too long, an error in its place."""
