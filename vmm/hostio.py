@@ -634,6 +634,29 @@ def unconnected_unix() -> socket.socket:
         raise refused("create", "a socket", error) from error
 
 
+def opened_as(fd: int) -> str:
+    """Return what the kernel calls the open file: a path, or the like of `anon_inode:[io_uring]`. Source: proc(5)."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+
+
+def why_not_passed(fd: int) -> str:
+    """Say why the kernel does not pass `fd` to another process (SCM_RIGHTS); empty if it does.
+
+    It is asked, by sending the descriptor to nobody: which kinds it refuses (io_uring) is for it to know. That too many
+    are under way is no reason.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    with ours, theirs:
+        try:
+            ours.sendmsg([b"."], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        except OSError as error:
+            return "" if error.errno == errno.ETOOMANYREFS else os.strerror(error.errno or 0)
+    return ""
+
+
 def require_stream_socket(fd: int, name: str) -> None:
     """Check that descriptor `name` is a stream socket, of whatever family.
 

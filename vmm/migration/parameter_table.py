@@ -144,6 +144,11 @@ class MigrationParameters:
         """What was set by wire name, for a successor: neither defaults nor what is lent."""
         return dict(self._chosen)
 
+    @property
+    def values(self) -> Mapping[str, Any]:
+        """Every value by wire name."""
+        return self._values
+
     def inherit(self, changes: Mapping[str, Any]) -> None:
         """Set what a predecessor had set, but for what was set here itself; what is lent here stays until it is given
         back. Raises as `update` does; then nothing has changed."""

@@ -57,10 +57,18 @@ def query_migrate_parameters(may: MayQuery) -> ParameterValues:
 
 
 def query_migrate(may: MayQuery) -> MigrationInfo:
-    """Say how far the last or present migration is; for a live update, with the stages of its pause."""
-    progress = may.view(MigrationState).progress
-    info = progress.info() if progress is not None else MigrationInfo()
-    kept = may.view(Host).predecessor
+    """Say how far the last or present migration is; for a live update, with the stages of its pause.
+
+    `blocked-reasons` has what of the machine cannot go over in the present `mode`, before anything starts.
+    """
+    from vmm.phases.blockers import blocked_reasons  # Which looks at what only a machine under way has.
+
+    state, host = may.view(MigrationState), may.view(Host)
+    # What has left is not here to be blocked.
+    reasons = [] if host.status.name == "postmigrate" else blocked_reasons(host, state.parameters.values)
+    progress = state.progress
+    info = progress.info(reasons) if progress is not None else MigrationInfo(blocked_reasons=reasons or None)
+    kept = host.predecessor
     if kept is None or not kept.waits:
         return info
     return attrs.evolve(info, x_kept=KeptProcess(pid=kept.pid, program=kept.program))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, final
 
 from vmm.errors import MigrationRefused
+from vmm.phases.blockers import require_unblocked
+from vmm.phases.executing import ExecPlan
 from vmm.phases.migrating import TransferPlan, ask_destination
 from vmm.phases.migration_state import Wishes
 
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Inbox
     from vmm.phases.building import SavedState
     from vmm.phases.copying import CopyPlan
-    from vmm.phases.executing import ExecPlan
     from vmm.phases.predecessor import Predecessor
     from vmm.phases.running import Run
 
@@ -29,15 +30,32 @@ class Departure:
         self._run = run
 
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
-        """Ask the destination of `plan`, whose descriptors are closed afterwards."""
+        """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
         with closing(plan):
+            self._require_unblocked("x-cpr-check", "cpr-transfer", plan.sessions)
             return await ask_destination(self._run.machine, plan)
 
     def start(self, plan: TransferPlan | ExecPlan | CopyPlan) -> Awaitable[None]:
-        """Post `plan`, whose descriptors are closed if it is not carried out."""
+        """Post `plan`, whose descriptors are closed if it is not carried out.
+
+        Raises:
+            MigrationRefused: something of the machine cannot leave this process.
+        """
+        with ExitStack() as undo:
+            undo.callback(plan.close)
+            if isinstance(plan, TransferPlan):
+                self._require_unblocked("migrate", "cpr-transfer", plan.sessions)
+            elif isinstance(plan, ExecPlan):
+                sessions = bool(self._run.machine.made.migration.parameters["migrate-sessions"])
+                self._require_unblocked("migrate", "cpr-exec", sessions)
+            undo.pop_all()
         turn = self._inbox.post(plan, until="migrating")
         turn.on_settled(lambda: plan.close() if turn.failed else None)
         return turn
+
+    def _require_unblocked(self, command: str, mode: str, sessions: bool) -> None:
+        host = self._run.machine.made.host
+        require_unblocked(command, host, {"mode": mode, "migrate-sessions": sessions})
 
     def undo(self) -> Awaitable[None]:
         """Post the guest's return. Raises `MigrationRefused` if no process is kept for it."""

@@ -86,6 +86,11 @@ class Monitor:
         return self.moving if self._listener is not None or self.clients or self._awaits else None
 
     @property
+    def descriptors_of_clients(self) -> dict[str, dict[str, int]]:
+        """What each client has named by `getfd`, by the session's name."""
+        return {name: session.descriptors for name, session in self._monitor.sessions.items()}
+
+    @property
     def clients(self) -> int:
         """How many are connected."""
         return len(self._monitor.sessions)

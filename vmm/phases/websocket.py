@@ -48,6 +48,8 @@ class WebSocketBackend:
     """A websocket monitor with its port. Its one task ends when it is cancelled, or the port has been given up."""
 
     chardev: Final = None
+    moves: Final = True
+    """Whether a successor goes on with it; its clients connect again."""
 
     def __init__(
         self, monitor: WebSocketMonitor, listener: socket.socket, token: int | None, *, url: str, grant: str, held: bool
