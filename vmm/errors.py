@@ -275,6 +275,19 @@ class HostFileRefused(HostError):
     reason: str
 
 
+class TooManyDescriptors(HostError):
+    """More descriptors are to come than this process may have."""
+
+    text: ClassVar[str] = (
+        "{count} descriptors cannot come: {there} are open here, and no more than {limit} may be; "
+        "start this process where `ulimit -Hn` says at least {needed}"
+    )
+    count: int
+    there: int
+    limit: int
+    needed: int
+
+
 class SocketInUse(HostError):
     """Another live process listens on a socket path."""
 

@@ -30,11 +30,11 @@ RAM: Final = 16 << 20
 
 
 async def garbage(channel: CprChannel) -> None:
-    await channel._sock.send(b"garbage!")
+    channel._sock.send(b"garbage!")
 
 
 async def too_large(channel: CprChannel) -> None:
-    await channel._sock.send(HEADER.pack(MAGIC, 1 << 30))
+    channel._sock.send(HEADER.pack(MAGIC, 1 << 30))
 
 
 async def nonsense(channel: CprChannel) -> None:
@@ -51,7 +51,7 @@ async def refuse(channel: CprChannel) -> None:
 
 async def nameless_descriptor(channel: CprChannel) -> None:
     fd = array.array("i", [pipe()])
-    await channel._sock.sendmsg([frame("ready")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)])
+    channel._sock.sendmsg([frame("ready")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd)])
     os.close(fd[0])
 
 

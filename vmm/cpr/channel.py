@@ -2,13 +2,16 @@
 
 A message is a frame: 4 bytes magic, 4 bytes length (big-endian), then that many bytes of JSON,
 ``{"kind": ..., "body": {...}, "descriptors": [names]}``. The descriptors ride on the frame's first byte by SCM_RIGHTS,
-in the order of their names; more than one sendmsg can carry follow in frames of kind ``more``.
+in the order of their names; more than one sendmsg can carry come before it in frames of kind ``more``. Of those the
+first has no descriptor and says how many are ``announced``, so that the receiver can make room, or refuse.
 
 Facts about unix sockets that this module rests on (unix(7), Linux net/unix/af_unix.c):
 
 - Descriptors arrive with the first byte of their sendmsg. One recvmsg can return the end of a frame and the beginning
   of the next, with descriptors that belong to either; so no more is asked for than the frame that is due still lacks.
 - SCM_MAX_FD is 253 descriptors a sendmsg.
+- A user without CAP_SYS_RESOURCE may have as many descriptors in flight as the sender's RLIMIT_NOFILE says; then
+  sendmsg fails with ETOOMANYREFS until a receiver, this one or another, has taken some. Nothing tells when.
 - SO_PEERCRED names who called connect or listen, not who holds the socket now: an inherited listener names the wrong
   process. SCM_CREDENTIALS is filled in (or checked) by the kernel for the process that sends.
 - A pidfd stays with its process when the pid is used again; it polls readable once the process has died.
@@ -20,6 +23,7 @@ import array
 import errno
 import json
 import os
+import resource
 import socket
 import struct
 from collections import deque
@@ -30,6 +34,7 @@ import attrs
 import trio
 
 from vmm import hostio
+from vmm.cpr.room import make_room
 from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
 from vmm.errors import (
     CprError,
@@ -38,6 +43,7 @@ from vmm.errors import (
     CprRefused,
     DescriptorMissing,
     DescriptorWrongKind,
+    TooManyDescriptors,
     VmmError,
     leaves,
 )
@@ -55,6 +61,15 @@ MAX_DEPTH: Final = 64
 
 _FDS_PER_FRAME: Final = 64
 _MAX_FDS: Final = 1024
+"""Descriptors of a message that were not announced."""
+
+_MAX_ANNOUNCED: Final = 1 << 16
+_TAKING: Final = 1.5
+"""Seconds for a receiver to take one of the descriptors that are in flight."""
+
+_RETRY: Final = 0.001
+"""Seconds between two attempts to send a descriptor more than may be in flight."""
+
 _UCRED: Final = struct.Struct("iII")
 _HEADER: Final = struct.Struct(">4sI")
 
@@ -92,8 +107,11 @@ class CprChannel:
         self, sock: trio.socket.SocketType, *, side: str, peer: str, uids: Collection[int] = frozenset()
     ) -> None:
         """Args: `uids` are admitted besides root and this process's own."""
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._sock = sock
+        # Not trio's any more: its calls give way to every other task even where there is nothing to wait for, and in
+        # the guest's pause each turn of the loop counts.
+        self._sock = socket.socket(fileno=sock.detach())
+        self._sock.setblocking(False)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.side: Final = side
         self.peer: Final = peer
         self._uids: Final = frozenset(uids)
@@ -115,11 +133,15 @@ class CprChannel:
 
     async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int] | None = None) -> None:
         """Send one message. The descriptors stay the caller's. Raises `CprPeerGone`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         items = list((descriptors or {}).items())
-        while len(items) > _FDS_PER_FRAME:
-            await self._send_frame("more", {}, items[:_FDS_PER_FRAME])
-            items = items[_FDS_PER_FRAME:]
-        await self._send_frame(kind, body, items)
+        if len(items) > _FDS_PER_FRAME:
+            await self._send_frame("more", {"announced": len(items)}, [])
+        first = 0
+        while len(items) - first > _FDS_PER_FRAME:
+            await self._send_frame("more", {}, items[first : first + _FDS_PER_FRAME])
+            first += _FDS_PER_FRAME
+        await self._send_frame(kind, body, items[first:])
 
     async def _send_frame(self, kind: str, body: Mapping[str, Any], items: list[tuple[str, int]]) -> None:
         content = json.dumps({"kind": kind, "body": body, "descriptors": [name for name, _ in items]}).encode()
@@ -130,13 +152,35 @@ class CprChannel:
         if items:
             ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in items])))
         try:
-            sent = await self._sock.sendmsg([data], ancillary)
+            sent = await self._write(data, ancillary)
             while sent < len(data):
-                sent += await self._sock.send(data[sent:])
+                sent += await self._write(data[sent:], [])
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise self._host_failed(self._all_in_flight(len(items))) from error
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
                 raise self._host_failed(f"{len(items)} descriptors cannot be sent: {error.strerror}") from error
             raise await self._last_words() from error
+
+    async def _write(self, data: memoryview, ancillary: list[tuple[int, int, Any]]) -> int:
+        """Send some of `data`, and all that is `ancillary` on its first byte; return how much, as soon as it goes."""
+        limit = trio.current_time() + _TAKING
+        while True:
+            try:
+                return self._sock.sendmsg([data], ancillary)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self._sock)
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS or trio.current_time() > limit:
+                    raise
+                await trio.sleep(_RETRY)
+
+    def _all_in_flight(self, count: int) -> str:
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return (
+            f"{count} descriptors cannot be sent: this user has as many in flight as RLIMIT_NOFILE admits ({limit}), "
+            f"and nobody took one within {_TAKING:g} s; `ulimit -n` of the {self.side} must be larger"
+        )
 
     async def _last_words(self) -> CprError:
         """Return what the peer said before it closed the channel, if it refused; else, that it closed it."""
@@ -160,18 +204,22 @@ class CprChannel:
             CprRefused: the peer refused, or sent what is no message of this protocol.
             CprPeerGone: the channel ended.
         """
+        await trio.lowlevel.checkpoint_if_cancelled()
         descriptors: dict[str, int] = {}
+        most = _MAX_FDS
         try:
             while True:
                 kind, body, names = await self._receive_frame()
+                if kind == "more" and "announced" in body:
+                    most = await self._room_for(body["announced"])
                 for name in names:
                     if not self._fds:
                         raise self._broken(f"descriptor {name!r} was announced and not sent")
                     if name in descriptors:
                         raise self._broken(f"descriptor {name!r} was sent twice")
                     descriptors[name] = self._fds.popleft()
-                if len(descriptors) > _MAX_FDS:
-                    raise self._broken(f"more than {_MAX_FDS} descriptors were sent")
+                if len(descriptors) > most:
+                    raise self._broken(f"more than {most} descriptors were sent")
                 if self._fds:
                     raise self._broken(f"{len(self._fds)} descriptors came without a name")
                 if kind != "more":
@@ -187,6 +235,16 @@ class CprChannel:
         if kind == "refused":
             raise CprRefused(side=self.peer, step=str(body.get("step")), reason=str(body.get("reason")))
         raise self._broken(f"message {kind!r} came where {' or '.join(kinds) or 'none'} was due")
+
+    async def _room_for(self, announced: object) -> int:
+        """Make room for so many descriptors. What cannot be is refused, and the peer told before it sends one."""
+        if type(announced) is not int or not 0 <= announced <= _MAX_ANNOUNCED:
+            raise await self.refuse(f"{announced!r} descriptors are announced; at most {_MAX_ANNOUNCED} can come")
+        try:
+            make_room(announced)
+        except TooManyDescriptors as error:
+            raise await self.refuse(str(error)) from error
+        return announced
 
     async def watch(self) -> None:
         """Wait until the peer refuses or the channel ends, which is raised; a message that comes is an error too.
@@ -222,7 +280,10 @@ class CprChannel:
         while len(self._data) < size:
             try:
                 lacking = min(size - len(self._data), 1 << 16)
-                data, ancillary, flags, _ = await self._sock.recvmsg(lacking, space, socket.MSG_CMSG_CLOEXEC)
+                data, ancillary, flags, _ = self._sock.recvmsg(lacking, space, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self._sock)
+                continue
             except OSError as error:
                 raise self._gone("closed the channel") from error
             for level, kind, content in ancillary:
@@ -348,7 +409,9 @@ class CprChannel:
 
     def close(self) -> None:
         """Close the socket, the peer's pidfd and descriptors that came without a message. Idempotent."""
-        self._sock.close()
+        if self._sock.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())
         if self._peer_pidfd >= 0:

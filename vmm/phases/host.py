@@ -46,6 +46,8 @@ class Inheritance:
 
     def __init__(self) -> None:
         self._unclaimed: dict[str, int] = {}
+        self._families: dict[str, list[str]] = {}
+        """Resource -> names of its descriptors that came; there can be thousands of both."""
         self._replaced: dict[str, tuple[int, str]] = {}
         self._here: frozenset[str] = frozenset()
 
@@ -59,7 +61,7 @@ class Inheritance:
         with ExitStack() as undo:
             undo.callback(self.close)
             for name, fd in descriptors.items():
-                self._unclaimed[name] = hostio.dup(fd)
+                self._add(name, hostio.dup(fd))
             undo.pop_all()
 
     def open_here(self, resources: frozenset[str], paths: Mapping[str, str]) -> None:
@@ -74,7 +76,7 @@ class Inheritance:
 
     def used(self, descriptors: dict[str, int]) -> dict[str, int]:
         """Take those out of `descriptors` that do not belong to a resource of this host's own."""
-        left = unused(descriptors, self._here)
+        left = frozenset(unused(descriptors, self._here))
         return {name: descriptors.pop(name) for name in sorted(descriptors) if name not in left}
 
     def retire_replaced(self, complain: Callable[[str], None]) -> None:
@@ -94,11 +96,16 @@ class Inheritance:
         for name in descriptors:
             if name in self._unclaimed:
                 raise NameTaken(what="Descriptor", name=name)
-        self._unclaimed.update(descriptors)
+        for name, fd in descriptors.items():
+            self._add(name, fd)
+
+    def _add(self, name: str, fd: int) -> None:
+        self._unclaimed[name] = fd
+        self._families.setdefault(name.rpartition("/")[0], []).append(name)
 
     def obtain(self, name: str, opener: Callable[[], int]) -> int:
         """Claim descriptor `name`, or open it where that is admitted. Raises `DescriptorMissing`."""
-        if name not in self._unclaimed and any(is_of(name, resource) for resource in self._here):
+        if name not in self._unclaimed and is_of(name, self._here):
             return opener()
         return self.claim(name)
 
@@ -113,10 +120,15 @@ class Inheritance:
         return {name: self._unclaimed.pop(name) for name in sorted(self._unclaimed) if wanted(name)}
 
     def names(self, prefix: str) -> Sequence[str] | None:
-        """Return the unclaimed names that begin with `prefix`, sorted; None where they are opened on this host."""
-        if prefix.removesuffix("/") in self._here:
+        """Return the unclaimed names of a resource, sorted; None where they are opened on this host.
+
+        Args:
+            prefix: the resource's name, and a slash.
+        """
+        resource = prefix.removesuffix("/")
+        if resource in self._here:
             return None
-        return sorted(name for name in self._unclaimed if name.startswith(prefix))
+        return sorted(name for name in self._families.get(resource, ()) if name in self._unclaimed)
 
     def inherits(self) -> bool:
         """Say yes."""
@@ -132,6 +144,7 @@ class Inheritance:
         for fd in (*self._unclaimed.values(), *(fd for fd, _ in self._replaced.values())):
             os.close(fd)
         self._unclaimed.clear()
+        self._families.clear()
         self._replaced.clear()
 
 

@@ -14,7 +14,7 @@ import attrs
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 BUILTIN: Final = "builtin:"
 """How the name of a kernel begins that is part of this program: no resource of the host."""
@@ -104,28 +104,30 @@ def socket_paths(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def is_of(descriptor: str, resource: str) -> bool:
-    """Say whether `descriptor` is a name of a descriptor of `resource`: that, or with one part more."""
-    return descriptor == resource or descriptor.rpartition("/")[0] == resource
+def is_of(descriptor: str, resources: Collection[str]) -> bool:
+    """Say whether `descriptor` is a name of a descriptor of one of `resources`: that, or with one part more."""
+    return descriptor in resources or descriptor.rpartition("/")[0] in resources
 
 
-def unused(descriptors: Iterable[str], here: Iterable[str]) -> list[str]:
+def owners(descriptors: Iterable[str]) -> frozenset[str]:
+    """Return what resources `descriptors` may be of. There can be thousands of them."""
+    names = frozenset(descriptors)
+    return names | {name.rpartition("/")[0] for name in names}
+
+
+def unused(descriptors: Iterable[str], here: frozenset[str]) -> list[str]:
     """Return the names among `descriptors` that belong to resources which this host opens itself."""
-    opened = tuple(here)
-    return [name for name in descriptors if any(is_of(name, resource) for resource in opened)]
+    return [name for name in descriptors if is_of(name, here)] if here else []
 
 
 def missing(recipe: Recipe, sent: Iterable[str], allowed: Iterable[str]) -> list[str]:
     """Return the resources that `recipe` needs, that came with no descriptor of `sent`, and that nobody `allowed`."""
-    names, at_hand = list(sent), frozenset(allowed)
+    at_hand = owners(sent) | frozenset(allowed)
     return [
         resource.name
         for step in recipe
         for resource in resources_of(step)
-        if resource.needed
-        and not resource.private
-        and resource.name not in at_hand
-        and not any(is_of(name, resource.name) for name in names)
+        if resource.needed and not resource.private and resource.name not in at_hand
     ]
 
 

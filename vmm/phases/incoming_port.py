@@ -10,7 +10,7 @@ import trio
 from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupported, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.phases.differences import FIXED
-from vmm.phases.host_resources import is_of
+from vmm.phases.host_resources import owners
 from vmm.phases.imports import import_the_rest
 from vmm.phases.stream_port import StreamPort, settled
 
@@ -204,7 +204,8 @@ class IncomingPort:
 
         host = self._host
         self.differences = ()
-        here = {name: path for name, path in self.resources_here.items() if not any(is_of(s, name) for s in sent)}
+        came = owners(sent)
+        here = {name: path for name, path in self.resources_here.items() if name not in came}
         arriving = arrive(source, host.table, host.overrides.recipe(), here, live=live)
         if cpu is not None:
             # By the source's own recipe: what an override changes is an item of its own.
