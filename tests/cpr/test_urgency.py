@@ -1,7 +1,8 @@
-"""The loop's thread before all ordinary ones, where the host permits."""
+"""The loop's thread before all ordinary ones, where the host permits, and garbage held off."""
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 
@@ -17,6 +18,37 @@ def test_the_thread_goes_back_to_what_it_was() -> None:
     urgency.close()
     urgency.close()
     assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
+
+
+def test_garbage_is_held_off_meanwhile() -> None:
+    urgency = Urgency()
+    urgency.begin()
+    held_off = not gc.isenabled()
+    urgency.close()
+    assert held_off
+    assert gc.isenabled()
+
+
+def test_of_two_at_a_time_the_first_lets_garbage_come_again() -> None:
+    one, two = Urgency(), Urgency()
+    one.begin()
+    two.begin()
+    two.close()
+    held_off = not gc.isenabled()
+    one.close()
+    assert held_off
+    assert gc.isenabled()
+
+
+def test_where_garbage_is_held_off_anyway_it_stays_so() -> None:
+    gc.disable()
+    try:
+        urgency = Urgency()
+        urgency.begin()
+        urgency.close()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_thread_that_is_made_meanwhile_is_ordinary() -> None:

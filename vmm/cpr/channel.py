@@ -107,8 +107,7 @@ class CprChannel:
         self, sock: trio.socket.SocketType, *, side: str, peer: str, uids: Collection[int] = frozenset()
     ) -> None:
         """Args: `uids` are admitted besides root and this process's own."""
-        # Not trio's any more: its calls give way to every other task even where there is nothing to wait for, and in
-        # the guest's pause each turn of the loop counts.
+        # Not trio's any more: its calls give way to every other task even where there is nothing to wait for.
         self._sock = socket.socket(fileno=sock.detach())
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -123,6 +122,8 @@ class CprChannel:
         """Whether the peer has been told that this side will not go on."""
         self.peer_hello: Mapping[str, Any] = {}
         """What the peer said in its hello, unchecked."""
+        self.hurries = False
+        """Whether no turn of the loop is given away where there is nothing to wait for: in the guest's pause."""
         self.peer_pid = 0
         self._peer_pidfd = -1
         self._data = bytearray()
@@ -133,7 +134,6 @@ class CprChannel:
 
     async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int] | None = None) -> None:
         """Send one message. The descriptors stay the caller's. Raises `CprPeerGone`."""
-        await trio.lowlevel.checkpoint_if_cancelled()
         items = list((descriptors or {}).items())
         if len(items) > _FDS_PER_FRAME:
             await self._send_frame("more", {"announced": len(items)}, [])
@@ -164,16 +164,24 @@ class CprChannel:
 
     async def _write(self, data: memoryview, ancillary: list[tuple[int, int, Any]]) -> int:
         """Send some of `data`, and all that is `ancillary` on its first byte; return how much, as soon as it goes."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         limit = trio.current_time() + _TAKING
         while True:
             try:
-                return self._sock.sendmsg([data], ancillary)
+                sent = self._sock.sendmsg([data], ancillary)
+                await self._give_way()
+                return sent
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._sock)
             except OSError as error:
                 if error.errno != errno.ETOOMANYREFS or trio.current_time() > limit:
                     raise
                 await trio.sleep(_RETRY)
+
+    async def _give_way(self) -> None:
+        """Let others have a turn after what is done, which a cancel does not undo."""
+        if not self.hurries:
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
     def _all_in_flight(self, count: int) -> str:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -204,7 +212,6 @@ class CprChannel:
             CprRefused: the peer refused, or sent what is no message of this protocol.
             CprPeerGone: the channel ended.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
         descriptors: dict[str, int] = {}
         most = _MAX_FDS
         try:
@@ -278,6 +285,7 @@ class CprChannel:
     async def _fill(self, size: int) -> None:
         space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_PER_FRAME * 4)
         while len(self._data) < size:
+            await trio.lowlevel.checkpoint_if_cancelled()
             try:
                 lacking = min(size - len(self._data), 1 << 16)
                 data, ancillary, flags, _ = self._sock.recvmsg(lacking, space, socket.MSG_CMSG_CLOEXEC)
@@ -298,6 +306,7 @@ class CprChannel:
             if not data:
                 raise self._gone("closed the channel")
             self._data += data
+            await self._give_way()
 
     # Who is there.
 

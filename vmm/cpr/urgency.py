@@ -1,12 +1,16 @@
-"""The loop's thread before all ordinary ones, for as long as the guest stands.
+"""The loop's thread before all ordinary ones, and no garbage collected, for as long as the guest stands.
 
 On a host whose CPUs are busy a pause is mostly waiting for one of them, once for each hop between the two processes.
 Where the host permits (root, CAP_SYS_NICE, RLIMIT_RTPRIO), the two loops run under SCHED_RR meanwhile; elsewhere
 nothing changes. Source: sched(7).
+
+A full collection takes as long as several pauses. It is for cycles alone, and of these so little comes up meanwhile
+that it can wait.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import Final, final
 
@@ -20,9 +24,13 @@ class Urgency:
 
     def __init__(self) -> None:
         self._before: tuple[int, os.sched_param] | None = None
+        self._collects = False
 
     def begin(self) -> None:
-        """Raise this thread, if the host permits."""
+        """Hold garbage off, and raise this thread, if the host permits."""
+        # Of two at a time, in one process, the one that held it off lets it come.
+        self._collects = gc.isenabled()
+        gc.disable()
         before = os.sched_getscheduler(0), os.sched_getparam(0)
         try:
             # Threads that are made meanwhile, and vCPUs above all, stay ordinary.
@@ -32,7 +40,10 @@ class Urgency:
         self._before = before
 
     def close(self) -> None:
-        """Put the thread back. Idempotent; harmless without `begin`."""
+        """Put back what was. Idempotent; harmless without `begin`."""
+        if self._collects:
+            self._collects = False
+            gc.enable()
         if self._before is not None:
             policy, parameters = self._before
             self._before = None

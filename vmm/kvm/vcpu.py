@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, Final, Protocol, final
 
 import trio
 
@@ -46,6 +46,8 @@ class IoSpace(Protocol):
 @final
 class Vcpu:
     """One vCPU. `enter` blocks its thread; `kick` may come from any thread, that one included."""
+
+    has_thread: Final = True
 
     def __init__(self, index: int, fd: VcpuFd, ports: IoSpace, mmio: IoSpace) -> None:
         self.index = index

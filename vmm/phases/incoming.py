@@ -92,6 +92,7 @@ async def run_incoming(devices: Phase, machine: Machine, arrival: Arrival) -> No
                 try:
                     with host.calling_off.block():
                         run = Run(machine, here=False)
+                        await phase.residents.start("vcpus", run.gang.serve)
                         pause = await _load(run, arrival, urgency, window.grants.load_state)
                 except* (VmmError, OSError, MemoryError) as group:
                     failure = arrival.channel.blame(group)
@@ -114,12 +115,12 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     host.stores.luggage.add(arrival.inheritance.claim_all(is_luggage))
     arrival.inheritance.require_empty()
     await machine.rehearse_load()
-    await run.gang.warm()
+    await run.gang.stand_by()
     steps.reach("built")
     # The guest may be paused from the next message on.
     urgency.begin()
     await channel.send("ready", {})
-    channel.step = "loading"
+    channel.step, channel.hurries = "loading", True
     message, stream = await _receive_state(channel, steps, made.incoming.main, progress)
     moments = {"received-ns": time.monotonic_ns()}
     with closing(message):

@@ -236,7 +236,7 @@ async def _send(
     body: Mapping[str, Any],
 ) -> None:
     steps, channel = transfer.steps, transfer.channel
-    channel.step = "loading"
+    channel.step, channel.hurries = "loading", True
     new, gone = changed
     with trio.move_on_after(transfer.limits.loading) as patience:
         await transfer.send_descriptors.send("paused", {**body, "gone": gone}, new)

@@ -182,7 +182,8 @@ async def run_running(
     `copied` it is here already.
     """
     async with parent.child("running", machine_phase="machine-ready") as phase:
-        await phase.residents.start("vcpus", run.gang.serve)
+        if loaded is None:
+            await phase.residents.start("vcpus", run.gang.serve)
         await phase.residents.start("guest requests", GuestRequests(run).serve)
         if loaded is not None:
             await take_over(run, loaded)
@@ -248,8 +249,7 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     # The guest is ours. Nothing waits, and nothing may fail, before it runs.
     run.here = True
     pause = loaded.pause
-    if pause.runs:
-        run.gang.start_nowait()
+    resumed = run.gang.start_now() if pause.runs else None
     arrival.steps.reach("running")
     run.machine.resume()
     run.machine.bells.take_over(pause.wishes)
@@ -258,9 +258,11 @@ async def take_over(run: Run, loaded: Loaded) -> None:
         run.status.runs()
     else:
         run.status.stands(pause.run_state, failure=pause.failure)
+        await run.gang.stop()
     with contextlib.suppress(CprError):
         # The source may be dead by now. It finds in the cell what this message says.
-        resumed = await run.gang.entered() if pause.runs else None
+        if pause.runs and resumed is None:
+            resumed = await run.gang.entered()
         await arrival.channel.send("running", {"resumed-ns": resumed})
     loaded.urgency.close()
     arrival.over.set()

@@ -9,6 +9,7 @@ import trio
 
 from vmm.errors import VmmError, leaves
 from vmm.kvm.exits import Stop
+from vmm.phases.starting_gates import GivenUp, StartingGates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,8 +26,15 @@ class GuestCpu(Protocol):
     def thread_id(self) -> int:
         """The host thread that is in the guest for it; 0 while none is."""
 
+    @property
+    def has_thread(self) -> bool:
+        """Whether it runs on a thread of its own, which may wait in `entered`."""
+
     async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
-        """Run it until it is kicked or cannot go on. `entered` is called just before it begins, on any thread."""
+        """Run it until it is kicked or cannot go on. `entered` is called just before it begins, on any thread.
+
+        If `entered` raises, that comes out, and nothing has begun.
+        """
 
     def kick(self) -> None:
         """Make `run` return soon. Any thread, where the vCPU has one."""
@@ -47,36 +55,65 @@ class VcpuGang:
         self._all_out.set()
         self._entered = trio.Event()
         self._first_entry = 0
+        self._gates: StartingGates | None = None
 
     @property
     def running(self) -> bool:
         """Whether a vCPU is in the guest, or about to be."""
-        return self._inside > 0
+        return self._inside > 0 and self._gates is None
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Be there for `start` and `stop`. A cancel takes every vCPU out of the guest before it leaves."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._give_up_waiting()
 
-    async def warm(self) -> None:
-        """Have the threads ready, so that a start inside the guest's pause needs none to be made."""
-        async with trio.open_nursery() as nursery:
-            barrier = _Barrier(len(self.vcpus))
-            for _ in self.vcpus:
-                nursery.start_soon(lambda: trio.to_thread.run_sync(barrier.wait, limiter=self._threads))
+    async def stand_by(self) -> None:
+        """Have each vCPU's thread wait just before the guest, so that `start_now` costs no more than to wake them.
+
+        Until then nothing of a vCPU is touched. `stop` calls it off.
+        """
+        if all(vcpu.has_thread for vcpu in self.vcpus):
+            self._gates = StartingGates(len(self.vcpus))
+            self._begin(self._gates)
+            await self._gates.all_there()
 
     def start_nowait(self) -> None:
         """Begin to run every vCPU; their tasks enter the guest on their next turn."""
+        if self._gates is None:
+            self._begin(None)
+        else:
+            self._gates.open()
+            self._gates = None
+
+    def start_now(self) -> int | None:
+        """Run every vCPU, at once where they stand by; return when the first was about to enter, as `entered` does.
+
+        None if that is not known yet. For the end of a pause: keeps the loop for a moment, so that the threads need
+        not contend for the interpreter with what it would go on to do.
+        """
+        gates = self._gates
+        self.start_nowait()
+        return gates.first_entry() if gates is not None else None
+
+    def _begin(self, gates: StartingGates | None) -> None:
         assert self._nursery is not None, "the gang is started by its resident task"
-        assert not self.running
+        assert not self._inside
         self._all_out = trio.Event()
         self._entered = trio.Event()
         self._inside = len(self.vcpus)
         self._stopping = False
         for vcpu in self.vcpus:
-            self._nursery.start_soon(self._run, vcpu, name=f"vcpu{vcpu.index}")
+            self._nursery.start_soon(self._run, vcpu, gates, name=f"vcpu{vcpu.index}")
+
+    def _give_up_waiting(self) -> None:
+        gates, self._gates = self._gates, None
+        if gates is not None:
+            gates.give_up()
 
     async def entered(self) -> int:
         """Wait until a vCPU has been about to enter the guest since the last start; return when, CLOCK_MONOTONIC in ns.
@@ -86,12 +123,12 @@ class VcpuGang:
         await self._entered.wait()
         return self._first_entry
 
-    def _note_entry(self, loop: trio.lowlevel.TrioToken) -> Callable[[], None]:
+    def _note_entry(self, loop: trio.lowlevel.TrioToken, gates: StartingGates | None) -> Callable[[], None]:
         started = self._entered
 
         def note() -> None:
             # On the vCPU's thread, which must not wait for the loop.
-            now = time.monotonic_ns()
+            now = time.monotonic_ns() if gates is None else gates.passed()
             loop.run_sync_soon(told, now)
 
         def told(now: int) -> None:
@@ -103,17 +140,20 @@ class VcpuGang:
 
     async def stop(self) -> None:
         """Take every vCPU out of the guest; when this returns, no KVM_RUN is under way and no I/O half done."""
+        self._give_up_waiting()
         self._stopping = True  # for those whose tasks have not had their first turn: a kick now would be forgotten
         for vcpu in self.vcpus:
             vcpu.kick()
         await self._all_out.wait()
 
-    async def _run(self, vcpu: GuestCpu) -> None:
+    async def _run(self, vcpu: GuestCpu, gates: StartingGates | None) -> None:
         stop = Stop("kicked", "", {})
         try:
             if not self._stopping:
-                entered = self._note_entry(trio.lowlevel.current_trio_token())
+                entered = self._note_entry(trio.lowlevel.current_trio_token(), gates)
                 stop = await vcpu.run(self._threads, entered=entered)
+        except* GivenUp:
+            pass
         except* VmmError as group:
             stop = Stop("internal-error", "; ".join(str(error) for error in leaves(group)), {})
         finally:
@@ -124,16 +164,3 @@ class VcpuGang:
         # Before anybody who waits for the last one to be out comes to look at the run state.
         if stop.reason != "kicked":
             self._failed(vcpu, stop)
-
-
-@final
-class _Barrier:
-    """Keeps the first threads until the last has come, so that as many threads exist at the same time."""
-
-    def __init__(self, parties: int) -> None:
-        import threading  # Only for this.
-
-        self._barrier = threading.Barrier(parties)
-
-    def wait(self) -> None:
-        self._barrier.wait(timeout=5)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class IdleCpu:
     """A vCPU that is there, started and stopped as others are, and never executes an instruction. On the loop."""
 
+    has_thread: Final = False
     thread_id: Final = 0
     """No thread of the host runs it."""
 

@@ -1,0 +1,79 @@
+"""Where the threads of vCPUs wait for a guest that is not theirs to run yet."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Final, final
+
+import trio
+
+_MOMENT: Final = 0.002
+"""Seconds that the loop waits at most for threads that were let in: as long as they need, and no longer where the host
+is too busy to run them."""
+
+
+class GivenUp(Exception):
+    """The guest is not to be run; not an error."""
+
+
+@final
+class StartingGates:
+    """A gate for each of some threads. They are let in all together, or sent home.
+
+    A start inside the guest's pause then makes no thread and no task, and each thread needs the interpreter once.
+    """
+
+    def __init__(self, parties: int) -> None:
+        self._gates: Final = [threading.Lock() for _ in range(parties)]
+        for gate in self._gates:
+            gate.acquire()
+        self._waiting = list(self._gates)
+        self._here = 0
+        self._all_here = trio.Event()
+        self._loop: Final = trio.lowlevel.current_trio_token()
+        self._given_up = False
+        self._entries: list[int] = []
+        self._all_passed = threading.Lock()
+        self._all_passed.acquire()
+
+    def passed(self) -> int:
+        """Wait to be let in; return when that was, CLOCK_MONOTONIC in ns. Called once on each thread.
+
+        Raises:
+            GivenUp: it was sent home.
+        """
+        gate = self._waiting.pop()
+        self._loop.run_sync_soon(self._arrived)
+        gate.acquire()
+        if self._given_up:
+            raise GivenUp
+        now = time.monotonic_ns()
+        self._entries.append(now)
+        if len(self._entries) == len(self._gates):
+            self._all_passed.release()
+        return now
+
+    def _arrived(self) -> None:
+        self._here += 1
+        if self._here == len(self._gates):
+            self._all_here.set()
+
+    async def all_there(self) -> None:
+        """Wait until every thread waits, or is about to."""
+        await self._all_here.wait()
+
+    def open(self) -> None:
+        """Let all in."""
+        for gate in self._gates:
+            gate.release()
+
+    def give_up(self) -> None:
+        """Send all home."""
+        self._given_up = True
+        self.open()
+
+    def first_entry(self) -> int | None:
+        """Wait a moment for all that were let in; return when the first of them was about to enter, if it was."""
+        self._all_passed.acquire(timeout=_MOMENT)
+        return self._entries[0] if self._entries else None
