@@ -253,6 +253,13 @@ class CprChannel:
             raise await self.refuse(str(error)) from error
         return announced
 
+    async def wait_for_any(self) -> None:
+        """Wait until there is something to `receive`, be it the end."""
+        if self._data:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.wait_readable(self._sock)
+
     async def watch(self) -> None:
         """Wait until the peer refuses or the channel ends, which is raised; a message that comes is an error too.
 

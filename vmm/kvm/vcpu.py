@@ -106,9 +106,11 @@ class Vcpu:
                 self._thread = None
                 self._requested = False
 
-    async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
+    async def run(
+        self, threads: trio.CapacityLimiter, *, entered: Callable[[], object], left: Callable[[Stop], object]
+    ) -> Stop:
         """Run the guest on a thread of `threads` until it stops; see `run_vcpu`."""
-        return await run_vcpu(self, threads, entered=entered)
+        return await run_vcpu(self, threads, entered=entered, left=left)
 
     @property
     def thread_id(self) -> int:
@@ -144,12 +146,14 @@ async def run_vcpu(
     threads: trio.CapacityLimiter,
     *,
     entered: Callable[[], object] = lambda: None,
+    left: Callable[[Stop], object] = lambda _: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> Stop:
     """Run `vcpu` on a thread until it stops. A kick counts from the call on; one that came before does not.
 
     `threads` must have one token per vCPU: a vCPU keeps its thread for as long as the guest runs, and would starve the
-    default limiter. `entered` is called on the thread, just before the guest is first entered.
+    default limiter. `entered` is called on the thread, just before the guest is first entered, and `left` once it is
+    out, earlier than the loop learns of it.
 
     A cancel kicks the vCPU and waits for it; it leaves the guest between two instructions, and the vCPU fit to run
     again. Started without a hop from the thread to the loop, which would cost more than entering a guest does.
@@ -164,10 +168,15 @@ async def run_vcpu(
             if not out:
                 vcpu.kick()
 
+    def enter() -> Stop:
+        stop = vcpu.enter(entered)
+        left(stop)
+        return stop
+
     async with trio.open_nursery() as nursery:
         nursery.start_soon(kick_when_cancelled)
         task_status.started()
-        stop = await trio.to_thread.run_sync(vcpu.enter, entered, limiter=threads, thread_name=f"vcpu{vcpu.index}")
+        stop = await trio.to_thread.run_sync(enter, limiter=threads, thread_name=f"vcpu{vcpu.index}")
         out = True
         nursery.cancel_scope.cancel()
     return stop

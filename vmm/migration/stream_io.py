@@ -12,6 +12,7 @@ from vmm.migration.stream import STREAM_LIMIT, StreamReader
 from vmm.migration.stream_records import Header, RamExtents, Recipe, Section
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterable
 
     from vmm.migration.stream import StreamWriter
@@ -54,6 +55,43 @@ async def send_stream(channel: trio.abc.SendStream, writer: StreamWriter) -> int
     data = b"".join(writer.finish())
     await channel.send_all(data)
     return len(data)
+
+
+@final
+class StreamIntake:
+    """One stream, taken in from a socket that does not block. For the guest's pause: no turn of the loop is given away.
+
+    The socket stays the caller's.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock: Final = sock
+        self._reader: Final = StreamReader()
+        self._records: Final[list[Record]] = []
+
+    def at_once(self) -> StateStream | None:
+        """Return the stream if all of it is here, else None.
+
+        Raises:
+            StreamCorrupt: what came is no state stream, or is not all of it.
+        """
+        while not self._reader.ended:
+            try:
+                data = self._sock.recv(_PIECE)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise StreamCorrupt(reason="the connection broke before its end record") from error
+            if not data:
+                self._reader.close()
+            self._records.extend(self._reader.feed(data))
+        return StateStream.of(self._records)
+
+    async def all(self) -> StateStream:
+        """Wait for the rest, and return the stream. No time limit here. Raises as `at_once` does."""
+        while (stream := self.at_once()) is None:
+            await trio.lowlevel.wait_readable(self._sock)
+        return stream
 
 
 async def receive_stream(channel: trio.abc.ReceiveStream, *, limit: int = STREAM_LIMIT) -> StateStream:

@@ -73,6 +73,7 @@ class EventHub:
         self._history: deque[Occurrence] = deque(maxlen=history)
         self._limited: dict[tuple[str, object], _Limited] = {}
         self._limits_changed = trio.Event()
+        self._held: list[Occurrence] | None = None
 
     def __iter__(self) -> Iterator[Event]:
         return iter(self._events.values())
@@ -129,8 +130,25 @@ class EventHub:
         self._last += 1
         occurrence = Occurrence(self._last, body, f"{encode(body)}\r\n".encode())
         self._history.append(occurrence)
+        if self._held is not None:
+            self._held.append(occurrence)
+        else:
+            self._tell_all(occurrence)
+
+    def _tell_all(self, occurrence: Occurrence) -> None:
         for tell in tuple(self._subscribers):
             tell(occurrence)
+
+    def hold(self) -> None:
+        """Tell nothing until `release`: whoever is told has work to do, for which this is no time."""
+        if self._held is None:
+            self._held = []
+
+    def release(self) -> None:
+        """Tell what was held, in order. Idempotent; harmless without `hold`."""
+        held, self._held = self._held, None
+        for occurrence in held or ():
+            self._tell_all(occurrence)
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Tell the events that were held back, each when its interval is over. Runs until it is cancelled."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, final
 
 import attrs
-import trio
 
 from vmm.capabilities import (
     MayListen,
@@ -20,26 +19,16 @@ from vmm.capabilities import (
 )
 from vmm.cpr.urgency import Urgency
 from vmm.errors import DescriptorsUnclaimed, StreamCorrupt, VmmError
-from vmm.migration.status import MigrationStatus
-from vmm.migration.stream_io import receive_stream
+from vmm.phases.live_state import receive_state
 from vmm.phases.luggage import is_luggage
 from vmm.phases.quiesced import Pause
 from vmm.phases.running import Run, run_running
 
 if TYPE_CHECKING:
     from vmm.capabilities import Mint
-    from vmm.cpr.channel import CprChannel, Message
-    from vmm.cpr.steps import Steps
-    from vmm.migration.connect import Listener
-    from vmm.migration.status import MigrationProgress
-    from vmm.migration.stream_io import StateStream
     from vmm.nursery_tree import Phase
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.machine import Machine
-
-
-_LAST_WORDS: Final = 0.5
-"""Seconds for a source whose state stream broke off to say why, if it was on purpose."""
 
 
 @final
@@ -121,7 +110,7 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     urgency.begin()
     await channel.send("ready", {})
     channel.step, channel.hurries = "loading", True
-    message, stream = await _receive_state(channel, steps, made.incoming.main, progress)
+    message, stream = await receive_state(channel, steps, made.incoming.main, progress)
     moments = {"received-ns": time.monotonic_ns()}
     with closing(message):
         pause = Pause.from_json(message.body)
@@ -139,44 +128,3 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     # At once: the source works on while this side leaves one phase and opens the next.
     await channel.send("loaded", moments)
     return pause
-
-
-async def _receive_state(
-    channel: CprChannel, steps: Steps, listener: Listener, progress: MigrationProgress
-) -> tuple[Message, StateStream]:
-    """Wait until the guest is paused, and read its state. Waits as long as the source lives.
-
-    Raises:
-        VmmError: alone or in a group: the source refused, died, or sent what is no state.
-    """
-    connected: list[trio.SocketStream] = []
-
-    async def accept() -> None:
-        connected.append(trio.SocketStream(await listener.accept()))
-
-    try:
-        # Both at once: the source has connected before it pauses the guest, and accepting costs time.
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(accept)
-            message = await channel.receive("paused")
-        listener.close()
-        steps.reach("paused")
-        progress.advance(MigrationStatus.ACTIVE)
-        try:
-            async with trio.open_nursery() as nursery:
-                # A source that gives up says so there, and may never say so on the main channel.
-                nursery.start_soon(channel.watch)
-                try:
-                    stream = await receive_stream(connected[0])
-                except StreamCorrupt:
-                    # A source that gives up closes the main channel first. Why is what there is to tell.
-                    await trio.sleep(_LAST_WORDS)
-                    raise
-                nursery.cancel_scope.cancel()
-        except BaseException:
-            message.close()
-            raise
-    finally:
-        for main in connected:
-            main.socket.close()
-    return message, stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
@@ -178,11 +179,13 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
     try:
         async with migrating.child("quiesced") as phase:
             watch = Stopwatch()
+            # What happens is told while the destination loads: until then nothing here has time for it.
+            host.events.hold()
             progress.pause_begins()
             ran = run.gang.running
             # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
             with trio.CancelScope(shield=True):
-                await run.gang.stop()
+                await run.gang.halt()
                 watch.lap("stop")
                 await run.machine.quiesce()
                 watch.lap("quiesce")
@@ -204,14 +207,19 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                     writer.section(told.name, told.version, told.state)
                 watch.lap("save")
                 body = {**pause.to_json(), "settings": run.machine.made.migration.settings()}
-                await _send(transfer, writer, host.stores.changed_descriptors(), watch, body)
-                given = await run_handover(phase, transfer)
+                limit = trio.current_time() + transfer.limits.loading
+                await _send(transfer, writer, host.stores.changed_descriptors(), body, limit)
+                host.events.release()
+                given = await run_handover(phase, transfer, partial(_loaded, transfer, watch, limit))
                 watch.lap("resume", given.resumed_ns)
                 lost = given.lost
     finally:
+        host.events.release()
         # Whichever way this is left, by a cancel too, this process's own swaps of the cell say whose the guest is.
         progress.pause_ends()
         if transfer.cell.ours:
+            with trio.CancelScope(shield=True):
+                await run.gang.stop()  # whose tasks may not have ended yet
             run.machine.resume()
             if ran:
                 run.start_nowait()
@@ -232,26 +240,36 @@ async def _send(
     transfer: Transfer,
     writer: StreamWriter,
     changed: tuple[dict[str, int], list[str]],
-    watch: Stopwatch,
     body: Mapping[str, Any],
+    limit: float,
 ) -> None:
     steps, channel = transfer.steps, transfer.channel
     channel.step, channel.hurries = "loading", True
     new, gone = changed
-    with trio.move_on_after(transfer.limits.loading) as patience:
+    with trio.move_on_at(limit) as patience:
         await transfer.send_descriptors.send("paused", {**body, "gone": gone}, new)
         try:
             await transfer.main.send_all(b"".join(writer.finish()))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise _gone("closed the main channel", steps) from error
         steps.reach("state-sent")
-        loaded = await channel.receive("loaded")
+    if patience.cancelled_caught:
+        raise _late(transfer)
+
+
+async def _loaded(transfer: Transfer, watch: Stopwatch, limit: float) -> None:
+    with trio.move_on_at(limit) as patience:
+        loaded = await transfer.channel.receive("loaded")
         watch.lap("send", loaded.body.get("received-ns"))
         watch.lap("load", loaded.body.get("loaded-ns"))
         watch.lap("answer")
-        steps.reach("loaded")
+        transfer.steps.reach("loaded")
     if patience.cancelled_caught:
-        raise _gone(f"did not load the state within {transfer.limits.loading:g} s", steps)
+        raise _late(transfer)
+
+
+def _late(transfer: Transfer) -> CprPeerGone:
+    return _gone(f"did not load the state within {transfer.limits.loading:g} s", transfer.steps)
 
 
 def _gone(what: str, steps: Steps) -> CprPeerGone:

@@ -9,7 +9,7 @@ import trio
 
 from vmm.errors import VmmError, leaves
 from vmm.kvm.exits import Stop
-from vmm.phases.starting_gates import GivenUp, StartingGates
+from vmm.phases.gates import Exits, GivenUp, StartingGates
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -30,10 +30,13 @@ class GuestCpu(Protocol):
     def has_thread(self) -> bool:
         """Whether it runs on a thread of its own, which may wait in `entered`."""
 
-    async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
+    async def run(
+        self, threads: trio.CapacityLimiter, *, entered: Callable[[], object], left: Callable[[Stop], object]
+    ) -> Stop:
         """Run it until it is kicked or cannot go on. `entered` is called just before it begins, on any thread.
 
-        If `entered` raises, that comes out, and nothing has begun.
+        If `entered` raises, that comes out, and nothing has begun. `left` is called on its thread, if it has one, when
+        it is out, with what `run` will return.
         """
 
     def kick(self) -> None:
@@ -56,6 +59,7 @@ class VcpuGang:
         self._entered = trio.Event()
         self._first_entry = 0
         self._gates: StartingGates | None = None
+        self._exits = Exits(0)
 
     @property
     def running(self) -> bool:
@@ -105,6 +109,7 @@ class VcpuGang:
         assert not self._inside
         self._all_out = trio.Event()
         self._entered = trio.Event()
+        self._exits = Exits(len(self.vcpus))
         self._inside = len(self.vcpus)
         self._stopping = False
         for vcpu in self.vcpus:
@@ -140,18 +145,32 @@ class VcpuGang:
 
     async def stop(self) -> None:
         """Take every vCPU out of the guest; when this returns, no KVM_RUN is under way and no I/O half done."""
+        self._kick_all()
+        await self._all_out.wait()
+
+    async def halt(self) -> None:
+        """Do as `stop` does, and return as soon as the threads are out: their tasks end later.
+
+        For the beginning of a pause: the loop is kept for a moment, in place of a turn of it or two for each vCPU.
+        `stop` must come before another start.
+        """
+        self._kick_all()
+        threads = all(vcpu.has_thread for vcpu in self.vcpus)
+        if not (threads and self._inside and self._exits.are_all_kicked()):
+            await self._all_out.wait()
+
+    def _kick_all(self) -> None:
         self._give_up_waiting()
         self._stopping = True  # for those whose tasks have not had their first turn: a kick now would be forgotten
         for vcpu in self.vcpus:
             vcpu.kick()
-        await self._all_out.wait()
 
     async def _run(self, vcpu: GuestCpu, gates: StartingGates | None) -> None:
         stop = Stop("kicked", "", {})
         try:
             if not self._stopping:
                 entered = self._note_entry(trio.lowlevel.current_trio_token(), gates)
-                stop = await vcpu.run(self._threads, entered=entered)
+                stop = await vcpu.run(self._threads, entered=entered, left=self._exits.note)
         except* GivenUp:
             pass
         except* VmmError as group:

@@ -24,8 +24,10 @@ class IdleCpu:
         self.index: Final = index
         self._kicked = trio.Event()
 
-    async def run(self, _threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
-        """Wait until kicked. Calls `entered` first."""
+    async def run(
+        self, _threads: trio.CapacityLimiter, *, entered: Callable[[], object], left: Callable[[Stop], object]
+    ) -> Stop:
+        """Wait until kicked. Calls `entered` first, and `left` never: it has no thread."""
         self._kicked = trio.Event()
         entered()
         await self._kicked.wait()

@@ -1,12 +1,18 @@
-"""Where the threads of vCPUs wait for a guest that is not theirs to run yet."""
+"""Where the threads of vCPUs wait for a guest that is not theirs to run yet, and where they are seen to leave it.
+
+For both ends of the guest's pause. The loop waits here for threads without a turn of its own, at most for a moment.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import Final, final
+from typing import TYPE_CHECKING, Final, final
 
 import trio
+
+if TYPE_CHECKING:
+    from vmm.kvm.exits import Stop
 
 _MOMENT: Final = 0.002
 """Seconds that the loop waits at most for threads that were let in: as long as they need, and no longer where the host
@@ -77,3 +83,27 @@ class StartingGates:
         """Wait a moment for all that were let in; return when the first of them was about to enter, if it was."""
         self._all_passed.acquire(timeout=_MOMENT)
         return self._entries[0] if self._entries else None
+
+
+@final
+class Exits:
+    """Counts threads that have left the guest."""
+
+    def __init__(self, parties: int) -> None:
+        self._parties: Final = parties
+        self._stops: Final[list[Stop]] = []
+        self._all: Final = threading.Lock()
+        self._all.acquire()
+
+    def note(self, stop: Stop) -> None:
+        """Note that a thread is out, and why. Called once on each."""
+        self._stops.append(stop)
+        if len(self._stops) == self._parties:
+            self._all.release()
+
+    def are_all_kicked(self) -> bool:
+        """Wait a moment for all of them; say whether they are out, and for no reason but a kick."""
+        if not self._all.acquire(timeout=_MOMENT):
+            return False
+        self._all.release()
+        return all(stop.reason == "kicked" for stop in self._stops)

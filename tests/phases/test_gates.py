@@ -9,11 +9,13 @@ import pytest
 import trio
 
 from vmm.kvm.exits import Stop
-from vmm.phases.starting_gates import GivenUp, StartingGates
+from vmm.phases.gates import Exits, GivenUp, StartingGates
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vmm.kvm.exits import StopReason
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -28,22 +30,30 @@ class ThreadCpu:
     thread_id: int = 0
     has_thread: bool = True
     guest_ran: bool = False
+    ends: StopReason = "kicked"
     _kicked: threading.Event = attrs.Factory(threading.Event)
 
-    async def run(self, threads: trio.CapacityLimiter, *, entered: Callable[[], object]) -> Stop:
+    async def run(
+        self, threads: trio.CapacityLimiter, *, entered: Callable[[], object], left: Callable[[Stop], object]
+    ) -> Stop:
         self._kicked.clear()
+        stop = Stop(self.ends, "", {})
 
         def guest() -> None:
             entered()
             self.guest_ran = True
             self._kicked.wait()
+            left(stop)
 
         async with trio.open_nursery():
             await trio.to_thread.run_sync(guest, limiter=threads)
-        return Stop("kicked", "", {})
+        return stop
 
     def kick(self) -> None:
         self._kicked.set()
+
+
+KICKED = Stop("kicked", "", {})
 
 
 def failed(_cpu: object, stop: Stop) -> None:
@@ -131,3 +141,51 @@ async def test_a_cancel_sends_a_gang_home_that_stands_by() -> None:
         await vcpus.stand_by()
         nursery.cancel_scope.cancel()
     assert not any(cpu.guest_ran for cpu in cpus)
+
+
+async def test_a_gang_is_halted_before_its_tasks_have_ended_and_starts_again_once_they_have() -> None:
+    vcpus, _ = gang()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(vcpus.serve)
+        vcpus.start_nowait()
+        await vcpus.entered()
+        await vcpus.halt()
+        await vcpus.stop()
+        assert not is_running(vcpus)
+        vcpus.start_nowait()
+        await vcpus.entered()
+        await vcpus.stop()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_gang_that_has_not_begun_is_halted_all_the_same() -> None:
+    vcpus, cpus = gang()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(vcpus.serve)
+        await vcpus.halt()
+        vcpus.start_nowait()  # and halted before the first turn of its tasks
+        await vcpus.halt()
+        assert not any(cpu.guest_ran for cpu in cpus)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_vcpu_that_fails_as_it_is_halted_is_heard_of_before() -> None:
+    cpu = ThreadCpu(0, ends="internal-error")
+    heard: list[Stop] = []
+    vcpus = VcpuGang([cpu], lambda _, stop: heard.append(stop))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(vcpus.serve)
+        vcpus.start_nowait()
+        await vcpus.entered()
+        await vcpus.halt()
+        assert [stop.reason for stop in heard] == ["internal-error"]
+        nursery.cancel_scope.cancel()
+
+
+def test_exits_are_seen_when_all_are_out_and_as_often_as_asked() -> None:
+    exits = Exits(2)
+    exits.note(KICKED)
+    assert not exits.are_all_kicked()
+    exits.note(KICKED)
+    assert exits.are_all_kicked()
+    assert exits.are_all_kicked()
