@@ -179,8 +179,10 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
     try:
         async with migrating.child("quiesced") as phase:
             watch = Stopwatch()
-            # What happens is told while the destination loads: until then nothing here has time for it.
-            host.events.hold()
+            if not transfer.sessions:
+                # What happens is told while the destination loads: until then nothing here has time for it. Clients
+                # that go along take what they have been told with them.
+                host.events.hold()
             progress.pause_begins()
             ran = run.gang.running
             # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
