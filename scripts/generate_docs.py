@@ -63,6 +63,11 @@ MARKED: Final = re.compile(
     r"<!-- generated: (?P<name>[a-z-]+) -->\n(?P<body>.*?)<!-- end of (?P=name) -->\n", re.DOTALL
 )
 
+OBSERVED: Final = re.compile(r"<!-- observed: (?P<name>[^>]+) -->\n(?P<body>.*?)<!-- end of (?P=name) -->\n", re.DOTALL)
+"""What the run of the tests has written: see tests/phases/fault_table.py."""
+
+SIDES: Final = (("source", SOURCE_STEPS), ("destination", DESTINATION_STEPS))
+
 
 # --- phases and tokens ------------------------------------------------------------------------------------------
 
@@ -280,8 +285,24 @@ def limits() -> str:
 
 def steps() -> str:
     """The named steps."""
-    sides = (("source", SOURCE_STEPS), ("destination", DESTINATION_STEPS))
-    return _table(("side", "steps, in order"), [(side, ", ".join(f"`{s}`" for s in names)) for side, names in sides])
+    return _table(("side", "steps, in order"), [(side, ", ".join(f"`{s}`" for s in names)) for side, names in SIDES])
+
+
+def faults() -> str:
+    """Who has the guest after each fault at each step: the observed tables of the same page, side by side."""
+    page = (DOCS / "live-update-faults.md").read_text()
+    seen = {
+        found["name"]: dict(re.findall(r"^\| `([^`]+)` \| ([^|]*?) \|", found["body"], re.MULTILINE))
+        for found in OBSERVED.finditer(page)
+    }
+    short = {"source": "S", "destination": "D", "nobody": "✗"}
+
+    def cell(owner: str) -> str:
+        return " or ".join(short[one] for one in owner.split(" or ")) if owner else ""
+
+    steps = [f"{side}:{step}" for side, names in SIDES for step in names]
+    rows = [(f"`{step}`", *(cell(seen[fault].get(step, "")) for fault in seen)) for step in steps]
+    return _table(("step", *seen), rows)
 
 
 # --- Markdown -------------------------------------------------------------------------------------------------------
@@ -297,6 +318,7 @@ PARTS: Final[Mapping[str, Callable[[], str]]] = {
     "options": options,
     "limits": limits,
     "steps": steps,
+    "faults": faults,
 }
 
 

@@ -537,6 +537,8 @@ async def test_a_binary_that_is_none_is_refused() -> None:
     [
         ("exit 3", "ended with exit status 3 before it was ready"),
         ("kill -9 $$", "was killed by signal 9 before it was ready"),
+        ("kill -SEGV $$", "was killed by signal 11 before it was ready"),
+        ("exec python3 -c 'import no_such_module' 2>/dev/null", "ended with exit status 1 before it was ready"),
         ("python3 -c 'import os; os.write('$3', b\"hello\\n\")'", None),
     ],
 )
@@ -558,10 +560,17 @@ async def test_a_binary_that_cannot_be_executed_is_told() -> None:
     async with machine() as (bench, _):
         binary = bench.folder / "successor"
         binary.write_text("#!/nowhere/interpreter\n")
-        binary.chmod(0o755)
         done = await update(bench, "--binary", str(binary))
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"trio-vmm: Cannot start {binary}: No such file or directory\n"
+        assert done.stderr == f"trio-vmm: --binary: '{binary}' is not the path of an executable trio-vmm\n"
+        binary.chmod(0o755)
+        for content, reason in (
+            (b"#!/nowhere/interpreter\n", "No such file or directory"),
+            (b"\x7fELF, and nothing else", "Exec format error"),
+        ):
+            binary.write_bytes(content)
+            done = await update(bench, "--binary", str(binary))
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr == f"trio-vmm: Cannot start {binary}: {reason}\n"
 
 
 async def test_a_machine_that_is_not_there_cannot_be_updated() -> None:

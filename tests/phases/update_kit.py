@@ -10,7 +10,7 @@ import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
 import attrs
 import trio
@@ -22,7 +22,7 @@ from vmm.qmp_client import MonitorGone, QmpClient, qmp_session
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncGenerator, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 PROGRAM: Final = (sys.executable, "-m", "vmm")
 GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16")
@@ -131,12 +131,25 @@ class Console:
             self._client.close()
 
 
+class Child(Protocol):
+    """A child process; a `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+
 @final
 @attrs.define(eq=False)
 class Process:
     """One VMM."""
 
-    popen: subprocess.Popen[bytes]
+    popen: Child
     qmp: str
     """Path of a monitor of its own."""
     log: Path
@@ -195,9 +208,13 @@ class Process:
 class Bench:
     """Where a test's processes and files are. At its end all processes are killed."""
 
-    def __init__(self, folder: Path, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, folder: Path, stack: AsyncExitStack, spawn: Callable[[Sequence[str], Path], Child] | None = None
+    ) -> None:
+        """Args: `spawn` starts `trio-vmm ARGUMENTS` with its standard error in a file; None runs the program."""
         self.folder = folder
         self._stack = stack
+        self._spawn = spawn
         self._processes: list[Process] = []
         self.qmp = str(folder / "machine")
         """The machine's own monitor, which moves with it."""
@@ -207,13 +224,20 @@ class Bench:
         number = len(self._processes)
         path = qmp or str(self.folder / f"qmp{number}")
         log = self.folder / f"log{number}"
-        with log.open("wb") as file:
-            command = [*PROGRAM, "run", "-qmp", f"unix:{path}", *options]
+        arguments = ["run", "-qmp", f"unix:{path}", *options]
+        if self._spawn is not None:
+            process = Process(self._spawn(arguments, log), path, log)
+        else:
             environment = {**os.environ, "NOTIFY_SOCKET": str(notify)} if notify is not None else None
-            popen = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, env=environment
-            )
-        process = Process(popen, path, log)
+            with log.open("wb") as file:
+                popen = subprocess.Popen(
+                    [*PROGRAM, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=file,
+                    env=environment,
+                )
+            process = Process(popen, path, log)
         self._processes.append(process)
         return process
 
@@ -282,11 +306,13 @@ def channels(main: str, cpr: str) -> list[dict[str, Any]]:
 
 
 @asynccontextmanager
-async def open_bench() -> AsyncGenerator[Bench, None]:
+async def open_bench(
+    spawn: Callable[[Sequence[str], Path], Child] | None = None,
+) -> AsyncGenerator[Bench, None]:
     """Open a bench in a new directory, whose path is short enough for sockets; at the end nothing of it is left."""
     with tempfile.TemporaryDirectory(prefix="vmm-") as folder:
         async with AsyncExitStack() as stack:
-            bench = Bench(Path(folder), stack)
+            bench = Bench(Path(folder), stack, spawn)
             try:
                 yield bench
             except BaseException as error:
