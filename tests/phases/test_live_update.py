@@ -762,3 +762,33 @@ async def test_a_serial_socket_is_no_monitor() -> None:
         done = await update(bench, qmp=path)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr.startswith(f"trio-vmm: What answers at {path} is no QMP monitor: it says ")
+
+
+@final
+class Gone:
+    """A session of a process that has ended."""
+
+    peer_pid = 7
+
+    async def execute(self, command: str) -> None:
+        await trio.lowlevel.checkpoint()
+        raise MonitorGone(path="nowhere")
+
+
+async def test_of_a_new_process_that_took_the_guest_and_ended_and_of_an_old_one_that_stays_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone: Any = Gone()
+    handover = cli_update._HandOver(gone, gone, gone, [])
+    with pytest.raises(cli_update.UpdateUnclear) as caught:
+        await handover._tell_of_a_lost_source(MonitorGone(path="nowhere"))
+    assert caught.value.reason == "the new process ended when it had taken over, and the guest with it"
+    await handover.ended()  # it has, or is of another namespace
+    monkeypatch.setattr(cli_update, "ENDING", 0)
+    with closing(handover):
+        handover._old = os.pidfd_open(os.getpid())
+        with pytest.raises(cli_update.UpdateUnclear) as caught:
+            await handover.ended()
+    assert caught.value.reason == (
+        "the guest goes on in the new process, 7, but the old one, 7, has not ended within 0 s"
+    )

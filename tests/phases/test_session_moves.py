@@ -11,12 +11,14 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.monitor.fakes import VERSION, Bench, bench
 from vmm.capabilities import OBSERVE
-from vmm.errors import StateRejected
+from vmm.deferral import Deferral
+from vmm.errors import MigrationRefused, StateRejected
 from vmm.monitor.session import SessionOptions
 from vmm.monitor.unix import qmp_monitor
+from vmm.phases import session_moves
 from vmm.phases.luggage import Luggage
 from vmm.phases.session_moves import VERSION as PRESENT
-from vmm.phases.session_moves import MovingSessions
+from vmm.phases.session_moves import MovingSessions, come_to_rest, go_on
 from vmm.phases.session_state import MonitorState
 
 if TYPE_CHECKING:
@@ -161,3 +163,18 @@ async def test_clients_that_stay_have_no_section() -> None:
 
 def test_the_version_of_a_section_is_that_of_its_class() -> None:
     assert MonitorState.SCHEMA.version == PRESENT
+
+
+async def test_a_command_that_does_not_finish_holds_an_update_off_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_moves, "_REST", 0)
+    async with bench() as it:
+        await it.client.negotiate()
+        await it.client.send({"execute": "slow"})
+        await it.executor.begun.wait()
+        leaving, deferral = moving(it, it.monitor), Deferral()
+        with pytest.raises(MigrationRefused) as caught:
+            await come_to_rest([leaving], deferral)
+        assert str(caught.value) == "migrate: a command of qmp0/1 did not finish within 0 s"
+        it.executor.release.set()
+        go_on([leaving], deferral)
+        assert await it.client.receive() == {"return": {}}
