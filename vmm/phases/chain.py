@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Union, final, get_args, get_origin, get_type_hints
 
 import attrs
@@ -37,13 +38,7 @@ class PhaseFacts:
         """Return the kinds that the phase grants, in the order of its grants class."""
         if self.grants is None:
             return ()
-        hints = get_type_hints(self.grants)
-        return tuple(
-            kind
-            for field in attrs.fields(self.grants)
-            for kind in _members(hints[field.name])
-            if isinstance(kind, type) and issubclass(kind, Token)
-        )
+        return _granted(self.grants)  # type: ignore[arg-type]  # a class is hashable
 
     def grants_for(self, need: Need) -> bool:
         """Say whether the phase's window would satisfy `need`."""
@@ -51,6 +46,18 @@ class PhaseFacts:
             kind in need.kinds and (need.scope is None or need.scope in self.scopes.get(kind.wire_name, (need.scope,)))
             for kind in self.kinds()
         )
+
+
+@cache
+def _granted(grants: type[Any]) -> tuple[type[AnyToken], ...]:
+    """Evaluating annotations takes most of the time of a list of all commands, and nothing about them changes."""
+    hints = get_type_hints(grants)
+    return tuple(
+        kind
+        for field in attrs.fields(grants)
+        for kind in _members(hints[field.name])
+        if isinstance(kind, type) and issubclass(kind, Token)
+    )
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
