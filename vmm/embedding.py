@@ -120,7 +120,7 @@ async def machine(
     """
     if start is None:
         made = recipe if isinstance(recipe, Recipe) else Recipe.from_json("of the embedding program", list(recipe))
-        start = Start(made, embedded=True)
+        start = Start(made)
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
 

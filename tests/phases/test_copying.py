@@ -36,6 +36,7 @@ from vmm.errors import (
     MigrationRefused,
     ResourcesMissing,
     TokenNotGranted,
+    Unsupported,
     VmmError,
 )
 
@@ -387,8 +388,9 @@ async def test_a_migration_that_is_refused_before_it_begins_has_not_touched_its_
         {"execute": "finish-machine-init"},
     ]
     async with vmm.machine(steps) as source:
-        with pytest.raises(MigrationRefused, match="accelerator qtest executes nothing"):
-            await source.execute("migrate", uri=f"file:{path}")
+        wanted = [{"capability": "xbzrle", "state": True}]
+        with pytest.raises(Unsupported, match="'xbzrle' is not supported here"):
+            await source.execute("migrate", uri=f"file:{path}", capabilities=wanted)
     assert os.listdir(tmp_path) == (["state"] if there else [])
     assert not there or path.read_bytes() == b"yesterday's guest"
 

@@ -224,8 +224,8 @@ async def test_a_process_that_is_not_the_machines_alone_does_not_become_another(
         with pytest.raises(CommandFailed) as caught:
             await client.execute("migrate", parameters={"mode": "cpr-exec", "cpr-exec-command": RUN})
         assert caught.value.desc == (
-            "migrate: mode cpr-exec replaces the program of a process, and this one is not the machine's alone; "
-            "use cpr-transfer"
+            "migrate: the machine runs inside another program, whose process is not its own to replace; "
+            "use mode cpr-transfer"
         )
 
 

@@ -137,6 +137,7 @@ async def test_a_process_that_is_not_the_machines_alone_is_not_kept(tmp_path: Pa
         with pytest.raises(CommandFailed) as caught:
             await hand_over(made, client, 1, x_keep_source=True)
         assert caught.value.desc == (
-            "migrate: x-keep-source leaves a process waiting, and this one is not the machine's alone; leave it off"
+            "migrate: the machine runs inside another program, whose process cannot stand by for it; "
+            "turn x-keep-source off"
         )
         assert (await client.execute("query-status"))["running"]

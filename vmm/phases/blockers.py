@@ -24,12 +24,12 @@ def blocked_reasons(host: Host, parameters: Mapping[str, Any]) -> list[str]:
     """Return why the machine cannot move in the way that `parameters` say; empty if it can.
 
     Args:
-        parameters: migration parameters, of which `mode` and `migrate-sessions` count.
+        parameters: migration parameters, of which `mode`, `migrate-sessions` and `x-keep-source` count.
     """
     mode = parameters.get("mode", "normal")
     if mode not in ("cpr-transfer", "cpr-exec"):
         return []  # A copy leaves to this process all that is the host's.
-    found = [*_of_this_program(host, mode), *_of_descriptors(host.tree.view(FdSets)), *_of_qtests(host)]
+    found = [*_of_this_program(host, parameters), *_of_descriptors(host.tree.view(FdSets)), *_of_qtests(host)]
     if parameters.get("migrate-sessions"):
         found += _of_sessions(host)
     return found
@@ -42,9 +42,14 @@ def require_unblocked(command: str, host: Host, parameters: Mapping[str, Any]) -
         raise MigrationRefused(reason=f"{command}: {'; '.join(reasons)}")
 
 
-def _of_this_program(host: Host, mode: str) -> Iterator[str]:
-    if mode == "cpr-exec" and host.start.embedded:
+def _of_this_program(host: Host, parameters: Mapping[str, Any]) -> Iterator[str]:
+    executes, keeps = parameters["mode"] == "cpr-exec", parameters.get("x-keep-source")
+    if executes and not host.start.own_process:
         yield "the machine runs inside another program, whose process is not its own to replace; use mode cpr-transfer"
+    elif executes and keeps:
+        yield "mode cpr-exec leaves no process that x-keep-source could keep; turn x-keep-source off"
+    elif keeps and not host.start.own_process:
+        yield "the machine runs inside another program, whose process cannot stand by for it; turn x-keep-source off"
 
 
 def _of_descriptors(sets: FdSets) -> Iterator[str]:

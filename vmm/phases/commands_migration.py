@@ -135,7 +135,7 @@ def migrate(
     state.check(wishes)
     mode = wishes.parameters.get("mode", state.parameters.mode)
     if mode == "cpr-exec":
-        return may.start(_exec_plan(args, state, wishes, query, host))
+        return may.start(_exec_plan(args, state, wishes, host))
     channels = outgoing_channels(args.uri, args.channels)
     if mode in ("normal", "cpr-reboot"):
         if channels.cpr is not None:
@@ -152,21 +152,13 @@ def migrate(
     return may.start(TransferPlan(Channels(main, cpr), sessions, wishes))
 
 
-def _exec_plan(
-    args: Migrate, state: MigrationState, wishes: Wishes, query: MayQuery, host: MayOpenHostFile | None
-) -> ExecPlan:
+def _exec_plan(args: Migrate, state: MigrationState, wishes: Wishes, host: MayOpenHostFile | None) -> ExecPlan:
     from vmm.phases.executing import ExecPlan  # Likewise.
 
     if args.uri is not None or args.channels is not None:
         outgoing_channels(args.uri, args.channels)  # QEMU's clients name a file; none is needed
     if host is None:
         reason = "migrate: mode cpr-exec takes may-open-host-file, which this session is not lent; use cpr-transfer"
-        raise MigrationRefused(reason=reason)
-    if not query.view(Host).start.own_process:
-        reason = "migrate: mode cpr-exec replaces the program of a process, and this one is not the machine's alone"
-        raise MigrationRefused(reason=f"{reason}; use cpr-transfer")
-    if wishes.parameters.get("x-keep-source", state.parameters["x-keep-source"]):
-        reason = "migrate: mode cpr-exec leaves no process that x-keep-source could keep; turn x-keep-source off"
         raise MigrationRefused(reason=reason)
     plan = ExecPlan(wishes.parameters.get("cpr-exec-command", state.parameters["cpr-exec-command"]), wishes)
     plan.check()

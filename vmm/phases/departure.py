@@ -32,7 +32,7 @@ class Departure:
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
         """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
         with closing(plan):
-            self._require_unblocked("x-cpr-check", "cpr-transfer", plan.sessions)
+            self._require_unblocked("x-cpr-check", "cpr-transfer", plan)
             return await ask_destination(self._run.machine, plan)
 
     def start(self, plan: TransferPlan | ExecPlan | CopyPlan) -> Awaitable[None]:
@@ -44,18 +44,20 @@ class Departure:
         with ExitStack() as undo:
             undo.callback(plan.close)
             if isinstance(plan, TransferPlan):
-                self._require_unblocked("migrate", "cpr-transfer", plan.sessions)
+                self._require_unblocked("migrate", "cpr-transfer", plan)
             elif isinstance(plan, ExecPlan):
-                sessions = bool(self._run.machine.made.migration.parameters["migrate-sessions"])
-                self._require_unblocked("migrate", "cpr-exec", sessions)
+                self._require_unblocked("migrate", "cpr-exec", plan)
             undo.pop_all()
         turn = self._inbox.post(plan, until="migrating")
         turn.on_settled(lambda: plan.close() if turn.failed else None)
         return turn
 
-    def _require_unblocked(self, command: str, mode: str, sessions: bool) -> None:
-        host = self._run.machine.made.host
-        require_unblocked(command, host, {"mode": mode, "migrate-sessions": sessions})
+    def _require_unblocked(self, command: str, mode: str, plan: TransferPlan | ExecPlan) -> None:
+        made, given = self._run.machine.made, plan.wishes.parameters
+        asked = {
+            name: given.get(name, made.migration.parameters[name]) for name in ("migrate-sessions", "x-keep-source")
+        }
+        require_unblocked(command, made.host, {"mode": mode, **asked})
 
     def undo(self) -> Awaitable[None]:
         """Post the guest's return. Raises `MigrationRefused` if no process is kept for it."""

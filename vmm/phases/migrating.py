@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Turn
     from vmm.phases.assembly import Precreated
-    from vmm.phases.foundation import Host
     from vmm.phases.machine import Machine
     from vmm.phases.running import Run
 
@@ -149,7 +148,7 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
         closing(OwnershipCell.create()) as cell,
     ):
         # All that is needed to take the guest back is there before it goes.
-        berth = stack.enter_context(closing(_berth(made.host))) if migration.parameters["x-keep-source"] else None
+        berth = stack.enter_context(closing(Berth.bind())) if migration.parameters["x-keep-source"] else None
         async with running.child("migrating") as phase:
             steps.reach("connected")
             canceller = _Canceller(cell)
@@ -208,13 +207,6 @@ async def _connect_main(address: SocketAddress, channel: CprChannel, limits: Cpr
         with trio.move_on_after(_DYING):
             await channel.watch()
         raise
-
-
-def _berth(host: Host) -> Berth:
-    if not host.start.own_process:
-        reason = "migrate: x-keep-source leaves a process waiting, and this one is not the machine's alone"
-        raise MigrationRefused(reason=f"{reason}; leave it off")
-    return Berth.bind()
 
 
 async def _finish(channel: CprChannel, progress: MigrationProgress, made: Precreated, berth: Berth | None) -> bool:

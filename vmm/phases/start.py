@@ -57,8 +57,6 @@ class Start:
     stderr: int | None = None
     """Descriptor of this process's standard error: handed to a successor, and replaced by a predecessor's. None where
     it is not the machine's alone, as in an embedding program."""
-    embedded: bool = False
-    """Whether the process is another program's, which outlives the machine."""
     autostart: bool = True
     """Whether a guest that comes in, and ran where it was, runs here at once (`-S`: not before `cont`)."""
     begun: Callable[[], None] | None = None
