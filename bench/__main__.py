@@ -18,7 +18,9 @@ from bench.machines import ROOT, BenchFailed, find_qemu
 
 LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 
-FIGURES: Final = ("pause", "start", "build", "latency", "roundtrips", "serial")
+FIGURES: Final = (
+    "pause", "row", "vcpus", "descriptors", "response", "start", "build", "latency", "roundtrips", "serial",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,6 +83,7 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
     from bench.roundtrips import measure_roundtrips
     from bench.serial import measure_serial
     from bench.start import measure_start
+    from bench.updates import MANY, measure_descriptors, measure_response, measure_row, measure_vcpus
 
     qemu = find_qemu()
     placements = Placements.here()
@@ -108,8 +111,20 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
         if "pause" in figures:
             _say("pause")
             floor = build("floor", folder)
-            rounds = 1 if quick else 15
+            rounds = 1 if quick else 9
             results["pause"] = measure_pause(rounds, qemu, floor, placements, folder, resident=not quick)
+        if "row" in figures:
+            _say("row")
+            results["row"] = measure_row(2 if quick else 1000, build("floor", folder), folder)
+        if "vcpus" in figures:
+            _say("vcpus")
+            results["vcpus"] = measure_vcpus(1 if quick else 15, folder)
+        if "descriptors" in figures:
+            _say("descriptors")
+            results["descriptors"] = measure_descriptors(1 if quick else 15, 100 if quick else MANY, folder)
+        if "response" in figures:
+            _say("response")
+            results["response"] = measure_response(1 if quick else 9, folder)
     return results
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.chart import STAGES, pause_chart
 from bench.machines import ROOT, BenchFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 BEGIN: Final = "<!-- python -m bench --write: begin -->"
@@ -16,15 +17,6 @@ END: Final = "<!-- python -m bench --write: end -->"
 NEEDED: Final = ("pause", "start", "roundtrips", "serial")
 """Figures without which there is no table. Any other has its rows once it was measured."""
 
-_STAGES: Final = {
-    "stop": "vCPUs out",
-    "quiesce": "chardevs at rest",
-    "save": "state read",
-    "send": "state sent",
-    "load": "state loaded",
-    "answer": "destination's answer back",
-    "resume": "owner changed, guest entered",
-}
 _PLACES: Final = {"unpinned": "on all CPUs", "one_cpu": "on one CPU"}
 _ASKED: Final = {
     "waiting": "awaits a source",
@@ -46,6 +38,7 @@ def readme_table(results: Mapping[str, Any]) -> str:
     for size, found in pause["ours"]["unpinned"].items():
         rows.append((f"the same as the guest sees it, {size}", _ms(found["guest_pause"]), qemus, ""))
     rows.append(("the machine's own speed: the same in bare C", _ms(pause["floor"]["unpinned"]["total"]), "", ""))
+    rows += _updates(results)
     for kind, what in _KINDS.items():
         rows.append((f"exec to the QMP greeting, {what}", *_pair(start[kind], "greeting_ms", _ms)))
         if kind == "monitor":
@@ -76,6 +69,29 @@ def readme_table(results: Mapping[str, Any]) -> str:
     return _markdown(rows) + "\n" + _provenance(results)
 
 
+def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of the figures of `bench/updates.py` that were measured."""
+    if "row" in results:
+        row = results["row"]
+        what = f"{row['updates']:,} updates of one guest in a row"
+        by_floor = f"{_digits(row['ratio']['median'])} times bare C"
+        yield f"{what}, pause", _ms(row["pause"]["total"]), "", by_floor
+        yield f"{what}, 99th percentile of 200", _ms(row["p99"]), "", ""
+        for name, unit in (("private_mib", "MiB private"), ("descriptors", "descriptors"), ("threads", "threads")):
+            held = " to ".join(f"{row[when][name]:.1f}".removesuffix(".0") for when in ("first", "last"))
+            yield f"{what}, what the first and the last process hold", f"{held} {unit}", "", ""
+    for figure, first, second, what in (
+        ("vcpus", "one", "eight", "pause with 8 vCPUs"),
+        ("descriptors", "few", "many", "pause with 7,500 descriptors going over"),
+    ):
+        if figure in results:
+            found = results[figure]
+            beside = {"one": "with 1", "few": "with 10"}[first]
+            yield what, _ms(found[second]["total"]), "", f"{_digits(found['ratio']['median'])} times that {beside}"
+    if "response" in results:
+        yield "`migrate` to RESUME, the successor waiting", _ms(results["response"]["resume_ms"]), "", ""
+
+
 def benchmarks_tables(results: Mapping[str, Any]) -> str:
     """Return what docs/benchmarks.md has beyond the README: the stages of a pause, and what a start consists of."""
     pause, start = results["pause"], results["start"]
@@ -85,10 +101,10 @@ def benchmarks_tables(results: Mapping[str, Any]) -> str:
         floor = pause["floor"][place]
         rows = [(f"both processes {where}, ms", *(f"{size}" for size in sizes), "bare C")]
         for stage in next(iter(sizes.values())):
-            if stage not in _STAGES:
+            if stage not in STAGES:
                 continue
             cells = (_digits(found[stage]["median"]) for found in sizes.values())
-            rows.append((_STAGES[stage], *cells, _digits(floor[stage]["median"]) if stage in floor else ""))
+            rows.append((STAGES[stage][0], *cells, _digits(floor[stage]["median"]) if stage in floor else ""))
         for name, what in (
             ("total", "**pause, STOP to RESUME**"),
             ("guest_pause", "**pause as the guest sees it**"),
@@ -124,8 +140,12 @@ DOCUMENTS: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
 }
 
 
+CHART: Final = ROOT / "docs" / "pause.svg"
+
+
 def write(results: Mapping[str, Any]) -> None:
-    """Put the tables into the documents."""
+    """Put the tables into the documents, and the picture beside them."""
+    CHART.write_text(pause_chart(results))
     for name, table in DOCUMENTS.items():
         path = ROOT / name
         before, _, after = split(path)

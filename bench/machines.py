@@ -102,13 +102,23 @@ class Monitor:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def last(self, name: str) -> dict[str, Any]:
-        """Read until the machine closes the session, and return the last event `name`."""
-        found = [message for message in map(json.loads, self._file) if message.get("event") == name]
+    def wait_for(self, name: str) -> dict[str, Any]:
+        """Read until event `name` comes, and return it."""
+        while (message := self._read()).get("event") != name:
+            pass
+        return message
+
+    def last(self, name: str, *, until: str) -> dict[str, Any]:
+        """Read until event `until`, or until the machine closes the session; return the last event `name` before."""
+        found: dict[str, Any] = {}
+        for message in map(json.loads, self._file):
+            if message.get("event") == name:
+                found = message
+            elif message.get("event") == until:
+                break
         if not found:
             raise BenchFailed(f"a monitor was closed without event {name}")
-        event: dict[str, Any] = found[-1]
-        return event
+        return found
 
     def close(self) -> None:
         """Leave."""

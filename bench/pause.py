@@ -76,7 +76,7 @@ def measure_pause(
                 for name, guest in guests.items():
                     found = guest.update(placements, cpu)
                     ours[placement].setdefault(name, []).append(found)
-                    bottom[placement].append(_floor(floor, cpu))
+                    bottom[placement].append(floor_of(floor, cpu))
     return {
         "qemu": None,
         "qemu_has": qemu is not None and _has_cpr_transfer(qemu, folder),
@@ -101,7 +101,7 @@ class _Guest:
         self.pid = pid
         self._qmp = qmp
         self._log = log
-        self._ram = _open_ram(pid)
+        self._ram = open_ram(pid)
         self._reader = HeartbeatReader(self._read)
         self._wait_for_ticks(TICKS)
         self._order("stop")
@@ -124,12 +124,12 @@ class _Guest:
             began = time.perf_counter()
             report = trio.run(live_update, str(self._qmp), pinned([sys.executable, "-m", "vmm"], cpu))
             whole = (time.perf_counter() - began) * 1e3
-            stopped = _moment(events.last("STOP"))
+            stopped = _moment(events.last("STOP", until="RESUME"))
         self._wait_for_ticks(TICKS)
         gaps = gaps_from(self._read, calm)
         state = self._look()
         self.pid = report.new_pid
-        ram, self._ram = self._ram, _open_ram(self.pid)
+        ram, self._ram = self._ram, open_ram(self.pid)
         os.close(ram)
         self._order("stop")
         if not state.intact:
@@ -224,7 +224,7 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _open_ram(pid: int) -> int:
+def open_ram(pid: int) -> int:
     """Open the RAM of the machine in process `pid`, by its memfd."""
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -233,7 +233,8 @@ def _open_ram(pid: int) -> int:
     raise BenchFailed(f"process {pid} has no memfd called {RAM_NAME!r}")
 
 
-def _floor(program: Path, cpu: int | None) -> dict[str, float]:
+def floor_of(program: Path, cpu: int | None) -> dict[str, float]:
+    """Run the floor once. Returns milliseconds."""
     command = pinned([str(program), str(TICKS)], cpu)
     for _ in range(ATTEMPTS):
         done = subprocess.run(command, check=False, capture_output=True, timeout=PATIENCE)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import subprocess
 import sys
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from bench.__main__ import FIGURES, LATEST
-from bench.documents import DOCUMENTS, NEEDED, benchmarks_tables, readme_table, split
+from bench.chart import QEMU, STAGES, pause_chart
+from bench.documents import CHART, DOCUMENTS, NEEDED, benchmarks_tables, readme_table, split
 from bench.machines import ROOT, BenchFailed
 from bench.series import columns, ratio, summary
 from bench.ticks import Gap
+from bench.updates import percentile, room_for
 
 
 def latest() -> dict[str, Any]:
@@ -42,6 +46,64 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 def test_a_documents_table_is_what_the_committed_results_give(name: str) -> None:
     _before, table, _after = split(ROOT / name)
     assert table == DOCUMENTS[name](latest()), "run python -m bench --write"
+
+
+def test_the_picture_of_the_pause_is_what_the_committed_results_give() -> None:
+    assert CHART.read_text() == pause_chart(latest()), "run python -m bench --write"
+
+
+def test_the_picture_is_one_and_shows_each_stage_of_each_size_beside_the_floor_and_qemu() -> None:
+    picture = ElementTree.fromstring(pause_chart(latest()))
+    bars = [bar.findtext("{*}title", "").partition(":")[0] for bar in picture.iter("{http://www.w3.org/2000/svg}rect")]
+    pause = latest()["pause"]
+    sizes = len(pause["ours"]["unpinned"])
+    for stage, (name, _colour) in STAGES.items():
+        assert bars.count(name) == sizes + (stage in pause["floor"]["unpinned"])
+    assert bars.count("QEMU") == len(QEMU)
+    texts = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert "* Not of this run: cpr-transfer, STOP to RESUME, measured once on a machine of this kind." in texts
+
+
+def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> None:
+    results = latest()
+    for figure in ("row", "vcpus", "descriptors", "response"):
+        results.pop(figure, None)
+    before = readme_table(results)
+    totals = {"total": summary([2.0, 3.0])}
+    holds = {"private_mib": 20.25, "descriptors": 30, "threads": 2}
+    results |= {
+        "row": {
+            "updates": 1000, "pause": totals, "p99": summary([7.5]), "floor": totals, "ratio": summary([6.0]),
+            "first": holds, "last": holds,
+        },
+        "vcpus": {"one": totals, "eight": totals, "ratio": summary([1.5])},
+        "descriptors": {"few": totals, "many": totals, "ratio": summary([1.25]), "counts": {"few": 10, "many": 7500}},
+        "response": {"resume_ms": summary([40.0]), "total": summary([2.0])},
+    }  # fmt: skip
+    held = "1,000 updates of one guest in a row, what the first and the last process hold"
+    rows = [line for line in readme_table(results).splitlines() if line not in before.splitlines()]
+    assert rows == [
+        "| 1,000 updates of one guest in a row, pause | 2.50 (2.00 to 3.00) ms | | 6.00 times bare C |",
+        "| 1,000 updates of one guest in a row, 99th percentile of 200 | 7.50 (7.50 to 7.50) ms | | |",
+        f"| {held} | 20.2 to 20.2 MiB private | | |",
+        f"| {held} | 30 to 30 descriptors | | |",
+        f"| {held} | 2 to 2 threads | | |",
+        "| pause with 8 vCPUs | 2.50 (2.00 to 3.00) ms | | 1.50 times that with 1 |",
+        "| pause with 7,500 descriptors going over | 2.50 (2.00 to 3.00) ms | | 1.25 times that with 10 |",
+        "| `migrate` to RESUME, the successor waiting | 40.0 (40.0 to 40.0) ms | | |",
+    ]
+
+
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (1, 2), (50, 100), (99, 198), (99.5, 199), (100, 200)])
+def test_a_percentile_is_one_of_the_values(percent: float, value: float) -> None:
+    assert percentile([float(n) for n in range(200, 0, -1)], percent) == value
+
+
+def test_more_descriptors_than_the_host_admits_are_not_measured() -> None:
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reason = rf"^{hard + 1025} descriptors are needed, and `ulimit -Hn` admits {hard}$"
+    with pytest.raises(BenchFailed, match=reason), room_for(hard + 1):
+        pass
 
 
 def test_the_committed_results_are_of_a_whole_run() -> None:
@@ -74,7 +136,8 @@ def test_an_unknown_figure_is_refused_by_name() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith(
-        "there is no figure 'speed'; there are pause, start, build, latency, roundtrips, serial\n"
+        "there is no figure 'speed'; there are pause, row, vcpus, descriptors, response, start, build, latency, "
+        "roundtrips, serial\n"
     )
 
 
