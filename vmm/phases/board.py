@@ -6,15 +6,15 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Final, final
 
 from vmm.hw import board
-from vmm.hw.acpi_pm import AcpiPm
+from vmm.hw.acpi_pm import AcpiPm, AcpiPmState
 from vmm.hw.bus import Bus
 from vmm.hw.codec import Codecs, DeviceSection
-from vmm.hw.debug_exit import DebugExit
-from vmm.hw.i8042 import I8042
+from vmm.hw.debug_exit import DebugExit, DebugExitState
+from vmm.hw.i8042 import I8042, I8042State
 from vmm.hw.irq import GsiLine
-from vmm.hw.legacy import PostCode, SystemControlA
+from vmm.hw.legacy import PostCode, PostCodeState, SystemControlA, SystemControlState
 from vmm.hw.rtc import Rtc, RtcState
-from vmm.hw.uart import Uart
+from vmm.hw.uart import Uart, UartState
 from vmm.migration.registry import StateRegistry
 from vmm.phases.guest_requests import GuestBells
 from vmm.phases.machine import Machine
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 
 SECOND: Final = 1_000_000_000  # ns
+
+STATES: Final = (
+    AcpiPmState, DebugExitState, I8042State, PostCodeState, RtcState, SystemControlState, UartState,
+)  # fmt: skip
+"""Classes of the state of a board's own devices."""
 
 
 @final
@@ -58,7 +63,7 @@ class BoardBuilder:
         self._stack = stack
         self._ports = Bus()
         self._mmio = Bus()
-        self._codecs = Codecs()
+        self._codecs = made.incoming.codecs or Codecs()
         self.state = StateRegistry()
         wiring = Wiring(
             made.host, accelerator, memory, self._ports, self._mmio, self.state, self._codecs, residents,

@@ -11,13 +11,14 @@ from vmm.errors import InvalidState, MigrationRefused, OptionInvalid, Unsupporte
 from vmm.migration.status import MigrationStatus
 from vmm.phases.differences import FIXED
 from vmm.phases.host_resources import owners
-from vmm.phases.imports import import_the_rest
+from vmm.phases.imports import compile_codecs, import_the_rest
 from vmm.phases.stream_port import StreamPort, settled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Collection, Iterable, Sequence
 
     from vmm.capabilities import HostResources
+    from vmm.hw.codec import Codecs
     from vmm.migration.channel import Channel
     from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
@@ -46,6 +47,8 @@ class IncomingPort:
         self.main: Listener | None = None
         self.streams: Final = StreamPort(precreate, host, migration, self)
         """For a guest that is copied."""
+        self.codecs: Codecs | None = None
+        """For the state of a machine that comes by a live update, which were compiled while it was awaited."""
         self.progress: MigrationProgress | None = None
         self.awaits_cpr = False
         """Whether a CPR channel is bound and nothing has arrived yet."""
@@ -70,6 +73,8 @@ class IncomingPort:
         self.require_idle()
         # Only now: most machines await nothing. What comes is to be built without a wait.
         await import_the_rest(self._host.table)
+        if self.codecs is None and len(channels) > 1:
+            self.codecs = await compile_codecs()
         self.require_idle()
         with self._migration.attempt("target", wishes):
             if [channel.channel_type for channel in channels] == ["main"]:
