@@ -107,3 +107,21 @@ def test_who_unsubscribed_is_told_nothing() -> None:
     hub.unsubscribe(found.append)
     hub.emit("STOP")
     assert found == []
+
+
+def test_what_is_held_is_told_in_order_once_it_is_released_and_remembered_before() -> None:
+    hub = EventHub([Event("STOP"), Event("RESUME")])
+    names: list[object] = []
+    hub.subscribe(lambda occurrence: names.append(occurrence.body["event"]))
+    hub.release()
+    hub.hold()
+    hub.hold()
+    hub.emit("STOP")
+    hub.emit("RESUME")
+    assert names == []
+    assert hub.last == 2
+    hub.release()
+    hub.release()
+    assert names == ["STOP", "RESUME"]
+    hub.emit("STOP")
+    assert names == ["STOP", "RESUME", "STOP"]
