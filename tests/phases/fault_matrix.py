@@ -31,6 +31,7 @@ from tests.phases.update_kit import (
     Ram,
     answering_pid,
     due,
+    hung_up,
     open_bench,
     outcome,
 )
@@ -231,6 +232,8 @@ def as_a_class(seen: Seen, step: str, fault: str) -> Seen:
         possible = EITHER[step.partition(":")[0], fault == "called off"]
         assert seen.owner in possible, seen
         return Seen(" or ".join(possible), "", "")
+    if seen.owner == "nobody" and step.startswith("destination:"):
+        return Seen("nobody", "", "")  # It may have said before its end that it runs the guest.
     return Seen(seen.owner, re.sub(r" at step '[^']*'", "", seen.told), "")
 
 
@@ -370,8 +373,16 @@ async def settled_at_source(client: QmpClient, *, replied: bool = False) -> Seen
             async with due("the reply to migrate"):
                 await client.reply("migrate")
     except CommandFailed as error:
-        return Seen("source", error.desc, "")
-    info = await outcome(client)
+        if "was cut short" not in error.desc:
+            return Seen("source", error.desc, "")
+        await hung_up(client)
+        raise MonitorGone(path="of a source that ends") from error
+    try:
+        info = await outcome(client)
+    except CommandFailed as error:
+        # It is at its end, and has unwound most of its phases.
+        await hung_up(client)
+        raise MonitorGone(path="of a source that ends") from error
     told = info.get("error-desc", "cancelled" if info["status"] == "cancelled" else "")
     lost = "nobody" if told else "destination"
     return Seen(lost if "x-pause" in info else "source", told, info["x-step"])
