@@ -82,11 +82,12 @@ def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             yield f"{what}, what the first and the last process hold", f"{held} {unit}", "", ""
     for figure, first, second, what in (
         ("vcpus", "one", "eight", "pause with 8 vCPUs"),
-        ("descriptors", "few", "many", "pause with 7,500 descriptors going over"),
+        ("descriptors", "few", "many", "pause with {many:,} descriptors going over"),
     ):
         if figure in results:
             found = results[figure]
             beside = {"one": "with 1", "few": "with 10"}[first]
+            what = what.format(**found.get("counts", {}))
             yield what, _ms(found[second]["total"]), "", f"{_digits(found['ratio']['median'])} times that {beside}"
     if "response" in results:
         yield "`migrate` to RESUME, the successor waiting", _ms(results["response"]["resume_ms"]), "", ""
