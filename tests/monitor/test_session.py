@@ -142,6 +142,47 @@ async def test_malformed_messages_are_answered_in_order_without_id() -> None:
         assert replies[1]["error"]["class"] == "GenericError"
 
 
+@pytest.mark.parametrize(
+    "begin", [b"POST / HTTP/1.1", b"\r\n\tGET /", b"\x16\x03\x01", b'"', b"[", b"\xef\xbb\xbf{}", b"}"]
+)
+async def test_who_may_be_anybody_and_begins_with_no_object_is_hung_up_on(begin: bytes) -> None:
+    asked = b'\r\n{"execute": "qmp_capabilities"}\n{"execute": "echo"}\n'
+    async with bench(SessionOptions(VERSION, anybody=True)) as it:
+        await it.client.send(begin + asked)
+        await wait_all_tasks_blocked()
+        while it.monitor.sessions:
+            await trio.lowlevel.checkpoint()
+        assert it.executor.log == []
+        (said,) = it.log
+        assert said == f"qmp0/1: the client began with {(begin + asked)[:16]!r}, which is no QMP, so it was dropped"
+
+
+async def test_who_may_be_anybody_may_begin_with_space_and_err_later() -> None:
+    async with bench(SessionOptions(VERSION, anybody=True)) as it:
+        await it.client.send(b" \r\n\t")
+        await wait_all_tasks_blocked()
+        await it.client.negotiate()
+        assert "error" in await it.client.ask(b"POST\n")
+        assert await it.client.ask({"execute": "echo"}) == {"return": {}}
+
+
+@pytest.mark.parametrize(("before", "hung_up_on"), [(b"", True), (b" \n", True), (b"{", False)])
+async def test_who_may_be_anybody_is_so_to_a_successor(before: bytes, hung_up_on: bool) -> None:
+    options = SessionOptions(VERSION, anybody=True)
+    async with bench(options) as it:
+        await it.client.receive()
+        await it.client.send(before)
+        await wait_all_tasks_blocked()
+        (session,) = it.monitor.sessions.values()
+        it.monitor.quiesce()
+        session.hold()
+        await session.rest()
+        async with successor(session, session.save(), it, options):
+            await it.client.send(b"GET\n")
+            said = await it.client.receive()
+            assert (said is None) == hung_up_on
+
+
 async def test_output_is_ascii_and_ends_in_crlf() -> None:
     async with bench() as it:
         await it.client.negotiate()
@@ -457,7 +498,9 @@ async def test_a_session_that_may_not_read_can_be_ended(way_out: str) -> None:
 
 
 @asynccontextmanager
-async def successor(session: Session, state: SessionState, it: Bench) -> AsyncGenerator[None, None]:
+async def successor(
+    session: Session, state: SessionState, it: Bench, options: SessionOptions | None = None
+) -> AsyncGenerator[None, None]:
     """Go on with a session as another process would: over a copy of its descriptor, after it was given up."""
     assert isinstance(session.transport, SocketTransport)
     copy = socket.fromfd(session.transport.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
@@ -465,7 +508,7 @@ async def successor(session: Session, state: SessionState, it: Bench) -> AsyncGe
     monitor = qmp_monitor("qmp0", it.executor, it.hub, SessionOptions(VERSION), it.log.append)
 
     def make(name: str, transport: Transport) -> Session:
-        made = Session(name, transport, it.executor, it.hub, SessionOptions(VERSION), state)
+        made = Session(name, transport, it.executor, it.hub, options or SessionOptions(VERSION), state)
         made.take_up()
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import asynccontextmanager
+from http.client import BadStatusLine, HTTPConnection
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,6 +77,36 @@ async def test_a_monitor_that_other_machines_could_reach_is_refused_by_name(
                 pass
         await client.execute("chardev-remove", id="m")
         await client.execute("quit")
+
+
+async def test_a_browser_that_a_page_has_send_requests_is_hung_up_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = b'{"execute":"qmp_capabilities"}\r\n{"execute":"quit"}\r\n'
+    async with bare(tmp_path) as (_, first):
+        await first.execute("chardev-add", id="m", backend=tcp("127.0.0.1"))
+        await first.execute("object-add", **{"qom-type": "monitor-qmp", "id": "q", "chardev": "m"})
+        port = int((await filename(first, "m")).removesuffix(",server=on").rpartition(":")[2])
+
+        def post() -> None:
+            http = HTTPConnection("127.0.0.1", port)
+            http.request("POST", "/", asked, {"Content-Type": "text/plain"})
+            try:
+                http.getresponse()
+            finally:
+                http.close()
+
+        with pytest.raises((BadStatusLine, ConnectionError)):
+            await trio.to_thread.run_sync(post)
+        said = ""
+        with trio.fail_after(20):
+            while not said.endswith("\n"):
+                await trio.lowlevel.checkpoint()
+                said += capsys.readouterr().err
+        assert said.endswith("q/1: the client began with b'POST / HTTP/1.1\\r', which is no QMP, so it was dropped\n")
+        async with session((await trio.open_tcp_stream("127.0.0.1", port)).socket) as second:
+            await second.execute("query-status")  # it is there still
+        await first.execute("quit")
 
 
 async def test_a_monitor_may_connect_to_its_client(tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ class SocketChardev(Chardev):
         return f"{self._where}{server}"
 
     @property
+    def is_tcp(self) -> bool:
+        """Whether its clients, or its only one, come by TCP."""
+        return self._tcp_ends is not None or (self._listener is not None and host_tcp.is_tcp(self._listener))
+
+    @property
     def open_to_others(self) -> str | None:
         """Where other machines can connect to the listener, if they can; for texts."""
         if self._listener is None or not host_tcp.is_tcp(self._listener) or host_tcp.on_loopback(self._listener):

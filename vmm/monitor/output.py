@@ -90,8 +90,7 @@ class Output:
             self._events += 1
             self._event_bytes += len(line)
             if self._events > self._bounds.events or self._event_bytes > self._bounds.event_bytes:
-                self.dropped = f"did not read {self._events} events ({self._event_bytes} bytes)"
-                self.hang_up()
+                self.drop(f"did not read {self._events} events ({self._event_bytes} bytes)")
         self._filled.unpark_all()
 
     def hold(self) -> None:
@@ -102,6 +101,11 @@ class Output:
         """Send again."""
         self._held = False
         self._filled.unpark_all()
+
+    def drop(self, why: str) -> None:
+        """Hang up on the client for `why`, words that follow "the client"."""
+        self.dropped = why
+        self.hang_up()
 
     def hang_up(self) -> None:
         """Close the transport and forget what is unsent."""

@@ -69,6 +69,9 @@ class SessionOptions:
     """Whether output is spread over indented lines (`qemu.qmp` can't read that)."""
     framed: bool = False
     """Whether each input is a frame, which holds one message."""
+    anybody: bool = False
+    """Whether clients may be anything that can connect to a port, a browser with a request of some web page's too. Who
+    begins with anything but a JSON object is hung up on then: a page chooses what follows, but not how that begins."""
     grant: Grant = ADMIN
     """What the clients may be lent."""
     limits: Limits = attrs.Factory(Limits)
@@ -125,6 +128,8 @@ class Session:
         self._read: Final[deque[Message | Fault]] = deque(state.waiting if state else ())
         self._negotiated = state is not None and state.negotiated
         self._oob = state is not None and state.oob
+        begun = state is not None and bool(state.negotiated or state.stream.unparsed or state.waiting)
+        self._unproven = options.anybody and not begun
         self._state: Final = state
         self._scope: Final = trio.CancelScope()
         self._under_way = 0
@@ -278,12 +283,21 @@ class Session:
             fresh = self._transport.take_descriptors()
             if fresh:
                 self.belongings.put(fresh)
-            if not data:
+            if not data or (self._unproven and not self._begins_well(data)):
                 return None
             if self._options.framed:
                 self._read.append(self._stream.feed_frame(data))
             else:
                 self._read.extend(self._stream.feed(data))
+
+    def _begins_well(self, data: bytes) -> bool:
+        """Look at the first input that is not blank, and hang up if no message can begin so."""
+        begun = data.lstrip(b" \t\r\n")[:1]
+        self._unproven = not begun
+        if begun in (b"", b"{"):
+            return True
+        self._output.drop(f"began with {data[:16]!r}, which is no QMP")
+        return False
 
     async def _take_turns(self) -> None:
         while True:

@@ -221,7 +221,7 @@ class MonitorMaker:
 
     def over_chardev(self, name: str, chardev: Chardev, *, held: bool) -> Monitor:
         """Make a monitor over a chardev; see `over_chardev`."""
-        monitor, options = self._socket_monitor(name)
+        monitor, options = self._socket_monitor(name, anybody=isinstance(chardev, SocketChardev) and chardev.is_tcp)
         moving = MovingSessions(name, monitor, self.table, self.events, options)
         return over_chardev(monitor, chardev, held=held, moving=moving)
 
@@ -229,6 +229,6 @@ class MonitorMaker:
         """Make a monitor for the one client of connected socket `fd`, which is the monitor's from here on."""
         return Monitor(self._socket_monitor(name)[0], connection=socket.socket(fileno=fd))
 
-    def _socket_monitor(self, name: str) -> tuple[SocketMonitor[Session], SessionOptions]:
-        options = SessionOptions(self.version)
+    def _socket_monitor(self, name: str, *, anybody: bool = False) -> tuple[SocketMonitor[Session], SessionOptions]:
+        options = SessionOptions(self.version, anybody=anybody)
         return qmp_monitor(name, self.table, self.events, options, self.complain), options
