@@ -1,7 +1,8 @@
 """A berth: where a guest can arrive by live update, for a process that is to be found by one other process alone.
 
 Two listening sockets, for the main and the CPR channel, under names in the abstract namespace that nobody guesses by
-chance: so nothing is left on disk, however the process ends. Who connects is checked by the hello of the channel. The
+chance: so nothing is left on disk, however the process ends. Every user can read and connect to such a name, so who
+connects is looked at: on the CPR channel before a byte is read and by its hello, on the main one when accepted. The
 sockets can be handed to a child, or be kept over the end of one machine and the start of the next in this process.
 
 Source: unix(7), abstract sockets.

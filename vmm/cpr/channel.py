@@ -328,10 +328,16 @@ class CprChannel:
         await trio.lowlevel.checkpoint()
         await self._require_admitted(hostio.peer_credentials(self._sock)[1])
 
+    def admits(self, sock: socket.socket) -> bool:
+        """Say whether `sock`, which is connected, may be the peer's as well: of the same users, where that is known."""
+        return sock.family != socket.AF_UNIX or self._admits(hostio.peer_credentials(sock)[1])
+
+    def _admits(self, uid: int) -> bool:
+        return uid in {0, os.getuid()} | self._uids
+
     async def _require_admitted(self, uid: int) -> None:
-        own = os.getuid()
-        if uid not in {0, own} | self._uids:
-            admitted = ", ".join(f"uid {one}" for one in (own, *sorted(self._uids)))
+        if not self._admits(uid):
+            admitted = ", ".join(f"uid {one}" for one in (os.getuid(), *sorted(self._uids)))
             raise await self.refuse(f"the {self.peer} runs as uid {uid}; only {admitted} and root are admitted")
 
     async def hello(self, program: str, more: Mapping[str, Any] | None = None) -> None:

@@ -44,7 +44,7 @@ async def receive_state(
                     # A source that gives up says so there, and may never say so on the main channel.
                     nursery.start_soon(channel.watch)
                     if intake is None:
-                        main = await _accepted(listener)
+                        main = await _accepted(channel, listener)
                         intake = StreamIntake(main)
                     try:
                         stream = await intake.all()
@@ -82,15 +82,18 @@ async def _early_connection(channel: CprChannel, listener: Listener) -> socket.s
             nursery.cancel_scope.cancel()
 
         nursery.start_soon(until_a_message)
-        accepted.append(await _accepted(listener))
+        accepted.append(await _accepted(channel, listener))
         nursery.cancel_scope.cancel()
     return accepted[0] if accepted else None
 
 
-async def _accepted(listener: Listener) -> socket.socket:
-    """Wait for a connection, the only one."""
-    accepted = await listener.accept()
-    listener.close()
-    sock = socket.socket(fileno=accepted.detach())
-    sock.setblocking(False)
-    return sock
+async def _accepted(channel: CprChannel, listener: Listener) -> socket.socket:
+    """Wait for a connection, the only one. Of other users none counts: anybody finds a name that is no file."""
+    while True:
+        accepted = await listener.accept()
+        sock = socket.socket(fileno=accepted.detach())
+        if channel.admits(sock):
+            listener.close()
+            sock.setblocking(False)
+            return sock
+        sock.close()
