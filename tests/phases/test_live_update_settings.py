@@ -21,10 +21,12 @@ from vmm.phases.jobs import Jobs
 from vmm.phases.luggage import Luggage
 from vmm.phases.migration_state import MigrationState
 from vmm.qmp_client import CommandFailed
+from vmm.service import ServiceManager
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vmm.monitor.events import Occurrence
     from vmm.qmp_client import QmpClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
@@ -51,6 +53,25 @@ async def test_both_sides_tell_how_long_the_guest_stood(tmp_path: Path) -> None:
         told = await concluded(new)
         assert told["status"] == "completed"
         assert told["x-pause"] == (await old.execute("query-migrate"))["x-pause"]
+
+
+async def test_the_service_manager_is_told_before_a_client_that_tells_the_old_process_to_quit(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
+        manager.bind(str(tmp_path / "manager"))
+        async with pair(tmp_path) as made, made.destination() as new, connected(made.qmp) as old:
+            source = made.machines[0]
+            source.host.service = ServiceManager.named(str(tmp_path / "manager"))
+
+            def quit_at_once(occurrence: Occurrence) -> None:
+                if occurrence.body.get("data") == {"status": "completed"}:
+                    source.host.ending.end("host-qmp-quit")
+
+            source.host.events.subscribe(quit_at_once)
+            await old.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+            await hand_over(made, old, 1)
+            await source.ended.wait()
+            assert manager.recv(100) == f"MAINPID={os.getpid()}\n".encode()
+            assert (await concluded(new))["status"] == "completed"
 
 
 async def add_fd(client: QmpClient, fd: int, **arguments: Any) -> dict[str, int]:

@@ -186,7 +186,6 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                     progress.advance(MigrationStatus.CANCELLED)
             if not cell.ours:
                 made.host.let_predecessor_go()
-                made.host.service.main_process_is(channel.peer_pid)
                 told = await _finish(channel, progress, made, berth)
                 if told and berth is not None:
                     made.host.ending.afterwards = StandBy(berth, channel.leash())

@@ -235,6 +235,8 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
                 run.lost = lost
                 run.machine.made.migration.failed(progress, lost)
             else:
+                # Before a client hears of it: it may tell this process to quit, which is not the service's end.
+                host.service.main_process_is(transfer.channel.peer_pid)
                 progress.advance(MigrationStatus.COMPLETED)
 
 
