@@ -136,7 +136,7 @@ async def _run(start: Start, role: Role | None) -> tuple[int, Afterwards | None]
             start.complain(reason)
         return 1, None
     afterwards = host.ending.afterwards
-    if afterwards is not None and host.ending.cause == "host-signal":
+    if afterwards is not None and host.ending.signalled:
         # Told to end while the guest was elsewhere: it ends there.
         afterwards.renounce()
         afterwards = None

@@ -66,7 +66,7 @@ class Role(Protocol):
 def _awaiting(berth: Berth, start: Start) -> Start:
     """Return `start` with nothing but what awaits a guest at `berth`."""
     recipe = Recipe("of a guest that comes back", (Step("migrate-incoming", {"channels": berth.occupy()}),))
-    return attrs.evolve(start, recipe=recipe, after_preconfig=None, begun=None, identity=Identity())
+    return attrs.evolve(start, recipe=recipe, after_preconfig=None, begun=None, failure="", identity=Identity())
 
 
 @final

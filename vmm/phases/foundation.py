@@ -79,6 +79,8 @@ class Ending:
     def __init__(self) -> None:
         self.cause = ""
         """QAPI ShutdownCause; empty while nobody wants the end."""
+        self.signalled = False
+        """Whether a signal asked for the end, be it after something else had."""
         self.exit_status = 0
         self.afterwards: Afterwards | None = None
         """What the process does then, besides; None for nothing. Whoever takes it up owns it."""
@@ -87,6 +89,7 @@ class Ending:
     def end(self, cause: str) -> None:
         """Cancel the innermost phase's body, and so unwind all of them."""
         self.cause = self.cause or cause
+        self.signalled = self.signalled or cause == "host-signal"
         self.scope.cancel()
 
     def guest_exits(self, status: int) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, final
 import attrs
 
 from vmm.errors import HostFileRefused, MigrationRefused, OptionInvalid, Unsupported
+from vmm.migration.address import UnixAddress
 from vmm.migration.channel import Channels, outgoing_channels
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Predecessor:
             return None
         try:
             channels = outgoing_channels(None, told.get("channels"))
-            if channels.cpr is None:
-                return None
+            if not isinstance(channels.main, UnixAddress) or not isinstance(channels.cpr, UnixAddress):
+                return None  # A number would be a descriptor of this process's.
             return cls(channel.peer_pid, str(told.get("program"))[:_NAME], channels, channel.leash())
         except (OptionInvalid, Unsupported, MigrationRefused, HostFileRefused, TypeError):
             return None
