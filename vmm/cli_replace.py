@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.cli_update import COMPLETION, UpdateFailed, UpdateUnclear, successor_command
+from vmm.cli_update import COMPLETION, KEEP, SESSIONS, UpdateFailed, UpdateUnclear, successor_command
 from vmm.errors import VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone, qmp_session
 
@@ -47,7 +47,9 @@ class ReplaceReport:
             what = f"updated: process {self.old_pid} executes the new program"
         else:
             what = f"undone: process {self.old_pid} -> {self.new_pid}"
-        totals = [pause["total"] for pause in self.pauses]
+        totals = [pause["total"] for pause in self.pauses if "total" in pause]
+        if len(totals) < (2 if self.old_pid == self.new_pid else 1):
+            return f"{what}\nthe guest's pause: not known"
         each = f" ({' + '.join(f'{total:.2f}' for total in totals)})" if len(totals) > 1 else ""
         return f"{what}\nthe guest's pause: {sum(totals):.2f} ms{each}"
 
@@ -108,7 +110,7 @@ async def _undo(path: str) -> ReplaceReport:
 async def _exec(path: str, command: list[str]) -> ReplaceReport:
     async with qmp_session(path) as client:
         old = client.peer_pid
-        parameters = {"mode": "cpr-exec", "cpr-exec-command": command, "migrate-sessions": True}
+        parameters = {"mode": "cpr-exec", "cpr-exec-command": command, SESSIONS: True, KEEP: False}
         await _ask(client, "migrate", parameters=parameters)
         info = await _settled(client, lambda: client.peer_pid == old, old)
         pauses = tuple(info[name] for name in ("x-pause-before", "x-pause") if name in info)

@@ -196,7 +196,7 @@ async def live_update(
                 raise UpdateFailed(reason="the old process is of a program that cannot wait; leave --keep out")
             if SESSIONS in known and SESSIONS in await destination.execute("query-migrate-parameters"):
                 stages = await handover.completed(
-                    {"mode": "cpr-transfer", SESSIONS: True, **({KEEP: True} if keep else {})}
+                    {"mode": "cpr-transfer", SESSIONS: True, **({KEEP: keep} if KEEP in known else {})}
                 )
                 if not keep:
                     await handover.ended()

@@ -106,6 +106,8 @@ async def ended_at_last(client: QmpClient) -> None:
 
 async def test_a_process_becomes_another_program_and_nobody_notices() -> None:
     async with started() as made:
+        # What somebody has set for other updates is not for this one.
+        await made.client.execute("migrate-set-parameters", x_keep_source=True)
         for _ in range(2):
             report = await _exec(made.bench.qmp, RUN)
             assert (report.old_pid, report.new_pid) == (made.process.pid, made.process.pid)
@@ -244,4 +246,6 @@ def test_a_report_adds_the_pauses_up() -> None:
         "updated: process 7 executes the new program\nthe guest's pause: 6.75 ms (3.25 + 3.50)"
     )
     assert ReplaceReport(7, 9, (one,)).to_text() == "undone: process 7 -> 9\nthe guest's pause: 3.25 ms"
+    assert ReplaceReport(7, 9, ()).to_text() == "undone: process 7 -> 9\nthe guest's pause: not known"
+    assert ReplaceReport(7, 7, (one,)).to_text().endswith("\nthe guest's pause: not known")
     assert ReplaceReport(7, 9, (one,)).to_json() == {"old-pid": 7, "new-pid": 9, "pauses-ms": [one]}

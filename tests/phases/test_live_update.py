@@ -454,6 +454,8 @@ async def test_the_update_command_moves_a_machine_reports_and_leaves_no_pipe_ope
         await console.beats(2)
         with closing(Ram(old.pid)) as ram:
             async with bench.session(bench.qmp) as client:
+                # What somebody has set for other updates is not for this one.
+                await client.execute("migrate-set-parameters", x_keep_source=True)
                 done = await update(bench, "--json")
                 # Whoever was connected stays so, sees what happens, and nothing of how it came about.
                 assert (await client.execute("query-status"))["running"]
