@@ -13,6 +13,8 @@ from tests.phases.update_kit import Bench, Console, Process, Ram, answering_pid,
 from tests.phases.update_pair import hand_over, pair
 from vmm.cli_replace import _forget, _undo
 from vmm.cli_update import UpdateFailed
+from vmm.cpr.channel import CprChannel
+from vmm.errors import HostFileRefused
 from vmm.qmp_client import CommandFailed
 
 if TYPE_CHECKING:
@@ -130,6 +132,19 @@ async def test_a_kept_process_that_dies_as_it_takes_the_guest_back_leaves_it_whe
         assert info["status"] == "failed"
         assert info["error-desc"].startswith("The destination closed the channel at step")
         await made.require_guest_in(made.new)
+
+
+async def test_a_process_that_cannot_be_kept_keeps_its_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leash(_channel: CprChannel) -> int:
+        raise HostFileRefused(action="duplicate", path="a descriptor", reason="Too many open files")
+
+    async with pair(tmp_path) as made, made.destination(), connected(made.qmp) as client:
+        host = made.machines[0].host
+        host.start = attrs.evolve(host.start, own_process=True)
+        monkeypatch.setattr(CprChannel, "leash", leash)
+        with pytest.raises(CommandFailed, match="Too many open files"):
+            await hand_over(made, client, 1, x_keep_source=True)
+        assert (await client.execute("query-status"))["running"]
 
 
 async def test_a_process_that_is_not_the_machines_alone_is_not_kept(tmp_path: Path) -> None:

@@ -148,7 +148,9 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
         closing(OwnershipCell.create()) as cell,
     ):
         # All that is needed to take the guest back is there before it goes.
-        berth = stack.enter_context(closing(Berth.bind())) if migration.parameters["x-keep-source"] else None
+        keeps = migration.parameters["x-keep-source"]
+        berth = stack.enter_context(closing(Berth.bind())) if keeps else None
+        kept = stack.enter_context(closing(StandBy(berth, channel.leash()))) if berth is not None else None
         async with running.child("migrating") as phase:
             steps.reach("connected")
             canceller = _Canceller(cell)
@@ -187,8 +189,8 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
             if not cell.ours:
                 made.host.let_predecessor_go()
                 told = await _finish(channel, progress, made, berth)
-                if told and berth is not None:
-                    made.host.ending.afterwards = StandBy(berth, channel.leash())
+                if told and kept is not None:
+                    made.host.ending.afterwards = kept
                     stack.pop_all()
         return not cell.ours
 
