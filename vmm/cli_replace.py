@@ -101,7 +101,7 @@ async def _forget(path: str) -> None:
 
 async def _undo(path: str) -> ReplaceReport:
     async with qmp_session(path) as client:
-        old = client.peer_pid
+        old = _process(client)
         await _ask(client, "x-cpr-undo")
         info = await _settled(client, lambda: client.peer_pid != old, old)
         return ReplaceReport(old, client.peer_pid, (info["x-pause"],) if "x-pause" in info else ())
@@ -109,7 +109,7 @@ async def _undo(path: str) -> ReplaceReport:
 
 async def _exec(path: str, command: list[str]) -> ReplaceReport:
     async with qmp_session(path) as client:
-        old = client.peer_pid
+        old = _process(client)
         parameters = {"mode": "cpr-exec", "cpr-exec-command": command, SESSIONS: True, KEEP: False}
         await _ask(client, "migrate", parameters=parameters)
         info = await _settled(client, lambda: client.peer_pid == old, old)
@@ -122,6 +122,13 @@ async def _ask(client: QmpClient, command: str, **arguments: Any) -> None:
         await client.execute(command, **arguments)
     except CommandFailed as error:
         raise UpdateFailed(reason=error.desc) from error
+
+
+def _process(client: QmpClient) -> int:
+    """Return who answers. Raises `UpdateFailed` if that cannot be known: it would not be known who has the guest."""
+    if client.peer_pid <= 0:
+        raise UpdateFailed(reason="it runs in a PID namespace that cannot be seen from here; give the command there")
+    return client.peer_pid
 
 
 async def _settled(client: QmpClient, arrived: Callable[[], bool], old: int) -> Mapping[str, Any]:

@@ -16,16 +16,15 @@ import trio
 from tests.phases.machine import connected
 from tests.phases.update_kit import PROGRAM, Bench, Console, Process, Ram, answering_pid, due, open_bench, outcome
 from tests.phases.update_pair import pair
-from vmm.cli_replace import ReplaceReport, _exec
+from vmm import hostio
+from vmm.cli_replace import ReplaceReport, _exec, _process
 from vmm.cli_update import UpdateFailed, UpdateUnclear
 from vmm.phases.afterwards import BecomeProgram
-from vmm.qmp_client import CommandFailed
+from vmm.qmp_client import CommandFailed, QmpClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
     from pathlib import Path
-
-    from vmm.qmp_client import QmpClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -238,6 +237,17 @@ def test_who_is_told_to_end_while_the_guest_is_elsewhere_ends_the_caretaker() ->
         BecomeProgram(["x"], caretaker.pid, theirs.detach()).renounce()
         assert ours.recv(1) == b""
     assert caretaker.wait() == -signal.SIGTERM
+
+
+async def test_a_process_that_cannot_be_seen_is_not_replaced() -> None:
+    ours, theirs = hostio.connected_pair()
+    with ours, theirs:
+        client = QmpClient(trio.socket.from_stdlib_socket(ours), "a test")
+        with pytest.raises(UpdateFailed) as caught:
+            _process(client)
+    assert str(caught.value).endswith(
+        ": it runs in a PID namespace that cannot be seen from here; give the command there"
+    )
 
 
 def test_a_report_adds_the_pauses_up() -> None:
