@@ -7,6 +7,7 @@ whole or not there: it is written under another name beside it. It is used up: o
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import stat
 from contextlib import contextmanager, suppress
@@ -139,18 +140,13 @@ async def save(monitor: str, target: Path, interruption: Interruption) -> str:
     """
     if os.path.isdir(target):  # noqa: ASYNC240 - as fast as what is done with it next
         raise HostFileRefused(action="write", path=str(target), reason="it is a directory, not a regular file")
-    part = target.with_name(f".{target.name}.trio-vmm-part")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # no other save's, into the same file
     async with qmp_session(monitor) as client:
         phase = (await client.execute("query-machine-phase"))["phase"]
         if phase != "machine-ready":
             reason = f"the machine at {monitor} has no guest yet; its phase is {phase}, and must be machine-ready"
             raise SaveFailed(reason=reason)
         ran = (await client.execute("query-status"))["running"]
-        try:
-            # One that was left there may have another mode, or another owner.
-            part.unlink(missing_ok=True)
-        except OSError as error:
-            raise hostio.refused("replace", str(part), error) from error
         try:
             info = await _written(client, part, interruption)
             with trio.CancelScope(shield=True):
@@ -181,7 +177,8 @@ async def _written(client: QmpClient, part: Path, interruption: Interruption) ->
 async def _migrated(client: QmpClient, part: Path, interruption: Interruption) -> dict[str, Any]:
     try:
         await client.execute(
-            "migrate", uri=f"file:{part}", parameters={"mode": "cpr-reboot"},
+            "migrate", parameters={"mode": "cpr-reboot"},
+            channels=[{"channel-type": "main", "addr": {"transport": "file", "filename": str(part), "offset": 0}}],
             capabilities=[{"capability": "x-ignore-shared", "state": True}],
         )  # fmt: skip
         info = await _outcome(client, interruption)
