@@ -26,6 +26,8 @@ from vmm.cli_save import (
     SaveInterrupted,
     SaveUnclear,
     _note_signals,
+    claimed,
+    resume_machine,
     resumed,
     save,
 )
@@ -384,6 +386,20 @@ async def test_a_file_must_be_the_operator_s_own(tmp_path: Path, monkeypatch: py
     assert refused(tmp_path) == (
         f"Cannot resume from {path}: it belongs to uid {uid}, not to uid {uid + 1}, whose machine it would be"
     )
+
+
+def test_of_two_that_resume_at_the_same_time_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(b"")
+    with claimed(str(path)) as claim:
+        with pytest.raises(SavedStateRefused) as caught:
+            resume_machine(str(path), parse())
+        assert str(caught.value) == (
+            f"Cannot resume from {path}: another process is resuming from it; its guest is that process's"
+        )
+        claim.close()  # as it does once the guest is here
+        with claimed(str(path)):
+            pass
 
 
 async def test_what_is_no_saved_machine_is_told(tmp_path: Path) -> None:

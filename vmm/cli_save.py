@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import stat
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
@@ -249,13 +249,32 @@ def resume_machine(path: str, options: argparse.Namespace) -> int:
     from vmm.process import run_process
 
     target = os.path.abspath(path)
-    recipe = resumed(target, options)
+    with claimed(target) as claim:
 
-    def used_up() -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(target)
+        def used_up() -> None:
+            with suppress(FileNotFoundError):
+                os.unlink(target)
+            claim.close()
 
-    return run_process(recipe, options, os.environ, begun=used_up)
+        return run_process(resumed(target, options), options, os.environ, begun=used_up)
+
+
+@contextmanager
+def claimed(path: str) -> Generator[ExitStack, None, None]:
+    """Lock the file at `path`, until the block is left or what it is given is closed: of two that resume, one does.
+
+    RAM that is in the file itself has no lock of its own.
+
+    Raises:
+        SavedStateRefused, HostFileRefused: another process resumes from it, or it cannot be opened.
+    """
+    with ExitStack() as claim:
+        fd = hostio.open_saved_state(path, 0)
+        claim.callback(os.close, fd)
+        if not hostio.lock_saved_state(fd, path):
+            reason = "another process is resuming from it; its guest is that process's"
+            raise SavedStateRefused(path=path, reason=reason)
+        yield claim
 
 
 def resumed(path: str, options: argparse.Namespace) -> Recipe:

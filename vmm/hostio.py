@@ -496,6 +496,21 @@ def open_saved_state(path: str, offset: int) -> int:
     return fd
 
 
+def lock_saved_state(fd: int, path: str) -> bool:
+    """Lock the whole file behind `fd`, until that is closed. Return False if another one has the lock.
+
+    Raises:
+        HostFileRefused: the host won't.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise refused("lock", path, error) from error
+    return True
+
+
 def _stand_at(fd: int, offset: int, action: str, path: str) -> None:
     # How long a file can be is its file system's to say: fewer than 2^63 bytes.
     try:
