@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -174,6 +175,28 @@ def test_room_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         os.close(fd)
     assert str(caught.value) == f"Cannot allocate {2 * SIZE} bytes of f: File too large"
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"", 0), (b"RAM", SIZE)])
+def test_a_disk_that_is_full_gets_back_what_was_taken_of_it(
+    before: bytes, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = os.posix_fallocate
+
+    def half(fd: int, start: int, size: int) -> None:
+        allocate(fd, start, size // 2)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", half)
+    with (tmp_path / "ram").open("wb+", buffering=0) as file:
+        file.write(before)
+        file.truncate(SIZE)
+        with pytest.raises(HostFileRefused) as caught:
+            hostmem.allocate(file.fileno(), SIZE, "f")
+        assert str(caught.value) == f"Cannot allocate {SIZE} bytes of f: No space left on device"
+        found = os.fstat(file.fileno())
+        assert (found.st_size, bool(found.st_blocks)) == (after, bool(before))
+        assert os.pread(file.fileno(), len(before), 0) == before
 
 
 def test_huge_pages_that_are_not_there_are_named() -> None:

@@ -17,6 +17,7 @@ import os
 import re
 import stat
 import struct
+from contextlib import suppress
 from typing import Final, Literal
 from zlib import crc32
 
@@ -177,11 +178,15 @@ def allocate(fd: int, size: int, path: str) -> None:
     """Have the host find room for `size` bytes of `fd` now. May take long: for a thread.
 
     Raises:
-        HostFileRefused: there is none.
+        HostFileRefused: there is none. A file that had nothing in it is empty then, and fills no disk.
     """
+    was_empty = os.fstat(fd).st_blocks == 0
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
+        if was_empty:
+            with suppress(OSError):  # a memfd's size is sealed, and its pages go with it
+                os.ftruncate(fd, 0)
         raise hostio.refused(f"allocate {size} bytes of", path, error) from error
 
 
