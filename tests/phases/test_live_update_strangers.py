@@ -419,7 +419,7 @@ def monitor_over_the_channel(offer: Offer) -> None:
 
 ADMITTED: Final = (
     "a recipe from elsewhere has only commands that make a machine: accel-set, chardev-add, cpu-model-set, device_add, "
-    "finish-machine-init, machine-set, object-add, set-numa-node"
+    "finish-machine-init, machine-set, netdev_add, object-add, set-numa-node"
 )
 
 REFUSED_OFFERS: Final = (
