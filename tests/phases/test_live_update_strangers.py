@@ -533,6 +533,11 @@ def without_ram(offer: Offer) -> None:
     os.close(offer.descriptors.pop("ram"))
 
 
+WANTED_RAM: Final = (
+    "a memfd of 16777216 bytes or more, sealed against shrinking and not against writing, open to read and write"
+)
+
+
 def pipe_for_ram(offer: Offer) -> None:
     offer.put("ram", pipe())
 
@@ -558,8 +563,8 @@ def chardev_of_a_pipe(offer: Offer) -> None:
     ("change", "reason"),
     [
         (without_ram, IN_ACCEL_SET + "The source sent no descriptor named 'ram'"),
-        (pipe_for_ram, IN_ACCEL_SET + "Descriptor 'ram' is 0 bytes long, not 16777216 bytes or more"),
-        (small_ram, IN_ACCEL_SET + "Descriptor 'ram' is 4096 bytes long, not 16777216 bytes or more"),
+        (pipe_for_ram, IN_ACCEL_SET + f"Descriptor 'ram' is a pipe, not {WANTED_RAM}"),
+        (small_ram, IN_ACCEL_SET + f"Descriptor 'ram' is 4096 bytes long, not {WANTED_RAM}"),
         (extra_descriptor, "Descriptors that nothing in the recipe asks for: surprise"),
         (
             chardev_of_a_pipe,

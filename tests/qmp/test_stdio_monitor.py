@@ -335,8 +335,8 @@ async def test_in_a_live_update_a_listening_socket_that_was_passed_goes_to_the_s
 @pytest.mark.parametrize(
     ("server", "reason"),
     [
-        ("on", "Descriptor '{}' is a connected unix socket, not a listening unix socket"),
-        ("off", "Descriptor '{}' is a listening unix socket, not a connected unix socket"),
+        ("on", "Descriptor '{}' is a connected unix socket, not a listening unix socket or a listening tcp socket"),
+        ("off", "Descriptor '{}' is a listening unix socket, not a connected unix socket or a connected tcp socket"),
     ],
 )
 async def test_a_descriptor_of_the_wrong_kind_is_refused(tmp_path: Path, server: str, reason: str) -> None:
@@ -365,7 +365,10 @@ async def test_a_client_can_send_a_socket_for_a_monitor(tmp_path: Path) -> None:
             return {"execute": "chardev-add", "arguments": {"id": "sent", "backend": backend}}
 
         wrong = await raw.ask(add(server=True))
-        assert wrong["error"]["desc"] == "Descriptor 'mine' is a connected unix socket, not a listening unix socket"
+        assert (
+            wrong["error"]["desc"]
+            == "Descriptor 'mine' is a connected unix socket, not a listening unix socket or a listening tcp socket"
+        )
         assert await raw.ask(add(server=False)) == {"return": {}}
         gone = await raw.ask(add(server=False) | {"id": 2})
         assert gone["error"]["desc"] == "Chardev 'sent' exists already; choose another name"
