@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -69,6 +71,27 @@ async def test_a_descriptor_that_the_kernel_does_not_pass_blocks_and_is_named(tm
         await client.execute("remove-fd", fdset_id=3)
         assert await reasons(client) == []
         assert all("Cannot connect" in text for text in await refusals(client, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([1 << 20], ""),
+        ([(1 << 20) + 1], "an opaque of 1048577 bytes, at most 1048576 fit"),
+        ([1 << 20] * 17, "Section fdsets: N bytes, at most 16777216 fit"),
+    ],
+)
+async def test_descriptor_sets_that_are_too_large_for_a_successor_block(
+    tmp_path: Path, words: list[int], said: str
+) -> None:
+    async with bare(tmp_path) as (running, client):
+        await complete(client)
+        for size in words:
+            running.tree.view(FdSets).add(os.open("/dev/null", os.O_RDONLY), 3, "x" * size)
+        await client.execute("migrate-set-parameters", **UPDATE)
+        found = [f"the descriptor sets hold too much ({said}); remove-fd some"] if said else []
+        # How many digits the numbers have is the host's affair.
+        assert [re.sub(r"178\d{5} bytes", "N bytes", reason) for reason in await reasons(client)] == found
 
 
 async def test_a_qtest_whose_one_client_stays_blocks(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def _of_descriptors(sets: FdSets) -> Iterator[str]:
         for entry in held:
             if stays := _kept_by_the_kernel(entry.fd):
                 yield f"a descriptor of fdset {number} {stays}; remove-fd it"
+    if reason := sets.too_much():
+        yield f"the descriptor sets hold too much ({reason}); remove-fd some"
 
 
 def _of_qtests(host: Host) -> Iterator[str]:

@@ -27,6 +27,10 @@ VERSION: Final = 1
 """Of `FdSetsState`."""
 
 
+_SURELY: Final = 1000
+"""So many descriptors fit, whatever their numbers."""
+
+
 @final
 @attrs.define
 class FdsetFd:
@@ -98,6 +102,24 @@ class FdSets:
 
             self._codec = StateCodec.of(FdSetsState)
         return self._codec
+
+    def too_much(self) -> str:
+        """Say what of all this is more than a successor would take in; empty if nothing is."""
+        from vmm.migration.stream import StreamWriter  # As above.
+        from vmm.phases.fdsets_state import MOST_OPAQUE
+
+        words = [
+            len(entry.opaque.encode()) for held in self.sets.values() for entry in held if entry.opaque is not None
+        ]
+        if max(words, default=0) > MOST_OPAQUE:
+            return f"an opaque of {max(words)} bytes, at most {MOST_OPAQUE} fit"
+        section = self.save()
+        if section is not None and (sum(words) > MOST_OPAQUE or len(section["descriptors"]) > _SURELY):
+            try:
+                StreamWriter("a try").section(SECTION, VERSION, section)
+            except StateRejected as error:
+                return str(error)
+        return ""
 
     def save(self) -> Mapping[str, Any] | None:
         """Return what clients know of each; None where there is nothing."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, final
+from typing import Annotated, ClassVar, Final, final
 
 import attrs
 
 from vmm.hw.state import Integer, Items, Octets, Schema
 
 _Number = Annotated[int, Integer(0, 0x7FFF_FFFF)]
+
+
+MOST_OPAQUE: Final = 1 << 20
+"""Bytes of a client's word on one descriptor."""
 
 
 @final
@@ -20,7 +24,7 @@ class FdState:
     number: _Number
     """By which clients know it."""
     serial: _Number
-    opaque: Annotated[bytes, Octets(1 << 20)] | None
+    opaque: Annotated[bytes, Octets(MOST_OPAQUE)] | None
 
     @property
     def text(self) -> str | None:
