@@ -337,7 +337,7 @@ async def test_ram_that_a_source_could_take_away_is_refused_before_it_is_mapped(
     name = "ram" if backend is None else "object/m0/memory"
     descriptors = Machine.descriptors
     fd = bad()
-    monkeypatch.setattr(Machine, "descriptors", lambda self: {**descriptors(self), name: fd})
+    monkeypatch.setattr(Machine, "descriptors", lambda self, **which: {**descriptors(self, **which), name: fd})
     try:
         async with vmm.machine(made) as source:
             await ticked(source, 5)
