@@ -9,7 +9,7 @@ import json
 import os
 import select
 import sys
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
 import trio
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 _LOOKS: Final = 0.05
 """Seconds between two looks at how far it is, where no event comes: events are the client's to turn on."""
+
+
+@final
+class UndoRefused(VmmError):
+    """There is nothing to go back to, or to forget."""
+
+    text: ClassVar[str] = "The machine goes on where it is: {reason}"
+    reason: str
 
 
 @final
@@ -121,7 +129,9 @@ async def _ask(client: QmpClient, command: str, **arguments: Any) -> None:
     try:
         await client.execute(command, **arguments)
     except CommandFailed as error:
-        raise UpdateFailed(reason=error.desc) from error
+        if command == "migrate":
+            raise UpdateFailed(reason=error.desc) from error
+        raise UndoRefused(reason=error.desc) from error
 
 
 def _process(client: QmpClient) -> int:

@@ -182,7 +182,7 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                         # So that the destination, if it lives, can say why; it may be the one that refused.
                         await channel.refuse(str(failure))
                     migration.failed(progress, str(failure))
-                if canceller.scope.cancelled_caught and cell.ours:
+                if canceller.scope.cancelled_caught and cell.ours and progress.under_way:
                     await channel.refuse(str(MigrationCancelled(by=canceller.by)))
                     progress.advance(MigrationStatus.CANCELLING)
                     progress.advance(MigrationStatus.CANCELLED)
