@@ -31,8 +31,9 @@ _MAX_SENT: Final = 253
 _IN_FLIGHT_LIMIT: Final = 200
 """More than a VMM has open, and less than are put in flight."""
 
-SPARE: Final = 256 << 10
-"""Bytes that may still be mapped where memory is short: for the interpreter itself, and for no mapping of use."""
+SPARE: Final = 4 << 20
+"""Bytes that may still be mapped where memory is short: some arenas of the interpreter, which nothing can do without,
+and no guest's RAM (16 MiB) or thread (8 MiB of stack)."""
 
 
 @final
