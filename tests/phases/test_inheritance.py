@@ -88,6 +88,6 @@ def test_a_socket_stays_if_there_are_no_descriptors_left(tmp_path: Path) -> None
             inheritance.retire_replaced(complaints.append)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    (said,) = complaints
-    assert said.endswith("Too many open files")
+    # Dead, and the next starter replaces it; nothing for the operator to do.
+    assert complaints == []
     assert os.path.lexists(path)

@@ -120,7 +120,7 @@ def test_every_class_with_a_schema_is_a_kind() -> None:
     assert len(section_kinds()) == len(DECLARED) + 2
 
 
-NOW_AND_THEN = {"fdsets", "monitor"}
+NOW_AND_THEN = {"fdsets", "monitor", "qtest-server"}
 """Kinds of sections that a machine has only if a client wants it."""
 
 

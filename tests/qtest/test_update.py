@@ -257,14 +257,14 @@ async def test_a_doorbell_rung_before_in_and_after_the_pause_is_served_once_each
             assert vm.accelerator.ring(doorbell, 4, 0, port=False)
             return changed()
 
-        gang = VcpuGang.stop
+        gang = VcpuGang.halt
 
-        async def stop(self: VcpuGang) -> None:
+        async def halt(self: VcpuGang) -> None:
             offer(0)
             assert vm.accelerator.ring(doorbell, 4, 0, port=False)
             await gang(self)
 
-        monkeypatch.setattr(VcpuGang, "stop", stop)
+        monkeypatch.setattr(VcpuGang, "halt", halt)
         monkeypatch.setattr(stores, "changed_descriptors", in_the_pause)
         async with successor(tmp_path / "new") as (running, other, where):
             await hand_over(bench.qmp, where)
@@ -292,13 +292,13 @@ async def test_an_irqfd_written_at_the_pause_is_told_once(
         with open_doorbell() as bell, open_doorbell() as acknowledged:
             resample = acknowledged.fd if level else None
             vm.assign_irqfd(bell.fd, 9, resample_fd=resample)
-            gang = VcpuGang.stop
+            gang = VcpuGang.halt
 
-            async def stop(self: VcpuGang) -> None:
+            async def halt(self: VcpuGang) -> None:
                 await gang(self)
                 os.eventfd_write(bell.fd, 1)  # the last thing before the quiet
 
-            monkeypatch.setattr(VcpuGang, "stop", stop)
+            monkeypatch.setattr(VcpuGang, "halt", halt)
             async with successor(tmp_path / "new") as (running, other, where):
                 await hand_over(bench.qmp, where)
                 await here(other)
