@@ -133,7 +133,7 @@ def _mode(state: State, grant: str) -> None:
 
 
 def _cancel(state: State, grant: str) -> None:
-    if state.phase in ("migrating", "quiesced"):
+    if state.phase == "migrating" or state.stage == "loading":
         _to("running", stage="")(state, grant)
 
 

@@ -180,8 +180,8 @@ class Source:
     async def describe(self, recipe: Sequence[Mapping[str, Any]]) -> None:
         """Connect, say what the machine is, and hear that all of it is built."""
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._channel = CprChannel(sock, side="source", peer="destination")
         await sock.connect(self.cpr)
+        self._channel = CprChannel(sock, side="source", peer="destination")
         await self._channel.hello("a test")
         ram = hostio.create_ram(MEMORY, "ram")
         try:
