@@ -44,8 +44,8 @@ WINDOW: Final = 200
 """Updates of which the 99th percentile is told: the second longest of so many."""
 
 FLOOR_EVERY: Final = 10
-FEW, MANY = 10, 4500
-"""Of more the list would not fit into its section of the state."""
+FEW, MANY = 10, 7500
+"""Descriptors in sets."""
 VCPUS: Final = (1, 8)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
@@ -19,6 +20,7 @@ from vmm.phases.fdsets import VERSION, FdSets
 from vmm.phases.fdsets_state import FdSetsState
 from vmm.phases.jobs import Jobs
 from vmm.phases.luggage import Luggage
+from vmm.phases.machine import Machine
 from vmm.phases.migration_state import MigrationState
 from vmm.qmp_client import CommandFailed
 from vmm.service import ServiceManager
@@ -122,6 +124,50 @@ async def test_descriptor_sets_go_over_under_the_numbers_that_clients_know(tmp_p
         os.close(writing)
 
 
+@pytest.mark.parametrize("change", ["none", "added", "removed", "all removed"])
+async def test_what_is_told_of_sets_before_the_pause_holds_unless_they_change_until_then(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pair(tmp_path) as made, made.destination() as new:
+        sets, stores = made.machines[0].tree.view(FdSets), made.machines[0].host.stores
+        null = os.open("/dev/null", os.O_RDONLY)
+        for number in range(300):
+            sets.add(os.dup(null), number % 3, f"word {number}")
+        changed = stores.changed_descriptors
+
+        def in_the_pause() -> tuple[dict[str, int], list[str]]:
+            sent, gone = changed()
+            assert (bool(sent), bool(gone)) == (change == "added", "removed" in change)
+            return sent, gone
+
+        async def before_the_pause() -> None:
+            # As a client might, while the destination builds.
+            if change == "added":
+                sets.add(os.dup(null), 1, None)
+            elif change == "removed":
+                sets.remove(1, sets.sets[1][7].number)
+            elif change == "all removed":
+                for number in tuple(sets.sets):
+                    sets.remove(number, None)
+            await stand_by()
+
+        stand_by = made.machines[0].tree.view(Machine).quiesce
+        monkeypatch.setattr(Machine, "quiesce", lambda self: before_the_pause())
+        monkeypatch.setattr(stores, "changed_descriptors", in_the_pause)
+        async with connected(made.qmp) as client, connected(made.own(1)) as there:
+            await hand_over(made, client, 1)
+            assert (await concluded(new))["status"] == "completed"
+            assert await there.execute("query-fdsets") == await client.execute("query-fdsets")
+        found = new.tree.view(FdSets)
+        assert sum(len(held) for held in found.sets.values()) == {"added": 301, "removed": 299}.get(
+            change, 0 if change == "all removed" else 300
+        )
+        assert all(
+            os.fstat(entry.fd).st_rdev == os.fstat(null).st_rdev for held in found.sets.values() for entry in held
+        )
+        os.close(null)
+
+
 # --- from a source that is none of ours -------------------------------------------------------------------------
 
 
@@ -221,3 +267,35 @@ def test_what_is_lent_to_an_incoming_migration_is_as_it_came_once_that_is_over()
 def test_stages_that_are_none_are_not_told(pause: Any) -> None:
     assert _stages(pause) is None
     assert _stages({"stop": 0.1, "total": 2}) == {"stop": 0.1, "total": 2}
+
+
+ROWS: Final[tuple[tuple[object, str], ...]] = (
+    (7, "no list of them"),
+    ([[1, 5, 2]], "no list of them"),
+    ([[1, 5, 2, 3]], "no list of them"),
+    ([[1, True, 2, None]], "no list of them"),
+    ([[-1, 5, 2, None]], "no list of them"),
+    ([[1, 1 << 31, 2, None]], "no list of them"),
+    ([[1, 5, 2, None]] * 8193, "no list of them"),
+    ([[1, 5, 3, None]], "descriptor fdset/1/3 did not come"),
+    ([[1, 5, 2, None], [1, 5, 2, None]], "a descriptor is there twice"),
+)
+
+
+@pytest.mark.parametrize(("told", "fault"), ROWS)
+def test_what_is_told_of_sets_and_cannot_be_is_refused(told: object, fault: str) -> None:
+    with closing(Luggage()) as luggage, closing(FdSets()) as sets:
+        luggage.add({"fdset/1/2": os.open("/dev/null", os.O_RDONLY)})
+        with pytest.raises(StateRejected) as caught:
+            sets.expect(told, luggage)
+        assert fault in str(caught.value)
+        assert sets.sets == {}
+
+
+def test_sets_that_were_told_and_are_not_taken_up_are_let_go() -> None:
+    reading, writing = os.pipe()
+    with closing(Luggage()) as luggage, closing(FdSets()) as sets:
+        luggage.add({"fdset/1/2": writing})
+        sets.expect([[1, 5, 2, None]], luggage)
+    assert os.read(reading, 1) == b""
+    os.close(reading)

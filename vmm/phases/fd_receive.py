@@ -75,6 +75,8 @@ class Arrival:
     recipe: Recipe
     """What is carried out: that, with what this side has otherwise."""
     inheritance: Inheritance
+    fdsets: object
+    """What the source told of its descriptor sets, unchecked; None for nothing."""
     over: trio.Event = attrs.Factory(trio.Event)
     """Set once the guest is here: the cell has done its duty."""
     settled: trio.Event = attrs.Factory(trio.Event)
@@ -248,7 +250,9 @@ def _arrival_of(
         message.descriptors = {}
         inheritance.open_here(arriving.here, socket_paths(source))
         undo.pop_all()
-    return Arrival(channel, steps, cell, source, arriving.recipe, inheritance, stderr=stderr)
+    return Arrival(
+        channel, steps, cell, source, arriving.recipe, inheritance, message.body.get("fdsets"), stderr=stderr
+    )
 
 
 async def _conclude(arrival: Arrival, host: Host, port: IncomingPort) -> None:

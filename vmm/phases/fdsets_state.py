@@ -11,6 +11,8 @@ from vmm.hw.state import Integer, Items, Octets, Schema
 _Number = Annotated[int, Integer(0, 0x7FFF_FFFF)]
 
 
+MOST_DESCRIPTORS: Final = 8192
+
 MOST_OPAQUE: Final = 1 << 20
 """Bytes of a client's word on one descriptor."""
 
@@ -42,4 +44,4 @@ class FdSetsState:
 
     SCHEMA: ClassVar[Schema] = Schema("fdsets", version=1, accepts=1)
 
-    descriptors: Annotated[tuple[FdState, ...], Items(8192)]
+    descriptors: Annotated[tuple[FdState, ...], Items(MOST_DESCRIPTORS)]

@@ -252,6 +252,12 @@ async def ask_destination(machine: Machine, plan: TransferPlan) -> Mapping[str, 
         raise CprPeerGone(peer="destination", what=what, step=channel.step, outcome="the guest has not noticed")
 
 
+def _hears(channel: CprChannel, what: str) -> bool:
+    """Say whether the destination takes in `what` before the pause: one of an older program does not."""
+    heard = channel.peer_hello.get("hears")
+    return isinstance(heard, list) and what in heard
+
+
 def _recipe(machine: Machine, *, sessions: bool = False) -> list[dict[str, Any]]:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
@@ -284,6 +290,7 @@ async def _describe(
             "cpu": cpu_to_json(machine.cpu),
             "run-state": host.status.name,
             "sections": sections,
+            "fdsets": host.stores.tell_fdsets(heard=_hears(channel, "fdsets")),
             "service": host.service.address,
         }
         descriptors = {**machine.descriptors(sessions=plan.sessions), "owner": cell.fd}

@@ -23,6 +23,7 @@ from vmm.hw.uart import UartState
 from vmm.hw.virtio.rng import VirtioRngState
 from vmm.kvm.state import ChipState, VcpuState
 from vmm.migration.stream_records import Section
+from vmm.phases.fdsets import SECTION as FDSETS
 from vmm.phases.fdsets_state import FdSetsState
 from vmm.phases.processors import KernelState
 from vmm.phases.quiesced import Pause
@@ -84,7 +85,7 @@ def _of_schema(declared: Any) -> SectionKind:
 
 def read_here() -> dict[str, Any]:
     """Return the member of a destination's ``hello`` that says which versions of which kinds it reads."""
-    return {"reads": {kind.name: [kind.accepts, kind.version] for kind in section_kinds().values()}}
+    return {"hears": [FDSETS], "reads": {kind.name: [kind.accepts, kind.version] for kind in section_kinds().values()}}
 
 
 def version_for(kind: str, version: int, hello: object) -> int:

@@ -18,7 +18,7 @@ from vmm.errors import (
     StateRejected,
 )
 from vmm.phases import fdsets, session_moves
-from vmm.phases.luggage import Luggage, is_luggage
+from vmm.phases.luggage import FDSET, Luggage, is_luggage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +97,7 @@ class BootStores:
         self.memories: Final[dict[str, HeldMemory]] = {}
         self.netdevs: Final[dict[str, tuple[Tap, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
+        self._sent_sets: frozenset[str] = frozenset()
         self._with_sessions = False
         self._moved: dict[str, int] = {}
         self._gone: tuple[str, ...] = ()
@@ -297,15 +298,33 @@ class BootStores:
             sessions: whether clients of monitors go along.
         """
         self._with_sessions = sessions
-        descriptors = self._descriptors()
-        self._sent = frozenset(descriptors)
-        return descriptors
+        descriptors, of_sets = self._descriptors(), self._fdsets.descriptors()
+        self._sent, self._sent_sets = frozenset(descriptors), frozenset(of_sets)
+        return descriptors | of_sets
 
     def changed_descriptors(self) -> tuple[dict[str, int], list[str]]:
         """Return what has come since `standing_descriptors`, and the names of what has gone."""
-        descriptors = self._descriptors()
-        new = {name: fd for name, fd in descriptors.items() if name not in self._sent}
-        return new, sorted(self._sent - set(descriptors))
+        descriptors, sent = self._descriptors(), self._sent
+        if not self._fdsets.is_as_told:  # There may be thousands.
+            descriptors, sent = descriptors | self._fdsets.descriptors(), sent | self._sent_sets
+        new = {name: fd for name, fd in descriptors.items() if name not in sent}
+        return new, sorted(sent - set(descriptors))
+
+    def tell_fdsets(self, *, heard: bool) -> list[list[Any]] | None:
+        """Return what is told of descriptor sets before the pause; None for a successor by which it is not `heard`."""
+        if heard:
+            return self._fdsets.tell()
+        self._fdsets.tell_nothing()
+        return None
+
+    def expect_fdsets(self, told: object) -> None:
+        """Take the descriptors of a predecessor's sets, of which it has `told`, out of the luggage. `StateRejected`."""
+        if told is not None:
+            self._fdsets.expect(told, self.luggage)
+
+    def settle_fdsets(self) -> None:
+        """Put them in force, unless what came with the state has replaced them."""
+        self._fdsets.settle()
 
     def _descriptors(self) -> dict[str, int]:
         chardevs = {
@@ -334,10 +353,12 @@ class BootStores:
             for moving in (self.moving if self._with_sessions else ())
             for suffix, fd in moving.descriptors().items()
         }
-        return chardevs | monitors | objects | netdevs | sessions | self._fdsets.descriptors()
+        return chardevs | monitors | objects | netdevs | sessions
 
     def adopt_changes(self, new: dict[str, int], gone: list[str]) -> None:
         """Keep what the source's last message brought until the sections are loaded that it belongs to."""
+        if any(name.startswith(FDSET) for name in (*new, *gone)):
+            self._fdsets.put_back(self.luggage)
         self.luggage.drop(gone)
         self.luggage.add({name: new.pop(name) for name in sorted(new) if is_luggage(name)})
         self._moved, self._gone = new, tuple(gone)
