@@ -10,13 +10,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tests.kvmbox.box import BOX_FAILED, Box, BoxFailed
+from tests.kvmbox.box import BOX_FAILED, Box, BoxBroke, BoxFailed
 from tests.kvmbox.host import boots_stock_linux
 from tests.kvmbox.stock_linux import KernelUnavailable, StockLinux
 
 # Plugins take seconds to import at the box's speed, and nothing here uses these; the box keeps no cache of failures.
 _WITHOUT = ("hypothesispytest", "xdist", "xdist.looponfail", "cacheprovider")
 _PYTEST = ("-m", "pytest", "-m", "kvmbox", *(f"-pno:{plugin}" for plugin in _WITHOUT), "--durations=10")
+
+
+def run(box: Box, command: list[str], root: Path) -> int:
+    """Run `command` in `box`; once more, which is said, if the kernel there died under it."""
+    try:
+        return box.run(command, root)
+    except BoxBroke as error:
+        print(f"kvmbox: {error}\nkvmbox: once more from the beginning", file=sys.stderr, flush=True)
+        return box.run(command, root)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +39,7 @@ def main(arguments: list[str]) -> int:
         linux = StockLinux.cached()
         # Unpacked here, since the box would take twenty times as long.
         print(f"kvmbox: starting the box; its guests are Linux {linux.release}, {linux.vmlinux}", flush=True)
-        return Box().run(command, root)
+        return run(Box(), command, root)
     except (BoxFailed, KernelUnavailable) as error:
         print(f"kvmbox: {error}", file=sys.stderr)
         return BOX_FAILED

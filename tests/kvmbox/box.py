@@ -85,6 +85,10 @@ class BoxFailed(Exception):
     """The box could not be started, or ended before the command did."""
 
 
+class BoxBroke(BoxFailed):
+    """The box ended before the command did: its kernel died, which under emulation happens now and then."""
+
+
 @final
 @attrs.frozen
 class Box:
@@ -100,7 +104,8 @@ class Box:
         """Run `command` in `directory` and return its exit status, or `TIMED_OUT`. Blocks; output goes to ours.
 
         Raises:
-            BoxFailed: a program is missing, or the box ended before the command did.
+            BoxFailed: a program is missing.
+            BoxBroke: the box ended before the command did.
             KernelUnavailable: the box's kernel could not be had.
         """
         qemu = _program("qemu-system-x86_64")
@@ -143,7 +148,7 @@ class Box:
         status = (job / "status").read_text().strip() if (job / "status").exists() else ""
         if not status:
             said = "".join(f"\n  | {line}" for line in _last_lines(job / "console") + _last_lines(job / "tree.log"))
-            raise BoxFailed(f"the box ended before the command did; its kernel and its file server said last:{said}")
+            raise BoxBroke(f"the box ended before the command did; its kernel and its file server said last:{said}")
         return int(status)
 
 

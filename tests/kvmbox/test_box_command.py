@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.kvmbox import box
+from tests.kvmbox.__main__ import run
 from tests.kvmbox.host import boots_stock_linux
 
 if TYPE_CHECKING:
@@ -32,6 +33,29 @@ def test_a_missing_program_is_named_with_the_way_to_get_it(monkeypatch: pytest.M
     assert str(caught.value) == (
         "there is no qemu-system-x86_64 on this machine: scripts/setup.sh installs what the tests need"
     )
+
+
+@pytest.mark.parametrize("deaths", [0, 1, 2])
+def test_a_box_whose_kernel_dies_is_tried_once_more(
+    deaths: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[int] = []
+
+    def dies(self: box.Box, command: list[str], directory: Path) -> int:
+        ran.append(len(ran))
+        if len(ran) <= deaths:
+            raise box.BoxBroke("the box ended")
+        return 7
+
+    monkeypatch.setattr(box.Box, "run", dies)
+    if deaths == 2:
+        with pytest.raises(box.BoxBroke):
+            run(box.Box(), ["true"], tmp_path)
+    else:
+        assert run(box.Box(), ["true"], tmp_path) == 7
+    assert len(ran) == min(deaths + 1, 2)
+    said = "kvmbox: the box ended\nkvmbox: once more from the beginning\n"
+    assert capsys.readouterr().err == (said if deaths else "")
 
 
 @pytest.mark.parametrize(("value", "answer"), [("1", True), ("0", False)])
