@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from contextlib import closing
+import subprocess
+from contextlib import closing, suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, final
 
 import attrs
@@ -17,7 +20,7 @@ from vmm.hostio import connected_pair
 from vmm.phases.afterwards import BecomeProgram, StandBy
 from vmm.phases.predecessor import Predecessor
 from vmm.process import _run
-from vmm.roles import StandingBy, TakingBack
+from vmm.roles import GuestNotTaken, StandingBy, TakingBack
 
 if TYPE_CHECKING:
     from vmm.phases.foundation import Host
@@ -73,6 +76,54 @@ def test_why_a_guest_came_back_once_is_not_said_of_the_next_time() -> None:
         for step in start.recipe:
             for channel in step.arguments["channels"]:
                 os.close(int(channel["addr"]["str"]))  # of whoever carries that out
+
+
+@pytest.mark.parametrize(
+    ("answers", "here", "said"),
+    [
+        # Its phases are closing: it has let the guest go.
+        ([{}, None], True, ""),
+        ([{}, {"status": "failed", "error-desc": "why"}], True, ""),
+        ([{}, {"status": "failed", "error-desc": "why"}], False, "did not hand it over: why; the guest goes on there"),
+        ([None], False, "did not hand it over: migrate: no; the guest goes on there"),
+        ([], False, "did not hand it over: it ended; the guest ended with it"),
+    ],
+)
+async def test_who_has_taken_the_guest_back_does_not_end_for_what_the_caretaker_says(
+    answers: list[Any], here: bool, said: str
+) -> None:
+    ours, theirs = connected_pair()
+    caretaker = subprocess.Popen(["true"])  # noqa: ASYNC220 - which takes a moment
+    became = BecomeProgram(["x"], caretaker.pid, ours.detach())
+    host: Any = SimpleNamespace(complain=lambda text: None)
+    arrival = SimpleNamespace(over=trio.Event())
+    host.tree = SimpleNamespace(view=lambda kind: SimpleNamespace(arrival=arrival if here else None))
+    if here:
+        arrival.over.set()
+
+    async def answer() -> None:
+        with trio.socket.from_stdlib_socket(theirs) as sock:
+            await sock.send(b'{"QMP": {}}\n')
+            for value in [{}, *answers]:
+                request = json.loads(await sock.recv(4096))
+                body = {"error": {"class": "GenericError", "desc": "no"}} if value is None else {"return": value}
+                await sock.send(json.dumps({**body, "id": request["id"]}).encode() + b"\n")
+
+    with closing(TakingBack.after_failure(became, "why")) as role:
+        for step in role.prepare(start_of()).recipe:
+            for channel in step.arguments["channels"]:
+                os.close(int(channel["addr"]["str"]))
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(answer)
+                if said:
+                    with pytest.raises(GuestNotTaken) as caught:
+                        await role.serve(host)
+                    assert str(caught.value).endswith(said)
+                else:
+                    await role.serve(host)
+    with suppress(ChildProcessError):
+        caretaker.wait()
 
 
 UNIX: dict[str, Any] = {"transport": "socket", "type": "unix", "path": "/a", "abstract": True}
