@@ -124,7 +124,7 @@ async def test_descriptor_sets_go_over_under_the_numbers_that_clients_know(tmp_p
         os.close(writing)
 
 
-@pytest.mark.parametrize("change", ["none", "added", "removed", "all removed"])
+@pytest.mark.parametrize("change", ["none", "added", "removed", "all removed", "added and removed"])
 async def test_what_is_told_of_sets_before_the_pause_holds_unless_they_change_until_then(
     tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,13 +137,15 @@ async def test_what_is_told_of_sets_before_the_pause_holds_unless_they_change_un
 
         def in_the_pause() -> tuple[dict[str, int], list[str]]:
             sent, gone = changed()
-            assert (bool(sent), bool(gone)) == (change == "added", "removed" in change)
+            assert (bool(sent), bool(gone)) == (change == "added", change in ("removed", "all removed"))
             return sent, gone
 
         async def before_the_pause() -> None:
             # As a client might, while the destination builds.
             if change == "added":
                 sets.add(os.dup(null), 1, None)
+            elif change == "added and removed":
+                sets.remove(*sets.add(os.dup(null), 1, None))
             elif change == "removed":
                 sets.remove(1, sets.sets[1][7].number)
             elif change == "all removed":
