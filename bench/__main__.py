@@ -19,7 +19,7 @@ from bench.machines import ROOT, BenchFailed, find_qemu
 LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 
 FIGURES: Final = (
-    "pause", "row", "vcpus", "descriptors", "response", "start", "build", "latency", "roundtrips", "serial",
+    "pause", "row", "vcpus", "descriptors", "response", "exec", "start", "build", "latency", "roundtrips", "serial",
 )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
     from bench.roundtrips import measure_roundtrips
     from bench.serial import measure_serial
     from bench.start import measure_start
-    from bench.updates import MANY, measure_descriptors, measure_response, measure_row, measure_vcpus
+    from bench.updates import MANY, measure_descriptors, measure_exec, measure_response, measure_row, measure_vcpus
 
     qemu = find_qemu()
     placements = Placements.here()
@@ -125,6 +125,9 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
         if "response" in figures:
             _say("response")
             results["response"] = measure_response(1 if quick else 9, folder)
+        if "exec" in figures:
+            _say("exec")
+            results["exec"] = measure_exec(1 if quick else 15, folder)
     return results
 
 

@@ -89,6 +89,8 @@ def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             beside = {"one": "with 1", "few": "with 10"}[first]
             what = what.format(**found.get("counts", {}))
             yield what, _ms(found[second]["total"]), "", f"{_digits(found['ratio']['median'])} times that {beside}"
+    if "exec" in results:
+        yield "live update by exec, both pauses", _ms(results["exec"]["sum"]), "", ""
     if "response" in results:
         yield "`migrate` to RESUME, the successor waiting", _ms(results["response"]["resume_ms"]), "", ""
 

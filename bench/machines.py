@@ -26,7 +26,8 @@ POLL: Final = 0.0002
 PATIENCE: Final = 30.0
 """Seconds after which something that was waited for is an error."""
 
-OURS: Final = (sys.executable, "-m", "vmm", "run")
+PROGRAM: Final = (sys.executable, "-m", "vmm")
+OURS: Final = (*PROGRAM, "run")
 
 
 class BenchFailed(Exception):

@@ -19,6 +19,7 @@ import trio
 from bench.machines import (
     OURS,
     PATIENCE,
+    PROGRAM,
     ROOT,
     BenchFailed,
     Monitor,
@@ -114,6 +115,13 @@ def _in_turn(guests: dict[str, Machine], pairs: int) -> dict[str, Any]:
     return {**{name: columns(found) for name, found in rows.items()}, "ratio": ratio(second, first)}
 
 
+def measure_exec(count: int, folder: Path) -> dict[str, Any]:
+    """Let the process of one guest execute a new program `count` times. The guest pauses twice each time."""
+    with machine(folder, "exec") as guest:
+        found = [guest.update_by_exec() for _ in range(count + 1)]
+    return columns(found[1:])
+
+
 def measure_response(pairs: int, folder: Path) -> dict[str, Any]:
     """Have a successor wait, send `migrate`, and see when it says RESUME."""
     rows = []
@@ -154,6 +162,19 @@ class Machine:
         self.pid = report.new_pid
         self.require_intact()  # often enough that no tick is overwritten unseen
         return report.stages
+
+    def update_by_exec(self) -> dict[str, float]:
+        """Let the process execute the program anew, under its own PID; return both pauses and their sum, in ms."""
+        command = [*PROGRAM, "update", "--exec", "--json", "--qmp", str(self._qmp)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=PATIENCE)
+        if done.returncode:
+            raise BenchFailed(f"the program cannot be executed anew: {done.stderr}")
+        report = json.loads(done.stdout)
+        if report["new-pid"] != self.pid:
+            raise BenchFailed(f"the guest of process {self.pid} is in process {report['new-pid']}")
+        self.require_intact()
+        away, back = (pause["total"] for pause in report["pauses-ms"])
+        return {"away": away, "back": back, "sum": away + back}
 
     def hand_over(self, successor_qmp: Path, log: Path) -> dict[str, float]:
         """Hand the guest to a successor that waits; return how long it took until that resumed it, in ms."""

@@ -66,7 +66,7 @@ def test_the_picture_is_one_and_shows_each_stage_of_each_size_beside_the_floor_a
 
 def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> None:
     results = latest()
-    for figure in ("row", "vcpus", "descriptors", "response"):
+    for figure in ("row", "vcpus", "descriptors", "response", "exec"):
         results.pop(figure, None)
     before = readme_table(results)
     totals = {"total": summary([2.0, 3.0])}
@@ -79,6 +79,7 @@ def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> No
         "vcpus": {"one": totals, "eight": totals, "ratio": summary([1.5])},
         "descriptors": {"few": totals, "many": totals, "ratio": summary([1.25]), "counts": {"few": 10, "many": 7500}},
         "response": {"resume_ms": summary([40.0]), "total": summary([2.0])},
+        "exec": {"sum": summary([5.0])},
     }  # fmt: skip
     held = "1,000 updates of one guest in a row, what the first and the last process hold"
     rows = [line for line in readme_table(results).splitlines() if line not in before.splitlines()]
@@ -90,6 +91,7 @@ def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> No
         f"| {held} | 2 to 2 threads | | |",
         "| pause with 8 vCPUs | 2.50 (2.00 to 3.00) ms | | 1.50 times that with 1 |",
         "| pause with 7,500 descriptors going over | 2.50 (2.00 to 3.00) ms | | 1.25 times that with 10 |",
+        "| live update by exec, both pauses | 5.00 (5.00 to 5.00) ms | | |",
         "| `migrate` to RESUME, the successor waiting | 40.0 (40.0 to 40.0) ms | | |",
     ]
 
@@ -136,8 +138,8 @@ def test_an_unknown_figure_is_refused_by_name() -> None:
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.endswith(
-        "there is no figure 'speed'; there are pause, row, vcpus, descriptors, response, start, build, latency, "
-        "roundtrips, serial\n"
+        "there is no figure 'speed'; there are pause, row, vcpus, descriptors, response, exec, start, build, "
+        "latency, roundtrips, serial\n"
     )
 
 
