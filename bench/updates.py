@@ -159,6 +159,7 @@ class Machine:
     def update(self) -> dict[str, float]:
         """Update the machine; return the stages of its pause."""
         report = trio.run(live_update, str(self._qmp), [sys.executable, "-m", "vmm"])
+        _reap(self.pid)
         self.pid = report.new_pid
         self.require_intact()  # often enough that no tick is overwritten unseen
         return report.stages
