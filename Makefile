@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 parallel := -n auto --maxprocesses 8 --dist worksteal
 
 COMPILED := build/compiled
-C_SOURCES := vmm/kvm/build_ffi.py $(wildcard vmm/kvm/binding.*) \
+C_SOURCES := vmm/kvm/build_ffi.py $(filter-out vmm/kvm/_%,$(wildcard vmm/kvm/*.[ch])) \
 	vmm/guests/build.py $(wildcard vmm/guests/*.[ch] vmm/guests/*.ld)
 
 # The tests here come first, since those in the box take longer to say that something is wrong.

@@ -20,6 +20,6 @@ class BuildWithGuests(build_py):
 
 
 setup(
-    cffi_modules=["vmm/kvm/build_ffi.py:ffi"],
+    cffi_modules=["vmm/kvm/build_ffi.py:binding", "vmm/kvm/build_ffi.py:pages"],
     cmdclass={"build_py": BuildWithGuests},
 )

@@ -1,4 +1,4 @@
-"""Builds `vmm.kvm._kvm`, the binding to linux/kvm.h. Run as a program it compiles beside the sources.
+"""Builds the modules of `vmm.kvm` that are C. Run as a program it compiles them beside the sources.
 
 Nothing imports this at run time.
 """
@@ -6,18 +6,31 @@ Nothing imports this at run time.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 from cffi import FFI
 
-HERE = Path(__file__).parent
+HERE: Final = Path(__file__).parent
 
-ffi = FFI()
-ffi.cdef((HERE / "binding.h").read_text())
-ffi.set_source(
-    "vmm.kvm._kvm",
-    (HERE / "binding.c").read_text(),
-    extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-function"],
-)
+FLAGS: Final = ("-O2", "-Wall", "-Wextra", "-Wno-unused-function", "-pthread")
+
+
+def _builder(module: str, source: str) -> FFI:
+    """Return what builds `vmm.kvm.<module>` from `source`.c, of which Python sees what is in `source`.h."""
+    builder = FFI()
+    builder.cdef((HERE / f"{source}.h").read_text())
+    builder.set_source(
+        f"vmm.kvm.{module}", (HERE / f"{source}.c").read_text(), extra_compile_args=[*FLAGS], include_dirs=[str(HERE)]
+    )
+    return builder
+
+
+binding = _builder("_kvm", "binding")
+"""The binding to linux/kvm.h."""
+
+pages = _builder("_pages", "pages")
+"""Pages of RAM on their way: looked through, checksummed, sent and received."""
 
 if __name__ == "__main__":
-    ffi.compile(tmpdir=str(HERE.parent.parent), verbose=False)
+    for builder in (binding, pages):
+        builder.compile(tmpdir=str(HERE.parent.parent), verbose=False)

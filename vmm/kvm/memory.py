@@ -11,6 +11,7 @@ import attrs
 from vmm import hostmem
 from vmm.errors import DescriptorWrongKind, GuestAddressInvalid, HostFileRefused, KvmCallFailed, OptionInvalid
 from vmm.kvm._kvm import ffi, lib
+from vmm.kvm.page_map import PageMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,6 +160,14 @@ class GuestMemory:
                     base = region.address + at - region.offset
                     for run in range(lib.tv_data_runs(self._base + at, pages, runs)):
                         yield base + runs[2 * run] * PAGE_SIZE, runs[2 * run + 1] * PAGE_SIZE
+
+    def touched(self) -> PageMap:
+        """Return the pages that were ever touched; all others are zero. By now others may be, too."""
+        pages = PageMap(self.size // PAGE_SIZE)
+        for start, end in self._touched(0, self.size):
+            first = start // PAGE_SIZE
+            pages.add(first, -(-end // PAGE_SIZE) - first)
+        return pages
 
     def _touched(self, at: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield first and last bytes of what may be other than zero between two offsets in the memfd."""
