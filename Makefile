@@ -67,5 +67,5 @@ docs: compile
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .venv
-	rm -f vmm/kvm/_kvm.c vmm/kvm/_kvm.o vmm/kvm/_kvm.*.so vmm/guests/*.elf
+	rm -f vmm/kvm/_*.c vmm/kvm/_*.o vmm/kvm/_*.so vmm/guests/*.elf
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,6 @@ class BuildWithGuests(build_py):
 
 
 setup(
-    cffi_modules=["vmm/kvm/build_ffi.py:binding", "vmm/kvm/build_ffi.py:pages"],
+    cffi_modules=[f"vmm/kvm/build_ffi.py:{name}" for name in ("binding", "pages", "mapped", "faults")],
     cmdclass={"build_py": BuildWithGuests},
 )

@@ -311,6 +311,25 @@ class DescriptorError(HostError):
     reason: str
 
 
+class GuestPageLost(HostError):
+    """A page of the guest's RAM cannot be had from the file that it was saved in. `damaged`: it can be read."""
+
+    text: ClassVar[str] = "Cannot have the guest's RAM at {address:#x} from {path}, offset {offset}: {reason}"
+    address: int
+    path: str
+    offset: int
+    reason: str
+    damaged: bool = False
+
+
+class PageFaultsUnavailable(HostError):
+    """The host's kernel does not let this process answer page faults as it must."""
+
+    text: ClassVar[str] = "Cannot {action}: {reason}"
+    action: str
+    reason: str
+
+
 class KvmCallFailed(HostError):
     """An ioctl on a KVM descriptor returned an error. `ioctl` is the name in linux/kvm.h, `errno` the host's."""
 

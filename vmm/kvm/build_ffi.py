@@ -31,6 +31,12 @@ binding = _builder("_kvm", "binding")
 pages = _builder("_pages", "pages")
 """Pages of RAM on their way: looked through, checksummed, sent and received."""
 
+mapped = _builder("_mapped", "mapped")
+"""Pages of RAM at fixed places of a file: saved and loaded."""
+
+faults = _builder("_faults", "faults")
+"""Pages of RAM that come, or are kept, when they are used."""
+
 if __name__ == "__main__":
-    for builder in (binding, pages):
+    for builder in (binding, pages, mapped, faults):
         builder.compile(tmpdir=str(HERE.parent.parent), verbose=False)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmm.kvm._kvm import Buffer
+    from vmm.kvm.faults import PagesFromFile
+    from vmm.kvm.page_file import PageFile
 
 PAGE_SIZE = 4096
 LOW_RAM_END = 3 << 30
@@ -65,6 +67,8 @@ class GuestMemory:
         self.regions = ram_layout(size)
         self.page_size = hostmem.page_size_of(fd)
         """Of the pages that are mapped: huge ones, or 4096."""
+        self.absent: PagesFromFile | None = None
+        """Who brings the pages that are not there yet; None where all are. Set by them."""
         self._base = base
         self._bytes: Buffer | None = ffi.buffer(ffi.cast("char *", base), size)
 
@@ -96,14 +100,20 @@ class GuestMemory:
         """Host virtual address of byte `offset` of the memfd, for a memory slot. Valid until `close`."""
         return self._base + offset
 
+    def address_of(self, offset: int) -> int:
+        """Guest-physical address of byte `offset` of the memfd."""
+        return next(r.address + offset - r.offset for r in self.regions if 0 <= offset - r.offset < r.size)
+
     def read(self, address: int, size: int) -> bytes:
         """Copy `size` bytes out from guest-physical `address`.
 
         Raises:
             GuestAddressInvalid: they are not all inside one region of RAM.
+            GuestPageLost: some of it is in a file that cannot be read.
         """
         at = self._locate(address, size)
         assert self._bytes is not None, "guest memory was used after close()"
+        self._have(at, size)
         return self._bytes[at : at + size]
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
@@ -111,10 +121,12 @@ class GuestMemory:
 
         Raises:
             GuestAddressInvalid: it would not all be inside one region of RAM.
+            GuestPageLost: as `read`.
         """
         size = data.nbytes if isinstance(data, memoryview) else len(data)
         at = self._locate(address, size)
         assert self._bytes is not None, "guest memory was used after close()"
+        self._have(at, size)
         self._bytes[at : at + size] = data
 
     def check(self, address: int, size: int) -> None:
@@ -134,6 +146,7 @@ class GuestMemory:
         """
         at = self._locate(address, size)
         assert self._bytes is not None, "guest memory was used after close()"
+        self._have(at, size)
         view = memoryview(self._bytes).cast("B")  # type: ignore[arg-type]  # cffi's buffer has the protocol
         done = 0
         while done < size:
@@ -188,9 +201,11 @@ class GuestMemory:
 
         Raises:
             GuestAddressInvalid: they are not all inside one region of RAM.
+            GuestPageLost: as `read`.
         """
         at = self._locate(address, size)
         assert self._bytes is not None, "guest memory was used after close()"
+        self._have(at, size)
         view = memoryview(self._bytes).cast("B")  # type: ignore[arg-type]  # cffi's buffer has the protocol
         return view[at : at + size]
 
@@ -225,11 +240,23 @@ class GuestMemory:
             KvmCallFailed, HostFileRefused: the host refused.
         """
         hostmem.unmark(self.fd, self.size)
+        if self.absent is not None:
+            self.absent.close()
         if error := lib.tv_forget(self._base, self.size):
             raise KvmCallFailed(ioctl="madvise", errno=error, context=f"{self.size} bytes of guest RAM")
         if self.page_size != PAGE_SIZE:
             # Given back, they are anybody's. Reserved again, before a guest lacks one.
             hostmem.allocate(self.fd, self.size, "guest RAM")
+
+    def load_pages(self, file: PageFile, first: int, count: int) -> None:
+        """As `PageFile.load`."""
+        file.load(self, first, count)
+
+    def come_from(self, file: PageFile) -> PagesFromFile:
+        """Have pages come from `file` as they are used, into memory that is zero. Raises `PageFaultsUnavailable`."""
+        from vmm.kvm.faults import PagesFromFile  # Few machines have their RAM so.
+
+        return PagesFromFile(self, file)
 
     # RAM in a file with a name can be left in it, for a later process, while the rest of the guest is saved elsewhere.
 
@@ -265,10 +292,18 @@ class GuestMemory:
 
     def close(self) -> None:
         """Unmap, and close the descriptor. No VM may have slots in it any more. Closing twice is harmless."""
+        if self.absent is not None:
+            self.absent.close()
         if self._bytes is not None:
             self._bytes = None
             lib.tv_unmap(self._base, self.size)
             os.close(self.fd)
+
+    def _have(self, at: int, size: int) -> None:
+        # A thread that faulted on an absent page would wait with the interpreter's lock, and everybody with it.
+        if self.absent is not None and size:
+            first = at // PAGE_SIZE
+            self.absent.require(first, (at + size - 1) // PAGE_SIZE - first + 1)
 
     def _locate(self, address: int, size: int) -> int:
         for region in self.regions:

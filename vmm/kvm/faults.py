@@ -1,0 +1,200 @@
+"""Pages of guest RAM that come from a file when they are used, or go into one before they change.
+
+The work is done by threads in C (faults.c), which never wait for the interpreter; here they are begun, watched and
+ended. Source: userfaultfd(2), Linux Documentation/admin-guide/mm/userfaultfd.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.errors import HostFileRefused, PageFaultsUnavailable, VmmError
+from vmm.kvm._faults import ffi, lib
+from vmm.kvm.page_file import path_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vmm.kvm._kvm import CData
+    from vmm.kvm.memory import GuestMemory
+    from vmm.kvm.page_file import PageFile
+
+_ABSENT: Final = ("MISSING_SHMEM",)
+KEPT_FEATURES: Final = ("PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM")
+"""What `KeptPages` needs, by the names of linux/userfaultfd.h."""
+
+
+@final
+@attrs.frozen
+class FaultReport:
+    """How far a server is."""
+
+    faults: int
+    """Pages that somebody waited for."""
+    moved: int
+    """Pages of content that have come, or gone."""
+    passed: int
+    """Pages that are done with, those that are zero included."""
+
+
+class _Server:
+    """A server of faults, from its threads' beginning to their end."""
+
+    def __init__(self, memory: GuestMemory, file: PageFile, action: str) -> None:
+        self._memory: Final = memory
+        self._file: Final = file  # whose tables are C's as long as there is a server
+        self._action: Final = action
+        self._fd: Final = hostio.dup(file.fd)
+        self._bell: Final = hostio.open_eventfd()
+        self._server: CData | None = None
+
+    def _make(self, make: str, features: Iterable[str]) -> CData:
+        plan = ffi.new("struct tf_plan *")
+        plan.base, plan.pages = self._memory.hva(0), self._memory.size // 4096
+        plan.fd, plan.offset = self._fd, self._file.offset
+        # The other module's, and the same to C.
+        plan.listed, plan.sums = ffi.cast("uint64_t *", self._file.listed), ffi.cast("uint32_t *", self._file.sums)
+        error = ffi.new("int *")
+        try:
+            require_features(self._action, features)
+            server = getattr(lib, make)(plan, self._bell, error)
+            if not server:
+                raise self._refused(-error[0])
+        except VmmError:
+            os.close(self._bell)
+            os.close(self._fd)
+            raise
+        self._server = server
+        return server  # type: ignore[no-any-return]
+
+    def _refused(self, error: int) -> PageFaultsUnavailable:
+        reason = os.strerror(error)
+        if error == errno.EINVAL:
+            reason = "the guest's RAM must be a memfd or a file on tmpfs, in pages of 4096 bytes; it is something else"
+        return PageFaultsUnavailable(action=self._action, reason=reason)
+
+    def _state(self) -> CData:
+        assert self._server is not None, "a server of faults was used after close()"
+        report = ffi.new("struct tf_report *")
+        lib.tf_report(self._server, report)
+        return report
+
+    def report(self) -> FaultReport:
+        """Return how far it is."""
+        state = self._state()
+        return FaultReport(state.faults, state.moved, state.passed)
+
+    async def wait_over(self) -> VmmError | None:
+        """Wait until all is done, or cannot be done; then return why. A cancellation changes nothing."""
+        while (state := self._state()).state == lib.TF_RUNS:
+            await trio.lowlevel.wait_readable(self._bell)
+        return self._failure(state) if state.state == lib.TF_FAILED else None
+
+    def _failure(self, state: CData) -> VmmError:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let everybody go on who waits. Idempotent."""
+        if self._server is not None:
+            lib.tf_release(self._server)
+
+    def close(self) -> None:
+        """Release, and end the threads. Idempotent."""
+        server, self._server = self._server, None
+        if server is not None:
+            lib.tf_free(server)
+            os.close(self._bell)
+            os.close(self._fd)
+
+
+@final
+class PagesFromFile(_Server):
+    """Pages that are not there yet come from a file: at once where somebody waits for them, the others meanwhile.
+
+    If one cannot be had, nobody who waits for it is answered until `release`: then it is zero. So a guest must be taken
+    out of its vCPUs first, or be kicked at least.
+    """
+
+    def __init__(self, memory: GuestMemory, file: PageFile) -> None:
+        """Begin. The memory has been made zero (`GuestMemory.clear`), and nobody uses it yet.
+
+        Raises:
+            PageFaultsUnavailable: the host lacks what this takes.
+        """
+        super().__init__(memory, file, "have the guest's RAM come as it is used")
+        self._make("tf_serve_file", _ABSENT)
+        memory.absent = self
+
+    def require(self, first: int, count: int) -> None:
+        """Wait, without the interpreter's lock, until these pages are there.
+
+        Raises:
+            GuestPageLost: one of them cannot be had, or one before.
+        """
+        assert self._server is not None, "a server of faults was used after close()"
+        if lib.tf_require(self._server, first, count):
+            raise self._failure(self._state())
+
+    def _failure(self, state: CData) -> VmmError:
+        return self._file.lost(self._memory, state.page, state.error, state.found, self._fd)
+
+    def close(self) -> None:
+        """Release, and end the threads: what was absent is zero. Idempotent."""
+        if self._memory.absent is self:
+            self._memory.absent = None
+        super().close()
+
+
+@final
+class KeptPages(_Server):
+    """Pages go into a file as they are at one moment, however the guest changes them afterwards."""
+
+    def __init__(self, memory: GuestMemory, file: PageFile) -> None:
+        """Get ready; the guest may run.
+
+        Raises:
+            PageFaultsUnavailable: the host lacks what this takes.
+        """
+        super().__init__(memory, file, "keep the guest's RAM as it is while the guest runs")
+        self._make("tf_protect", KEPT_FEATURES)
+
+    def begin(self) -> None:
+        """Keep pages as they are now. The guest stands, and may run again when this returns.
+
+        Raises:
+            PageFaultsUnavailable: the host did not do it; the guest may run.
+        """
+        if error := lib.tf_begin_protection(self._server):
+            raise self._refused(-error)
+
+    def _failure(self, state: CData) -> VmmError:
+        return HostFileRefused(action="write", path=path_of(self._fd), reason=os.strerror(-state.error))
+
+
+def require_features(action: str, names: Iterable[str]) -> None:
+    """Find out whether this process can answer page faults, with features of userfaultfd by these names.
+
+    Raises:
+        PageFaultsUnavailable: it cannot, to do `action`.
+    """
+    found = ffi.new("uint64_t *")
+    error = -lib.tf_probe(found)
+    lacking = [name for name in names if not found[0] & getattr(lib, f"UFFD_FEATURE_{name}")]
+    if error == errno.EPERM:
+        reason = (
+            "this process may not use userfaultfd; it takes CAP_SYS_PTRACE, leave to open /dev/userfaultfd, or "
+            "sysctl vm.unprivileged_userfaultfd=1"
+        )
+    elif error:
+        reason = f"this host's kernel has no userfaultfd ({os.strerror(error)})"
+    elif lacking:
+        reason = f"this host's kernel has userfaultfd without {' and '.join(lacking)}"
+    else:
+        return
+    raise PageFaultsUnavailable(action=action, reason=reason)
