@@ -574,6 +574,14 @@ class MayWriteGuestMemory(Token[GuestRam]):
         """Make all of it zero."""
         self._reach().clear()
 
+    def load_pages(self, file: Any, first: int, count: int) -> None:
+        """Read pages that are in a `PageFile`. From any thread."""
+        self._reach().load_pages(file, first, count)
+
+    def come_from(self, file: Any) -> Any:
+        """Have pages come from a `PageFile` as they are used; return who brings them."""
+        return self._reach().come_from(file)
+
 
 # --- kinds of the phases in which a guest exists ------------------------------------------------------------
 

@@ -69,6 +69,14 @@ class GuestRam(Protocol):
         """Make all of it zero."""
         ...
 
+    def load_pages(self, file: Any, first: int, count: int) -> None:
+        """Read pages that are in a `PageFile`. From any thread."""
+        ...
+
+    def come_from(self, file: Any) -> Any:
+        """Have pages come from a `PageFile` as they are used; return who brings them."""
+        ...
+
 
 class CheckedSections(Protocol):
     """A whole machine's state, checked and not yet in force."""

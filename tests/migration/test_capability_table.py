@@ -44,7 +44,7 @@ def test_others_are_refused_by_name_when_on_and_accepted_when_off(name: str) -> 
     capabilities.update({name: False})
     with pytest.raises(Unsupported) as caught:
         capabilities.update({name: True})
-    listed = "leave it off (those that can be on: events, x-ignore-shared)"
+    listed = f"leave it off (those that can be on: {', '.join(sorted(SUPPORTED))})"
     expected = f"Migration capability {name!r} is not supported here; {listed}"
     assert str(caught.value) == expected
 

@@ -46,6 +46,7 @@ DEFAULTS = {
     "cpr-exec-command": [],
     "migrate-sessions": False,
     "x-keep-source": False,
+    "x-restore-on-demand": False,
 }
 """QEMU's, and of two of our own."""
 
@@ -189,7 +190,7 @@ def test_every_parameter_is_supported_or_refused() -> None:
     supported = {parameter.name for parameter in PARAMETERS if parameter.supported}
     assert supported == {
         *("max-bandwidth", "avail-switchover-bandwidth", "downtime-limit", "mode", "cpr-exec-command"),
-        *("migrate-sessions", "x-keep-source"),
+        *("migrate-sessions", "x-keep-source", "x-restore-on-demand"),
     }
     lists = {"block-bitmap-mapping"}
     assert supported | OTHERS.keys() | lists == {parameter.name for parameter in PARAMETERS}

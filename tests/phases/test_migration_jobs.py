@@ -14,6 +14,7 @@ from tests.phases.update_kit import Bench, channels, due, open_bench
 from vmm import hostio
 from vmm.capabilities import Grant, MayListen, MayOpenHostFile, MayQuery, MayStartMigration
 from vmm.errors import MigrationRefused
+from vmm.migration.capability_table import SUPPORTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,7 +160,7 @@ async def test_a_command_that_fails_leaves_no_job_and_no_setting(tmp_path: Path)
 WRONG: Final = [
     ({"capabilities": [*EVENTS, {"capability": "xbzrle", "state": True}]},
      "Migration capability 'xbzrle' is not supported here; "
-     "leave it off (those that can be on: events, x-ignore-shared)"),
+     f"leave it off (those that can be on: {', '.join(sorted(SUPPORTED))})"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 9, "cpu-throttle-tailslow": True}},
      "Migration parameter 'cpu-throttle-tailslow' is not supported here; leave it at its default, False"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 2_000_001}},

@@ -146,7 +146,7 @@ ONLY_HERE: Final = MappingProxyType(
             # of releases after 7.2
             "avail-switchover-bandwidth", "cpr-exec-command", "direct-io", "mode", "multifd-qatzip-level",
             "vcpu-dirty-limit", "x-rdma-chunk-size", "x-vcpu-dirty-limit-period", "zero-page-detection",
-            *("migrate-sessions", "x-keep-source"),  # extensions
+            *("migrate-sessions", "x-keep-source", "x-restore-on-demand"),  # extensions
         },
     }
 )  # fmt: skip

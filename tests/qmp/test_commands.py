@@ -14,6 +14,7 @@ import attrs
 import pytest
 
 from tests.qmp.kit import HALT, Machine, flat_guest, machine
+from vmm.migration.capability_table import SUPPORTED
 from vmm.phases.catalog import COMMANDS
 from vmm.qmp_client import CommandFailed
 
@@ -231,7 +232,7 @@ def precreate(directory: Path) -> list[Step]:
         bad(
             "migrate-set-capabilities",
             "Migration capability 'xbzrle' is not supported here; "
-            "leave it off (those that can be on: events, x-ignore-shared)",
+            f"leave it off (those that can be on: {', '.join(sorted(SUPPORTED))})",
             capabilities=[{"capability": "events", "state": False}, {"capability": "xbzrle", "state": True}],
         ),
         good("query-migrate-capabilities", lambda v: {"capability": "events", "state": True} in v),

@@ -37,7 +37,7 @@ class Inflow:
         self._channel = None if isinstance(source, int) else trio.SocketStream(source)
         self._fd = source if isinstance(source, int) else source.fileno()
         self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if isinstance(source, int) else 0
-        self._reader = StreamReader()
+        self._reader = self._fresh()
         self._records: deque[Record] = deque()
 
     @property
@@ -48,8 +48,17 @@ class Inflow:
     def rewind(self) -> None:
         """Begin again, with a file."""
         os.lseek(self._fd, self._start, os.SEEK_SET)
-        self._reader = StreamReader()
+        self._reader = self._fresh()
         self._records.clear()
+
+    def _fresh(self) -> StreamReader:
+        return StreamReader(seekable=self.from_file)
+
+    @property
+    def file(self) -> tuple[int, int]:
+        """The descriptor of the file that it is read from, which stays this one's, and where the stream begins."""
+        assert self._channel is None, "what comes over a socket has no places"
+        return self._fd, self._start
 
     async def read_head(self) -> tuple[Recipe, Section]:
         """Read what a stream begins with: the recipe, which must be that of its header, and the section PROCESSOR.
@@ -92,6 +101,9 @@ class Inflow:
                         return
                 if self._reader.ended:
                     return
+                if self._reader.jump is not None:
+                    os.lseek(self._fd, self._start + self._reader.jump, os.SEEK_SET)
+                    self._reader.jumped()
                 count = bulk.read_into(buffer)
                 if not count:
                     self._reader.close()

@@ -88,6 +88,8 @@ class ParameterValues:
     """Whether connected monitor sessions go along with a live update. Not in QEMU."""
     x_keep_source: bool | None = None
     """After a live update the process that had the guest waits, ready to take it back (`x-cpr-undo`). Not in QEMU."""
+    x_restore_on_demand: bool | None = None
+    """RAM at fixed places of a file comes as it is used: the guest runs at once. Not in QEMU."""
 
     def changes(self) -> dict[str, Any]:
         """Return the given ones by wire name. JSON's null, which QEMU takes for no text, has become no text."""

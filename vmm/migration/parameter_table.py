@@ -121,8 +121,9 @@ PARAMETERS: Final = (
     Parameter("cpr-exec-command", "strings", (), supported=True),
     Parameter("migrate-sessions", "bool", False, supported=True),
     Parameter("x-keep-source", "bool", False, supported=True),
+    Parameter("x-restore-on-demand", "bool", False, supported=True),
 )
-"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`; two are ours."""
+"""In the order of QEMU's MigrationParameters, which is the order of `query-migrate-parameters`; three are ours."""
 
 
 @final

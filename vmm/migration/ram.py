@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import MayWriteGuestMemory
     from vmm.kvm.memory import GuestMemory
-    from vmm.migration.stream_records import RamExtents, RamInPlace
+    from vmm.migration.stream_records import RamExtents, RamInPlace, RamMapped
 
 
 @final
@@ -127,6 +127,12 @@ class RamWriter:
                 "with the file as the save left it"
             )
         self._in_place = True
+
+    def note_map(self, record: RamMapped) -> None:
+        """Note that all of RAM is at its places in the file. Raises `StreamCorrupt` if it is somewhere else, too."""
+        if self._listed or self._in_place:
+            raise _both()
+        self._listed += record.extents
 
     def store(self, record: RamContent) -> None:
         """Put content in place. Its reader has checked that it lies in the extents. Raises `HostFileRefused`."""

@@ -28,7 +28,18 @@ from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import End, Header, Home, RamContent, RamExtents, RamInPlace, Recipe, Section
+from vmm.migration.stream_records import (
+    End,
+    Header,
+    Home,
+    RamContent,
+    RamExtents,
+    RamInPlace,
+    RamMapped,
+    RamMappedSums,
+    Recipe,
+    Section,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -51,7 +62,7 @@ _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
 
 _KINDS: Final[tuple[type[Record], ...]] = (
-    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, Home, End,
+    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, Home, End,
 )  # fmt: skip
 _HEADER_NUMBER: Final = 0
 _RECIPE_NUMBER: Final = 1
@@ -107,6 +118,14 @@ class StreamWriter:
         """Say that all of RAM, `size` bytes, has been left in the file of back end `name`, which is marked so."""
         self._add(RamInPlace(name, size, identity))
 
+    def ram_mapped(self, record: RamMapped) -> None:
+        """Say where in this file the pages of RAM are. What is added next goes where it says."""
+        self._add(record)
+
+    def ram_mapped_sums(self, record: RamMappedSums) -> None:
+        """Add what was written there."""
+        self._add(record)
+
     def home(self, commands: Iterable[Mapping[str, Any]]) -> None:
         """Add what a reader in another place leaves out. Raises `MigrationRefused` where it does not fit."""
         self._add(Home(tuple(commands)), SKIPPABLE)
@@ -155,8 +174,12 @@ class StreamReader:
     After a `StreamCorrupt` the reader is of no further use, and raises the same error again.
     """
 
-    def __init__(self, *, limit: int = STREAM_LIMIT) -> None:
+    def __init__(self, *, limit: int = STREAM_LIMIT, seekable: bool = False) -> None:
+        """With `seekable`, the stream may go on at another place of its file: see `jump`."""
         self._limit: Final = limit
+        self._seekable: Final = seekable
+        self.jump: int | None = None
+        """Where the stream goes on, in bytes from its beginning; None where it goes on where it is. See `jumped`."""
         self._kinds: Final[Mapping[int, type[Record]]] = {kind.TYPE: kind for kind in _KINDS}
         self._buffer = bytearray()
         self._offset = 0  # of the buffer's first byte in the stream
@@ -165,6 +188,7 @@ class StreamReader:
         self._head: tuple[int, int, int] | None = None  # type, payload bytes, CRC of the record that is coming in
         self._names: Final[set[str]] = set()
         self._ram = RamOrder()
+        self._mapped = False  # whether its pages have fixed places
         self._content = 0  # bytes of records with RAM content so far, which the limit does not count
         self._contents = 0  # such records
         self._ended = False
@@ -188,6 +212,13 @@ class StreamReader:
         except StreamCorrupt as failure:
             self._failure = failure
             raise
+
+    def jumped(self) -> None:
+        """Say that what is fed next is from where `jump` says. What was fed from elsewhere is forgotten."""
+        assert self.jump is not None
+        self._content += self.jump - self._offset
+        self._offset, self.jump = self.jump, None
+        self._buffer.clear()
 
     def close(self) -> None:
         """Say that no more bytes come. Raises `StreamCorrupt` unless the stream was complete."""
@@ -216,6 +247,8 @@ class StreamReader:
         finally:
             self._offset += at
             del self._buffer[:at]
+        if self.jump is not None:
+            return records
         under_way = 0 if self._head is not None and self._head[0] == RamContent.TYPE else len(self._buffer)
         if self._offset + under_way - self._content > self._limit:
             raise StreamCorrupt(reason=f"it has more than {self._limit} bytes, the most that is read here")
@@ -226,7 +259,7 @@ class StreamReader:
     def _next(self, at: int, records: list[Record]) -> int | None:
         """Read what is complete at `at` of the buffer; return its size, or None where more has to come in."""
         available = len(self._buffer) - at
-        if self._ended:
+        if self._ended or self.jump is not None:
             return None
         if self._number < 0:
             if available < _PREAMBLE.size:
@@ -313,11 +346,22 @@ class StreamReader:
                 self._ram.take(record)
             except Misshapen as error:
                 raise self._corrupt(at, f"a misplaced {self._noun(kind)}: {error}") from error
+        elif isinstance(record, RamMapped):
+            self._check_map(at, record)
         elif isinstance(record, End):
             if record != (expected := End(self._number, self._checksum)):
                 raise self._corrupt(at, f"the end of {_summary(record)}, expected {_summary(expected)}")
             self._ended = True
         return record
+
+    def _check_map(self, at: int, record: RamMapped) -> None:
+        end = self._offset + at + HEAD_SIZE + len(record.payload())
+        if not self._seekable:
+            raise self._corrupt(at, f"{record.NOUN}, which only a file can have")
+        if self._mapped or record.bitmap < end:
+            raise self._corrupt(at, f"{record.NOUN}, a second one, or with its bitmap at {record.bitmap}, before {end}")
+        self._mapped = True
+        self.jump = record.onward
 
     def _noun(self, kind: int) -> str:
         return self._kinds[kind].NOUN if kind in self._kinds else f"record of type {kind}"

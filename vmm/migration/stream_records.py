@@ -34,12 +34,16 @@ _SECTION_FIXED: Final = struct.Struct("<II")  # version, bytes of JSON
 _EXTENT: Final = struct.Struct("<QQ")  # guest-physical address, bytes
 _WHERE: Final = struct.Struct("<I")
 _IN_PLACE: Final = struct.Struct("<Q16s")  # bytes, identity
+_MAPPED: Final = struct.Struct("<IIQQQQ")  # bytes of a page, zero, bitmap, checksums, pages, what follows
+_MAPPED_SUMS: Final = struct.Struct("<QII")  # pages that are there, CRC-32C of bitmap and of checksums
 _END: Final = struct.Struct("<II")  # records before this one, checksum over their headers
 
 IDENTITY_SIZE: Final = 16  # bytes
 
 _IN_SHARED_MEMORY: Final = 0
 _IN_STREAM: Final = 1
+
+MAPPED_ALIGNMENT: Final = 1 << 20  # bytes: where pages begin that have fixed places in a file
 
 CONTENT_SIZE: Final = 1 << 20  # bytes of RAM in one record of content, at most
 CONTENT_RUNS: Final = CONTENT_SIZE // PAGE_SIZE  # runs in one record, at most: each a page at least
@@ -288,6 +292,103 @@ class RamInPlace:
 
 @final
 @attrs.frozen
+class RamMapped:
+    """All of the guest's RAM is in this file, each page at its fixed place; here is where.
+
+    Places are bytes from the beginning of the stream. The pages of all extents are in one row, without gaps.
+    """
+
+    TYPE: ClassVar[int] = 11
+    NOUN: ClassVar[str] = "map of RAM in the file"
+    LIMIT: ClassVar[int] = _MAPPED.size + EXTENTS_LIMIT
+
+    extents: tuple[tuple[int, int], ...]
+    """As in `RamExtents`."""
+    bitmap: int
+    """One bit for each page that is not zero, in little-endian words of 64."""
+    sums: int
+    """The CRC-32C of each page, 4 bytes; of one that is zero, 0."""
+    area: int
+    """Page 0."""
+    onward: int
+    """The record that follows this one."""
+
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return sum(size for _, size in self.extents) // PAGE_SIZE
+
+    @property
+    def bitmap_size(self) -> int:
+        """Bytes."""
+        return -(-self.pages // 64) * 8
+
+    @classmethod
+    def after(cls, at: int, extents: tuple[tuple[int, int], ...], start: int) -> RamMapped:
+        """Lay the pages out behind this record.
+
+        Args:
+            at: where this record's payload begins in the stream.
+            start: where the stream begins in the file, in which `area` is a multiple of `MAPPED_ALIGNMENT`.
+        """
+        plan = cls(extents, 0, 0, 0, 0)
+        bitmap = _round_up(at + _MAPPED.size + len(extents) * _EXTENT.size, PAGE_SIZE)
+        sums = _round_up(bitmap + plan.bitmap_size, PAGE_SIZE)
+        area = _round_up(start + sums + 4 * plan.pages, MAPPED_ALIGNMENT) - start
+        return cls(extents, bitmap, sums, area, area + plan.pages * PAGE_SIZE)
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for places that cannot be."""
+        payload = _MAPPED.pack(PAGE_SIZE, 0, self.bitmap, self.sums, self.area, self.onward)
+        payload += b"".join(_EXTENT.pack(*extent) for extent in self.extents)
+        self.decode(payload)
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamMapped:
+        """Undo `payload`, or raise `Misshapen`."""
+        if len(payload) <= _MAPPED.size or (len(payload) - _MAPPED.size) % _EXTENT.size:
+            raise Misshapen(f"{len(payload)} bytes, expected {_MAPPED.size} and {_EXTENT.size} for each extent")
+        page_size, zero, *places = _MAPPED.unpack_from(payload)
+        if (page_size, zero) != (PAGE_SIZE, 0):
+            raise Misshapen(f"pages of {page_size} bytes and {zero}, expected {PAGE_SIZE} and 0")
+        found = cls(_extents(memoryview(payload)[_MAPPED.size :]), *places)
+        ends = (found.bitmap + found.bitmap_size, found.sums + 4 * found.pages, found.area + found.pages * PAGE_SIZE)
+        if any(end > begin for end, begin in zip(ends, places[1:], strict=True)) or found.onward >= 1 << 62:
+            raise Misshapen(f"bitmap, checksums, pages and what follows at {places}, which are too near to each other")
+        return found
+
+
+@final
+@attrs.frozen
+class RamMappedSums:
+    """What was written where `RamMapped` says, once all of it is there."""
+
+    TYPE: ClassVar[int] = 12
+    NOUN: ClassVar[str] = "checksums of the map of RAM"
+    LIMIT: ClassVar[int] = _MAPPED_SUMS.size
+
+    present: int
+    """How many pages are in the file."""
+    bitmap: int
+    """CRC-32C of the bitmap."""
+    sums: int
+    """CRC-32C of the table of checksums."""
+
+    def payload(self) -> bytes:
+        """Encode."""
+        return _MAPPED_SUMS.pack(self.present, self.bitmap, self.sums)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamMappedSums:
+        """Undo `payload`, or raise `Misshapen`."""
+        if len(payload) != _MAPPED_SUMS.size:
+            raise Misshapen(f"{len(payload)} bytes, expected {_MAPPED_SUMS.size}")
+        return cls(*_MAPPED_SUMS.unpack(payload))
+
+
+@final
+@attrs.frozen
 class Home:
     """The commands that belong to the machine where it was and not to its guest: those of its monitors.
 
@@ -337,7 +438,9 @@ class End:
         return cls(*_END.unpack(payload))
 
 
-Record: TypeAlias = Header | Recipe | Section | RamExtents | RamContent | RamInPlace | Home | End
+Record: TypeAlias = (
+    Header | Recipe | Section | RamExtents | RamContent | RamInPlace | RamMapped | RamMappedSums | Home | End
+)
 
 
 def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:
@@ -345,6 +448,10 @@ def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:
     import hashlib  # takes its time to load, and a machine that is never migrated does without
 
     return hashlib.sha256(Recipe(tuple(commands)).payload()).digest()
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
 
 
 def _pack_name(name: str) -> bytes:

@@ -72,7 +72,7 @@ class CopyPlan:
 
 
 @final
-class _Canceller:
+class Canceller:
     """The facet of `may-cancel-migration`."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class _Copy:
 
     flow: Outflow
     progress: MigrationProgress
-    canceller: _Canceller
+    canceller: Canceller
     left: tuple[str, bytes] | None
     """Where RAM stays, and what marks it; None where it is copied."""
 
@@ -142,7 +142,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     migration = run.machine.made.migration
     pause: Pause | None = None
     failure: VmmError | None = None
-    canceller = _Canceller()
+    canceller = Canceller()
     left = _left_in_place(run, plan)
     with closing(await plan.open()) as flow:
         async with running.child("migrating") as phase:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from vmm.errors import StateRejected, StreamCorrupt
+import trio
+
+from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
-from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, Section
+from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped, RamMappedSums, Section
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
@@ -24,13 +27,16 @@ async def read_state(
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
 
     Args:
-        may_write: to put RAM in place as it comes. With None it is only looked at.
+        may_write: to put RAM in place as it comes. With None it is only looked at. RAM at fixed places of a file is put
+            in place last, or with x-restore-on-demand comes when it is used.
 
     Raises:
         VmmError: it is damaged, cut off, or of no such machine.
     """
     ram = RamWriter(may_write, machine.memory)
     sections: list[Section] = []
+    maps: list[RamMapped] = []
+    sums: list[RamMappedSums] = []
 
     def take(record: Record) -> bool:
         match record:
@@ -42,11 +48,42 @@ async def read_state(
                 ram.store(record)
             case RamInPlace():
                 ram.find_in_place(record)
+            case RamMapped():
+                ram.note_map(record)
+                maps.append(record)
+            case RamMappedSums():
+                sums.append(record)
         return False
 
     await flow.read(take)
     ram.require_complete()
+    if len(maps) != len(sums):
+        raise StreamCorrupt(reason=f"it has {len(maps)} maps of RAM and {len(sums)} records of their checksums")
+    if maps:
+        await _read_mapped(flow, machine, may_write, maps[0], sums[0])
     return _pause_of(sections), [section for section in sections if section.name != Pause.KIND]
+
+
+async def _read_mapped(
+    flow: Inflow, machine: Machine, may_write: MayWriteGuestMemory | None, record: RamMapped, sums: RamMappedSums
+) -> None:
+    from vmm.migration.mapped_ram import MappedReader  # Few machines come so.
+
+    on_demand = machine.made.migration.parameters["x-restore-on-demand"]
+    with closing(MappedReader(record, machine.memory, *flow.file)) as ram:
+        await trio.to_thread.run_sync(ram.check, sums)
+        if may_write is None:
+            if not on_demand:
+                await ram.look()
+            return
+        if on_demand:
+            try:
+                await ram.come(may_write)
+            except PageFaultsUnavailable as error:
+                machine.made.host.complain(f"{error}; all of it is loaded before the guest runs")
+            else:
+                return
+        await ram.load(may_write)
 
 
 def _pause_of(sections: Sequence[Section]) -> Pause:

@@ -24,6 +24,7 @@ from vmm.cpr.handover import take
 from vmm.errors import CprError, InvalidState, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
+from vmm.phases.absent_pages import AbsentPages
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.departure import Departure
@@ -33,6 +34,7 @@ from vmm.phases.migrating import TransferPlan, run_migrating
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
+from vmm.phases.saving import is_saved, run_saving
 from vmm.phases.session_moves import go_on
 from vmm.phases.vcpus import VcpuGang
 
@@ -81,6 +83,20 @@ class Run:
         """Held by whoever starts, stops or resets the guest, or pauses it to give it away, from beginning to end."""
         self.status = machine.made.host.status
         self.gang = VcpuGang(machine.vcpus, self._failed)
+        self._absent: AbsentPages | None = None
+
+    def see_pages_come(self, phase: Phase) -> None:
+        """See the RAM through that comes as it is used, if it does, as a resident of `phase`."""
+        pages = self.machine.memory.absent
+        if pages is not None:
+            self._absent = AbsentPages(self, pages)
+            phase.residents.start_soon("absent pages", self._absent.serve)
+
+    async def all_pages(self) -> None:
+        """Wait until all of RAM is there, or is lost."""
+        if self._absent is not None:
+            await self._absent.over.wait()
+            self._absent = None
 
     def start_nowait(self) -> None:
         """Let the vCPUs in, and say so. The guest's watchdogs are told that it stood."""
@@ -185,6 +201,7 @@ async def run_running(
         if loaded is None:
             await phase.residents.start("vcpus", run.gang.serve)
         await phase.residents.start("guest requests", GuestRequests(run).serve)
+        run.see_pages_come(phase)
         if loaded is not None:
             await take_over(run, loaded)
             phase.tree.reserved_for = None
@@ -305,14 +322,18 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                 await made.incoming.arrival.settled.wait()
             with closing(turn.value) as plan:
                 try:
+                    # What has not come is not here to be given away.
+                    await run.all_pages()
                     await phase.tree.drain(turn, "migrating")
                     if isinstance(plan, SavedState):
                         await run_restoring(phase, run, plan)
+                        run.see_pages_come(phase)
                         turn.succeed()
                         continue
                     with made.migration.attempt("source", plan.wishes):
                         if isinstance(plan, CopyPlan):
-                            left = await run_copying(phase, run, plan, turn)
+                            copy = run_saving if is_saved(run, plan) else run_copying
+                            left = await copy(phase, run, plan, turn)
                             gone = left is not None
                         elif isinstance(plan, ExecPlan):
                             run.leaves = gone = await run_executing(phase, run, plan, turn)

@@ -1,0 +1,216 @@
+"""RAM at fixed places of a file: written there, in several threads, and read from there.
+
+The stream says where (`RamMapped`), goes on behind the pages, and says before its end what is there (`RamMappedSums`):
+so a page that the guest has changed since is written again in its place, and the file does not grow. What is zero takes
+no room: the file is sparse.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Final, final
+
+import trio
+
+from vmm import hostio
+from vmm.errors import HostFileRefused, StreamCorrupt
+from vmm.kvm.page_file import PAGE_SIZE, PIECE_PAGES, PageFile, Tally, checksum, path_of
+from vmm.migration.status import MigrationRamStats
+from vmm.migration.stream_records import RamMapped, RamMappedSums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.capabilities import MayWriteGuestMemory
+    from vmm.kvm._kvm import CData
+    from vmm.kvm.memory import GuestMemory
+
+_THREADS: Final = 4
+"""At most. Each keeps one CPU busy, with checksums and copies."""
+
+
+async def in_pieces(pages: int, work: Callable[[int, int], object]) -> None:
+    """Call `work` with first page and number of each piece of `pages` pages, in several threads at a time.
+
+    A cancellation takes effect once the pieces under way are done. Raises, in a group, what `work` raises.
+    """
+    pieces = iter(range(0, pages, PIECE_PAGES))
+    threads = trio.CapacityLimiter(_THREADS)
+
+    async def worker() -> None:
+        for first in pieces:
+            count = min(PIECE_PAGES, pages - first)
+            await trio.to_thread.run_sync(work, first, count, limiter=threads)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(_THREADS, os.cpu_count() or 1)):
+            nursery.start_soon(worker)
+
+
+@final
+class MappedWriter:
+    """A guest's RAM on its way to its places in a file. The descriptor stays the caller's."""
+
+    def __init__(self, memory: GuestMemory, fd: int, start: int, written: int) -> None:
+        """Lay it out in file `fd`, in which the stream begins at `start` and has `written` bytes so far.
+
+        Args:
+            written: with the head of the record that says where the pages are.
+        """
+        self._memory: Final = memory
+        self._fd: Final = fd
+        self._start: Final = start
+        self._begun: Final = time.monotonic()
+        extents = tuple((region.address, region.size) for region in memory.regions)
+        self.record: Final = RamMapped.after(written, extents, start)
+        self.file: Final = PageFile(fd, start + self.record.area, self.record.pages)
+        self._data = self._zero = self._left = 0
+
+    async def save(self, wanted: CData, pages: int, report: Callable[[], object]) -> None:
+        """Write the pages whose bit is set in `wanted`, `pages` of them. `report` is called now and then, on the loop.
+
+        Raises:
+            HostFileRefused: the file cannot be written; in a group.
+        """
+        self._left = pages
+
+        def piece(first: int, count: int) -> None:
+            tally = self.file.save(self._memory, wanted, first, count)
+            trio.from_thread.run_sync(note, tally)
+
+        def note(tally: Tally) -> None:
+            self._data += tally.data
+            self._zero += tally.zero
+            self._left -= tally.data + tally.zero
+            report()
+
+        await in_pieces(self.record.pages, piece)
+
+    def note(self, data: int, zero: int) -> None:
+        """Note how many pages somebody else has written here, and found to be zero, all in all."""
+        self._data, self._zero, self._left = data, zero, self.record.pages - data - zero
+
+    def finish(self) -> RamMappedSums:
+        """Write what pages there are and their checksums, and stand where the stream goes on. For a thread.
+
+        Raises:
+            HostFileRefused: the file cannot be written.
+        """
+        bitmap, sums = self.file.listed_bytes(), self.file.sums_bytes()
+        try:
+            for data, at in ((bitmap, self.record.bitmap), (sums, self.record.sums)):
+                done = 0
+                while done < len(data):
+                    done += os.pwrite(self._fd, data[done:], self._start + at + done)
+            os.lseek(self._fd, self._start + self.record.onward, os.SEEK_SET)
+        except OSError as error:
+            raise hostio.refused("write", path_of(self._fd), error) from error
+        present = int.from_bytes(bitmap, "little").bit_count()
+        return RamMappedSums(present, checksum(bitmap), checksum(sums))
+
+    def statistics(self, passes: int) -> MigrationRamStats:
+        """Return what `query-migrate` shows."""
+        seconds = max(time.monotonic() - self._begun, 1e-6)
+        size = self._data * PAGE_SIZE
+        return MigrationRamStats(
+            transferred=size,
+            precopy_bytes=0,
+            downtime_bytes=size,
+            remaining=self._left * PAGE_SIZE,
+            total=self._memory.size,
+            duplicate=self._zero,
+            normal=self._data,
+            normal_bytes=size,
+            mbps=round(size * 8 / 1e6 / seconds, 3),
+            pages_per_second=round(self._data / seconds),
+            dirty_sync_count=passes,
+            page_size=PAGE_SIZE,
+        )
+
+
+@final
+class MappedReader:
+    """A guest's RAM at its places in a file. Has a descriptor of its own, until `close`."""
+
+    def __init__(self, record: RamMapped, memory: GuestMemory, fd: int, start: int) -> None:
+        """Take `record` of the stream that begins at `start` of `fd`.
+
+        Raises:
+            StreamCorrupt: it is of another machine's RAM.
+            HostFileRefused: no descriptor is left.
+        """
+        expected = tuple((region.address, region.size) for region in memory.regions)
+        if record.extents != expected:
+            raise StreamCorrupt(
+                reason=f"its RAM is {_describe(record.extents)}, this machine has {_describe(expected)}"
+            )
+        self._record: Final = record
+        self._memory: Final = memory
+        self._start: Final = start
+        self._fd = hostio.dup(fd)
+        self.file: Final = PageFile(self._fd, start + record.area, record.pages)
+
+    def check(self, sums: RamMappedSums) -> None:
+        """Read which pages there are, and their checksums. For a thread.
+
+        Raises:
+            StreamCorrupt: they are damaged, or cut off.
+        """
+        record, file = self._record, self.file
+        tables = (
+            ("bitmap of pages", file.listed_bytes(), record.bitmap, sums.bitmap),
+            ("table of checksums", file.sums_bytes(), record.sums, sums.sums),
+        )
+        for what, table, at, expected in tables:
+            self._read(what, table, self._start + at)
+            if (found := checksum(table)) != expected:
+                raise StreamCorrupt(
+                    reason=f"a damaged {what} at offset {at}: its checksum is {found:#010x}, expected {expected:#010x}"
+                )
+        present = int.from_bytes(file.listed_bytes(), "little")
+        if present.bit_count() != sums.present or present.bit_length() > record.pages:
+            raise StreamCorrupt(
+                reason=f"its bitmap has {present.bit_count()} of {record.pages} pages and page "
+                f"{present.bit_length() - 1}, its record says {sums.present}"
+            )
+        length, needed = os.fstat(self._fd).st_size, file.offset + present.bit_length() * PAGE_SIZE
+        if length < needed:
+            raise StreamCorrupt(reason=f"it ends after {length - self._start} bytes, before its last page of RAM")
+
+    def _read(self, what: str, table: memoryview, at: int) -> None:
+        done = 0
+        while done < len(table):
+            try:
+                count = os.preadv(self._fd, [table[done:]], at + done)
+            except OSError as error:
+                raise HostFileRefused(
+                    action="read", path=path_of(self._fd), reason=os.strerror(error.errno or 0)
+                ) from error
+            if not count:
+                raise StreamCorrupt(reason=f"it ends after {at + done - self._start} bytes, in its {what}")
+            done += count
+
+    async def look(self) -> None:
+        """Read every page and compare its checksum; put it nowhere. Raises `GuestPageLost`, in a group."""
+        await in_pieces(self._record.pages, lambda first, count: self.file.check(self._memory, first, count))
+
+    async def load(self, may: MayWriteGuestMemory) -> None:
+        """Put all of it in place, into RAM that is made zero first. Raises `GuestPageLost`, in a group."""
+        await trio.to_thread.run_sync(may.clear)
+        await in_pieces(self._record.pages, lambda first, count: may.load_pages(self.file, first, count))
+
+    async def come(self, may: MayWriteGuestMemory) -> None:
+        """Have it come in as it is used, into RAM that is made zero first. Raises `PageFaultsUnavailable`."""
+        await trio.to_thread.run_sync(may.clear)
+        may.come_from(self.file)
+
+    def close(self) -> None:
+        """Close the descriptor. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _describe(extents: tuple[tuple[int, int], ...]) -> str:
+    return " and ".join(f"{size} bytes at {address:#x}" for address, size in extents)

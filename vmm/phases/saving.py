@@ -1,0 +1,225 @@
+"""A guest that is saved in a file, its RAM at fixed places there (migration capability mapped-ram).
+
+Either it stands at the end and is whole here, as after any migration that copied it; or, with background-snapshot, it
+stands for a moment only, and goes on while its RAM, as it was in that moment, is written.
+"""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING, Any, Final, final
+
+import attrs
+import trio
+
+from vmm.capabilities import MayCancelMigration, MaySaveState
+from vmm.errors import MigrationRefused, VmmError, leaves
+from vmm.kvm.faults import KEPT_FEATURES, KeptPages, require_features
+from vmm.kvm.page_file import all_pages
+from vmm.migration.address import FileAddress
+from vmm.migration.mapped_file import MappedFile
+from vmm.migration.status import MigrationStatus
+from vmm.migration.stream_records import Section
+from vmm.phases.copying import Canceller, Gone, staying, travelling
+from vmm.phases.cpu_differences import cpu_to_json
+from vmm.phases.migrating import WITHHELD, MigratingGrants
+from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
+from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from vmm.capabilities import Mint
+    from vmm.migration.status import MigrationProgress
+    from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.copying import CopyPlan
+    from vmm.phases.running import Run
+
+_LOOK: Final = 0.1
+"""Seconds between two looks at how far a snapshot is."""
+
+_KEEPING: Final = "keep the guest's RAM as it is while the guest runs"
+
+
+def is_saved(run: Run, plan: CopyPlan) -> bool:
+    """Say whether `plan` is for this module, as the migration capabilities have it.
+
+    Raises:
+        VmmError: the capabilities do not go with where the guest is to be copied, or with this host.
+    """
+    capabilities = run.machine.made.migration.capabilities
+    mapped, background = capabilities["mapped-ram"], capabilities["background-snapshot"]
+    if background and not mapped:
+        raise MigrationRefused(
+            reason="migrate: background-snapshot needs a place in a file for each page; turn mapped-ram on too"
+        )
+    if mapped and not isinstance(plan.address, FileAddress):
+        raise MigrationRefused(
+            reason="migrate: mapped-ram gives each page a place, which only a file has; give a file:, or turn it off"
+        )
+    if mapped and capabilities["x-ignore-shared"] and run.machine.memory.can_stay:
+        raise MigrationRefused(
+            reason="migrate: with x-ignore-shared the guest's RAM stays in its own file, with mapped-ram it goes into "
+            "that of its state; turn one of them off"
+        )
+    if background:
+        require_features(_KEEPING, KEPT_FEATURES)
+    return mapped
+
+
+async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:
+    """Save the guest as `plan` says. Return what is left here if it stands then; None where it goes on.
+
+    Raises:
+        VmmError: only before the phase has opened; later failures are in `query-migrate`.
+    """
+    machine = run.machine
+    migration = machine.made.migration
+    background = migration.capabilities["background-snapshot"]
+    assert plan.open_file is not None, "given by the command"
+    failure: VmmError | None = None
+    gone: Gone | None = None
+    saved = False
+    canceller = Canceller()
+    with closing(MappedFile(plan.open_file())) as file:
+        async with running.child("migrating") as phase:
+
+            def grants(mint: Mint) -> MigratingGrants:
+                may = mint(MayCancelMigration, canceller)
+                return MigratingGrants(cancel_migration=may, send_descriptors=None)
+
+            running.tree.move(turn)
+            progress = migration.begin("source")
+            async with phase.window(grants, withholds=WITHHELD):
+                try:
+                    with canceller.scope:
+                        progress.advance(MigrationStatus.ACTIVE)
+                        await _begin(run, file)
+                        save = _Save(phase, run, file, progress, canceller)
+                        if background:
+                            await save.while_it_runs()
+                        else:
+                            gone = Gone(await save.to_the_end(), progress, machine.memory)
+                        saved = True
+                except* VmmError as group:
+                    failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+    # The outcome is told once the phase is over: whoever hears of it can go on at once.
+    if saved:
+        if background:
+            progress.advance(MigrationStatus.COMPLETED)
+    elif failure is not None:
+        migration.failed(progress, str(failure))
+    elif canceller.scope.cancelled_caught:
+        progress.advance(MigrationStatus.CANCELLING)
+        progress.advance(MigrationStatus.CANCELLED)
+    return gone
+
+
+async def _begin(run: Run, file: MappedFile) -> None:
+    from vmm.phases.catalog import rank  # Which imports the commands, which import `copying`.
+
+    machine = run.machine
+    host = machine.made.host
+    made = host.recorder.recipe().ordered(rank)
+    recipe, home = travelling(made).to_json(), staying(made).to_json()
+    name, processor = host.start.identity.name or "trio-vmm", cpu_to_json(machine.cpu)
+    await trio.to_thread.run_sync(file.begin, name, recipe, processor, home, machine.memory)
+
+
+@final
+@attrs.frozen(eq=False)
+class _Save:
+    """A guest that is being saved."""
+
+    phase: Phase
+    run: Run
+    file: MappedFile
+    progress: MigrationProgress
+    canceller: Canceller
+
+    async def to_the_end(self) -> Pause:
+        """Stop the guest and save it. Raises `VmmError`: then it is as it was before."""
+        machine, progress = self.run.machine, self.progress
+        async with self._standing() as (may, pause):
+            sections = _sections(may, pause)
+            pages = machine.memory.size // 4096
+            await self.file.ram.save(all_pages(pages), pages, self._report)
+            progress.advance(MigrationStatus.DEVICE)
+            await trio.to_thread.run_sync(self.file.finish, sections)
+            self.canceller.let_go = True
+            self.run.here = False
+        return pause
+
+    async def while_it_runs(self) -> None:
+        """Stop the guest for a moment, and save it as it is in that moment. Raises `VmmError`: it runs all the same."""
+        machine = self.run.machine
+        with closing(KeptPages(machine.memory, self.file.ram.file)) as kept:
+            async with self._standing() as (may, pause):
+                sections = _sections(may, pause)
+                await trio.to_thread.run_sync(kept.begin)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, kept)
+                failure = await kept.wait_over()
+                nursery.cancel_scope.cancel()
+            self._look_at(kept)
+        if failure is not None:
+            raise failure
+        self.progress.advance(MigrationStatus.DEVICE)
+        self.canceller.let_go = True
+        with trio.CancelScope(shield=True):  # what is left is a few writes, and then it is there
+            await trio.to_thread.run_sync(self.file.finish, sections)
+
+    @asynccontextmanager
+    async def _standing(self) -> AsyncGenerator[tuple[MaySaveState, Pause], None]:
+        """Stop the guest in phase quiesced. Afterwards it goes on, unless it was let go (`Run.here`)."""
+        run, progress = self.run, self.progress
+        machine, host = run.machine, run.machine.made.host
+        # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
+        async with run.control:
+            ran = False
+            try:
+                async with self.phase.child("quiesced") as phase:
+                    progress.pause_begins()
+                    ran = run.gang.running
+                    # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
+                    with trio.CancelScope(shield=True):
+                        await run.gang.stop()
+                        await machine.rest()
+                    # A vCPU may have failed in the moment of the stop: then the guest runs on nowhere.
+                    ran = ran and run.status.running
+                    pause = Pause(ran, run.status.name, run.status.failure, machine.bells.pending())
+                    if ran:
+                        run.status.stands("save-vm")
+                    host.stores.declare_ports(machine.state)
+                    guest = StandingGuest(machine.state, machine.memory)
+
+                    def grants(mint: Mint) -> QuiescedGrants:
+                        return QuiescedGrants(save_state=mint(MaySaveState, guest))
+
+                    async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
+                        yield window.grants.save_state, pause
+            finally:
+                progress.pause_ends()
+                if run.here:
+                    machine.wake()
+                    if ran:
+                        run.start_nowait()
+                else:
+                    run.status.stands("postmigrate")
+
+    def _report(self) -> None:
+        self.progress.ram = self.file.ram.statistics(1)
+
+    async def _watch(self, kept: KeptPages) -> None:
+        while True:
+            await trio.sleep(_LOOK)
+            self._look_at(kept)
+
+    def _look_at(self, kept: KeptPages) -> None:
+        report = kept.report()
+        self.file.ram.note(report.moved, report.passed - report.moved)
+        self._report()
+
+
+def _sections(may: MaySaveState, pause: Pause) -> list[Section]:
+    return [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
