@@ -163,8 +163,9 @@ class GuestMemory:
     def data_runs(self) -> Iterator[tuple[int, int]]:
         """Yield (guest-physical address, bytes) of what is not zero, in whole pages, ascending, 1 MiB at most each.
 
-        Memory that was never touched is not touched by this either.
+        Memory that was never touched is not touched by this either. What is still to come is waited for.
         """
+        self._have(0, self.size)
         runs = ffi.new("uint32_t[]", 2 * _SCAN_PAGES)
         for region in self.regions:
             for start, end in self._touched(region.offset, region.offset + region.size):
