@@ -19,18 +19,8 @@ import trio
 from tests.phases.machine import Running, connected, machine, monitor, parse
 from tests.phases.update_kit import GUEST
 from vmm import hostio
-from vmm.cli_save import (
-    Interruption,
-    SavedStateRefused,
-    SaveFailed,
-    SaveInterrupted,
-    SaveUnclear,
-    _note_signals,
-    claimed,
-    resume_machine,
-    resumed,
-    save,
-)
+from vmm.cli_save import SavedStateRefused, SaveFailed, SaveUnclear, claimed, resume_machine, resumed, save
+from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.outflow import Outflow
@@ -260,21 +250,8 @@ async def test_an_interrupt_calls_it_off(when: str, tmp_path: Path, monkeypatch:
     else:
         monkeypatch.setattr(Outflow, "send", interrupt_first)
     async with original(tmp_path) as running:
-        text = await fails(tmp_path, SaveInterrupted, running, interruption)
+        text = await fails(tmp_path, Interrupted, running, interruption)
     assert text == "The save was interrupted: the machine goes on"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_is_an_interruption(number: signal.Signals) -> None:
-    interruption = Interruption()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(_note_signals, interruption)
-        os.kill(os.getpid(), number)
-        with trio.fail_after(HANGS), interruption.ends_wait(True):
-            if not interruption.came:
-                await trio.sleep_forever()
-        nursery.cancel_scope.cancel()
-    assert interruption.came
 
 
 async def test_a_place_that_cannot_be_is_told_before_anything_is_stopped(tmp_path: Path) -> None:

@@ -18,48 +18,60 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (None: the process's own) and return the exit status."""
-    from vmm.cli_options import Parser, add_run_options
+    from vmm.cli_options import Parser
 
+    given = sys.argv[1:] if arguments is None else arguments
     parser = Parser("trio-vmm", description="A virtual machine monitor for Linux KVM.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser(
         "run", help="run a machine", allow_abbrev=False, description="Run a machine until it ends."
     )
-    add_run_options(run)
     update = commands.add_parser(
         "update", help="replace the process under a running machine", allow_abbrev=False,
         description="Start a successor for a running machine, hand the guest over, and report the pause.",
     )  # fmt: skip
-    update.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
-    update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
-    how = update.add_mutually_exclusive_group()
-    how.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
-    how.add_argument("--exec", action="store_true", help="let the process execute the new program; its number stays")
-    how.add_argument("--keep", action="store_true", help="leave the old process waiting, for --undo")
-    how.add_argument("--undo", action="store_true", help="go back to the process that --keep left waiting")
-    how.add_argument("--forget", action="store_true", help="let that process end")
-    update.add_argument("--json", action="store_true", help="report as JSON")
+    migrate = commands.add_parser(
+        "migrate", help="move a running machine's guest to another process", allow_abbrev=False,
+        description="Move a running machine's guest, and show how far it is; Ctrl-C calls it off.",
+    )  # fmt: skip
     save = commands.add_parser(
         "save", help="save a running machine in a file, and end it", allow_abbrev=False,
-        description="Save a machine in a file, its RAM where it is if that is a file, and end it.",
+        description="Save a machine in a file, its RAM where it is if that is a file, and end it; Ctrl-C calls it off.",
     )  # fmt: skip
-    save.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
-    save.add_argument("file", metavar="FILE", help="where to; readable by its owner alone")
     resume = commands.add_parser(
         "resume", help="go on with a machine that was saved", allow_abbrev=False,
         description="Go on with the machine in FILE, with its monitors and chardevs; FILE is removed then.",
     )  # fmt: skip
-    resume.add_argument("file", metavar="FILE", help="what save has written")
-    add_run_options(resume)
     demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
-    demo.add_argument("--plain", action="store_true", help="no colours")
-    options = parser.parse_args(arguments)
+    # Only the options of the command that is given: of them all there are a hundred, and each takes its time.
+    match given[0] if given else "":
+        case "run":
+            _add_run(run)
+        case "update":
+            _add_update(update)
+        case "migrate":
+            from vmm.cli_migrate import add_migrate_options
+
+            add_migrate_options(migrate)
+        case "save":
+            save.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
+            save.add_argument("file", metavar="FILE", help="where to; readable by its owner alone")
+        case "resume":
+            resume.add_argument("file", metavar="FILE", help="what save has written")
+            _add_run(resume)
+        case "demo":
+            demo.add_argument("--plain", action="store_true", help="no colours")
+    options = parser.parse_args(given)
     try:
         match options.command:
             case "run":
                 return _run(run, options)
             case "update":
                 return _update(options)
+            case "migrate":
+                from vmm.cli_migrate import migrate_machine
+
+                return migrate_machine(options)
             case "save":
                 from vmm.cli_save import save_machine
 
@@ -78,6 +90,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VmmError as error:
         print(f"trio-vmm: {error}", file=sys.stderr)
         return 1
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    from vmm.cli_options import add_run_options
+
+    add_run_options(parser)
+
+
+def _add_update(update: argparse.ArgumentParser) -> None:
+    update.add_argument("--qmp", required=True, metavar="SOCK", help="the machine's QMP socket")
+    update.add_argument("--binary", metavar="PATH", help="the trio-vmm to run as the successor (default: this one)")
+    how = update.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="only say what the successor would have otherwise")
+    how.add_argument("--exec", action="store_true", help="let the process execute the new program; its number stays")
+    how.add_argument("--keep", action="store_true", help="leave the old process waiting, for --undo")
+    how.add_argument("--undo", action="store_true", help="go back to the process that --keep left waiting")
+    how.add_argument("--forget", action="store_true", help="let that process end")
+    update.add_argument("--json", action="store_true", help="report as JSON")
 
 
 def _update(options: argparse.Namespace) -> int:

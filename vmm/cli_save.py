@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import stat
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,9 @@ import trio
 
 from vmm import hostio
 from vmm.cli_options import OPTIONS, given
-from vmm.errors import HostFileRefused, OptionInvalid, VmmError, leaves
+from vmm.cli_progress import Bar
+from vmm.cli_watch import Interrupted, Interruption, interruptible, outcome
+from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 from vmm.qmp_client import CommandFailed, MonitorGone, qmp_session
 from vmm.recipe import Recipe, Step
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from vmm.migration.stream_records import Record
     from vmm.qmp_client import QmpClient
 
-OVER: Final = ("completed", "failed", "cancelled")
-
+_WHAT: Final = "The save"
 _PIECE: Final = 1 << 20
 _HEAD_LIMIT: Final = 16 << 20
 """Bytes in which the recipe of a machine must be found. Both of its records are smaller."""
@@ -54,14 +54,6 @@ class SaveUnclear(VmmError):
 
 
 @final
-class SaveInterrupted(VmmError):
-    """A signal ended the save."""
-
-    text: ClassVar[str] = "The save was interrupted: {outcome}"
-    outcome: str
-
-
-@final
 class SavedStateRefused(VmmError):
     """A file that no machine can be resumed from."""
 
@@ -76,60 +68,24 @@ class SavedStateRefused(VmmError):
 def save_machine(monitor: str, path: str) -> int:
     """Save the machine whose monitor is at `monitor` in the file `path`, and end it. Return the exit status."""
     target = Path(os.path.abspath(path))
-    report = trio.run(_save, monitor, target)
+    interruption = Interruption()
+    try:
+        with Bar.on_stderr() as bar:
+            report: str = trio.run(_save, monitor, target, interruption, bar)
+    except Interrupted as error:
+        return interruption.told(error)
     print(f"saved: {target}, {report}; the machine has ended")
     return 0
 
 
-async def _save(monitor: str, target: Path) -> str:
-    report = ""
-    failure: VmmError | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            interruption = Interruption()
-            await nursery.start(_note_signals, interruption)
-            report = await save(monitor, target, interruption)
-            nursery.cancel_scope.cancel()
-    except* VmmError as group:
-        failure = next(error for error in leaves(group) if isinstance(error, VmmError))
-    if failure is not None:
-        raise failure
-    return report
+async def _save(monitor: str, target: Path, interruption: Interruption, bar: Bar) -> str:
+    async def work() -> str:
+        return await save(monitor, target, interruption, bar)
+
+    return await interruptible(_WHAT, work, interruption)
 
 
-async def _note_signals(interruption: Interruption, *, task_status: trio.TaskStatus[None]) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        task_status.started()
-        async for _ in signals:
-            interruption.comes()
-
-
-@final
-class Interruption:
-    """Somebody wants a save to be called off."""
-
-    def __init__(self) -> None:
-        self.came = False
-        self._wait: trio.CancelScope | None = None
-
-    def comes(self) -> None:
-        """Note it, and end a wait for something else."""
-        self.came = True
-        if self._wait is not None:
-            self._wait.cancel()
-
-    @contextmanager
-    def ends_wait(self, wanted: bool) -> Generator[None, None, None]:
-        """Leave the block when it comes, if that is `wanted`."""
-        with trio.CancelScope() as scope:
-            self._wait = scope if wanted else None
-            try:
-                yield
-            finally:
-                self._wait = None
-
-
-async def save(monitor: str, target: Path, interruption: Interruption) -> str:
+async def save(monitor: str, target: Path, interruption: Interruption, bar: Bar | None = None) -> str:
     """Save a machine in `target`, and end it; say what of its RAM is there.
 
     If it does not come about, or an interruption comes before all is on disk, the guest goes on, and `target` is as it
@@ -148,7 +104,7 @@ async def save(monitor: str, target: Path, interruption: Interruption) -> str:
             raise SaveFailed(reason=reason)
         ran = (await client.execute("query-status"))["running"]
         try:
-            info = await _written(client, part, interruption)
+            info = await _written(client, part, interruption, bar or Bar(None))
             with trio.CancelScope(shield=True):
                 await _put_in_place(client, part, target, ran=ran)
         finally:
@@ -161,51 +117,25 @@ async def save(monitor: str, target: Path, interruption: Interruption) -> str:
     return "its RAM where it was"
 
 
-async def _written(client: QmpClient, part: Path, interruption: Interruption) -> dict[str, Any]:
+async def _written(client: QmpClient, part: Path, interruption: Interruption, bar: Bar) -> dict[str, Any]:
     """Have the machine write `part`; return what `query-migrate` says once all is on disk."""
-    known = await client.execute("query-migrate-capabilities")
-    events = next(entry["state"] for entry in known if entry["capability"] == "events")
-    await client.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-    try:
-        return await _migrated(client, part, interruption)
-    except BaseException:
-        with trio.move_on_after(1, shield=True), suppress(VmmError):
-            await client.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": events}])
-        raise
-
-
-async def _migrated(client: QmpClient, part: Path, interruption: Interruption) -> dict[str, Any]:
     try:
         await client.execute(
             "migrate", parameters={"mode": "cpr-reboot"},
             channels=[{"channel-type": "main", "addr": {"transport": "file", "filename": str(part), "offset": 0}}],
-            capabilities=[{"capability": "x-ignore-shared", "state": True}],
+            # The event tells at once when it is over.
+            capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")],
         )  # fmt: skip
-        info = await _outcome(client, interruption)
+        info = await outcome(client, interruption, bar)
     except CommandFailed as error:
         raise SaveFailed(reason=error.desc) from error
     except MonitorGone as error:
         raise SaveUnclear(reason="the machine ended while it was being saved") from error
     if info["status"] == "cancelled":
-        raise SaveInterrupted(outcome="the machine goes on")
+        raise Interrupted(what=_WHAT, outcome="the machine goes on")
     if info["status"] == "failed":
         raise SaveFailed(reason=info["error-desc"])
     return info
-
-
-async def _outcome(client: QmpClient, interruption: Interruption) -> dict[str, Any]:
-    """Return what `query-migrate` says once it is over; call it off at an interruption."""
-    called_off = False
-    while True:
-        info: dict[str, Any] = await client.execute("query-migrate")
-        if info["status"] in OVER:
-            return info
-        if interruption.came and not called_off:
-            called_off = True
-            await client.execute("migrate_cancel")
-        else:
-            with interruption.ends_wait(not called_off):
-                await client.wait_event(lambda event: event["event"] == "MIGRATION")
 
 
 async def _put_in_place(client: QmpClient, part: Path, target: Path, *, ran: bool) -> None:
