@@ -34,9 +34,9 @@ def carry_out(plan: BootPlan, machine: TinyMachine) -> None:
     set_start(machine.fds[0], plan.start)
 
 
-def boot(machine: TinyMachine, image: Path, cmdline: str = "") -> Lines:
+def boot(machine: TinyMachine, image: Path, cmdline: str = "", size: int = RAM_SIZE) -> Lines:
     """Load `image` and return its console. The guest then runs by `machine.run()`, until it is kicked or it exits."""
-    plan = plan_boot(BinarySource.from_bytes(image.name, image.read_bytes()), None, cmdline, RAM_SIZE, 1)
+    plan = plan_boot(BinarySource.from_bytes(image.name, image.read_bytes()), None, cmdline, size, 1)
     carry_out(plan, machine)
     return Lines(machine)
 

@@ -246,7 +246,7 @@ def test_entries_overwritten_while_they_are_read_are_left_out() -> None:
     ("fields", "fault"),
     [
         ({"version": 2}, "version 2, 1 is read here"),
-        ({"guest": 9}, "guest 9 is not 1 (heartbeat) or 2 (deadline)"),
+        ({"guest": 9}, "guest 9 is none of 1 (heartbeat), 2 (deadline) and 3 (dirtier)"),
         ({"ring_entries": 17}, "a ring of 17 entries, not a power of two up to 65536"),
         ({"ring_entries": 1 << 31}, "a ring of 2147483648 entries, not a power of two up to 65536"),
         ({"tsc_khz": 0}, "rate 1000 Hz, TSC 0 kHz and period 1000000 have a zero"),

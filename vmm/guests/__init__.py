@@ -1,7 +1,8 @@
 """Small guests for demonstrations, tests and benchmarks, built from the C sources beside this file.
 
-`heartbeat` ticks on the PIT and checks its memory, `deadline` ticks on the TSC-deadline timer, `chatter` prints. They
-run on any KVM, need no disk and no kernel, and leave what they saw in RAM for `vmm.guests.heartbeat` to read.
+`heartbeat` ticks on the PIT and checks its memory, `deadline` ticks on the TSC-deadline timer, `chatter` prints,
+`dirtier` writes memory at a set rate. They run on any KVM, need no disk and no kernel, and leave what they saw in RAM
+for `vmm.guests.heartbeat` and `vmm.guests.dirtier` to read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from vmm.errors import BootError
 
-GUESTS = ("heartbeat", "deadline", "chatter")
+GUESTS = ("heartbeat", "deadline", "chatter", "dirtier")
 
 
 def guest_path(name: str) -> Path:

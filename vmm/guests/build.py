@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-GUESTS = ("heartbeat", "deadline", "chatter")
+GUESTS = ("heartbeat", "deadline", "chatter", "dirtier")
 SOURCES = Path(__file__).resolve().parent
 
 # No floating point and no vector registers: the guests never switch them on, and interrupt handlers do not save them.

@@ -24,7 +24,7 @@
 static u32 rate_hz = 100, period;
 static u64 next_deadline;
 
-static const struct option OPTIONS[] = {{"hz=", &rate_hz, 10, 1000}};
+static const struct option OPTIONS[] = {{"hz=", &rate_hz, 10, 1000, 0}};
 
 void __attribute__((used)) on_deadline(void)
 {

@@ -396,9 +396,9 @@ static void __attribute__((noreturn)) refuse(const char *name, const char *word,
 }
 
 /* Reads a number with an optional suffix K, M or G at `text`; `*end` is where it stopped. 0 if there is none. */
-static u32 parse_size(const char *text, const char **end)
+static u64 parse_size(const char *text, const char **end)
 {
-    u32 value = 0;
+    u64 value = 0;
     while (*text >= '0' && *text <= '9')
         value = value * 10 + (*text++ - '0');
     if (*text == 'K' || *text == 'k')
@@ -415,12 +415,14 @@ struct option {
     const char *name; /* with the equals sign */
     u32 *value;
     u32 lowest, highest;
+    u32 shift; /* the value is in units of 1 << shift; what is over is left out */
 };
 
 /* Reads words of the form name=size; anything else ends the guest with a sentence on the serial port. */
 static void parse_options(const char *guest, const char *text, const struct option *options, u32 count)
 {
     while (*text) {
+        u64 value;
         u32 n, i = 0;
         const char *word = text, *end = text;
         if (*text == ' ') {
@@ -435,11 +437,12 @@ static void parse_options(const char *guest, const char *text, const struct opti
         }
         if (n == count)
             refuse(guest, word, " is not an option of this guest");
-        *options[n].value = parse_size(word + i, &end);
+        value = parse_size(word + i, &end) >> options[n].shift;
         if (end == word + i || (*end && *end != ' '))
             refuse(guest, word, " is not a size: give a number, with K, M or G behind it if you like");
-        if (*options[n].value < options[n].lowest || *options[n].value > options[n].highest)
+        if (value < options[n].lowest || value > options[n].highest)
             refuse(guest, word, " is out of range");
+        *options[n].value = (u32)value;
         text = end;
     }
 }

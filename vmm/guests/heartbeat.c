@@ -8,16 +8,16 @@
  * largest gap, and every page that was lost, repeated or torn. On the serial port: "heartbeat 123 ok", with no number
  * missing, or "heartbeat 123 FAULT lost=1 repeated=0 torn=0 first=0x400000".
  */
-#include "guest.h"
+#include "faults.h"
 
 #define TIMER_VECTOR 0x20
 
 static u32 rate_hz = 1000, region_size = 4 << 20, pages_per_tick = 8;
 
 static const struct option OPTIONS[] = {
-    {"hz=", &rate_hz, 20, 2000},
-    {"region=", &region_size, PAGE_SIZE, 0xf0000000u},
-    {"pages=", &pages_per_tick, 0, 1u << 20},
+    {"hz=", &rate_hz, 20, 2000, 0},
+    {"region=", &region_size, PAGE_SIZE, 0xf0000000u, 0},
+    {"pages=", &pages_per_tick, 0, 1u << 20, 0},
 };
 
 /*
@@ -59,20 +59,6 @@ static u32 classify(u32 page, u32 expected)
     return generation < expected ? BAD_LOST : BAD_REPEATED;
 }
 
-static void count_fault(u32 page, u32 kind)
-{
-    if (kind == BAD_LOST)
-        HEADER->lost++;
-    else if (kind == BAD_REPEATED)
-        HEADER->repeated++;
-    else
-        HEADER->torn++;
-    if (!HEADER->first_bad_kind) {
-        HEADER->first_bad_address = REGION_ADDRESS + page * PAGE_SIZE;
-        HEADER->first_bad_kind = kind;
-    }
-}
-
 /* Checks that a page is as the last pass left it, and writes the next generation into it. */
 static void step_page(u32 page, u32 generation)
 {
@@ -81,7 +67,7 @@ static void step_page(u32 page, u32 generation)
     for (u32 i = 0; i < STAMPS; i++, stamp += STAMP_STRIDE / sizeof *stamp)
         bad |= (stamp->generation ^ (generation - 1)) | (stamp->tag ^ (tag + i) ^ STAMP_CHECK);
     if (bad && generation > 1) /* before the first pass the region holds anything */
-        count_fault(page, classify(page, generation - 1));
+        count_fault(classify(page, generation - 1), REGION_ADDRESS + page * PAGE_SIZE);
     stamp = stamp_at(page, 0);
     for (u32 i = 0; i < STAMPS; i++, stamp += STAMP_STRIDE / sizeof *stamp) {
         stamp->generation = generation;
@@ -130,30 +116,6 @@ static void check_region_fits(const struct start_info *info)
     leave(EXIT_BAD_OPTION);
 }
 
-/* --- lines ----------------------------------------------------------------------------------------------------- */
-
-static const char *next_line(char *line)
-{
-    u32 number = HEADER->lines + 1;
-    char *to = append(line, "heartbeat ");
-    to = append_number(to, number, 10);
-    if (!HEADER->first_bad_kind)
-        to = append(to, " ok");
-    else {
-        to = append(to, " FAULT lost=");
-        to = append_number(to, HEADER->lost, 10);
-        to = append(to, " repeated=");
-        to = append_number(to, HEADER->repeated, 10);
-        to = append(to, " torn=");
-        to = append_number(to, HEADER->torn, 10);
-        to = append(to, " first=0x");
-        to = append_number(to, HEADER->first_bad_address, 16);
-    }
-    append(to, "\r\n");
-    HEADER->lines = number;
-    return line;
-}
-
 void guest_main(const struct start_info *info)
 {
     char line[120];
@@ -185,7 +147,7 @@ void guest_main(const struct start_info *info)
                 output = serial_push(output);
             else if ((int)(now - line_due) >= 0) {
                 line_due += line_every;
-                output = serial_push(next_line(line));
+                output = serial_push(next_line(line, "heartbeat "));
             }
             work(read_tsc() + HEADER->period_tsc / 2);
         }

@@ -1,4 +1,4 @@
-"""Read what the guests `heartbeat` and `deadline` recorded in their RAM, and judge it.
+"""Read what the guests `heartbeat`, `deadline` and `dirtier` recorded in their RAM, and judge it.
 
 The layout is that of `layout.h`, beside this file; `tests/guests/test_heartbeat.py` compares the two. A reader may look
 while the guest runs: entries below `head` are complete, and those that could have been overwritten while they were read
@@ -35,6 +35,7 @@ PIT_HZ: Final = 1193182
 
 HEARTBEAT: Final = 1
 DEADLINE: Final = 2
+DIRTIER: Final = 3
 
 _ENTRY: Final = struct.Struct("<IIQ")
 _LOW: Final = 0xFFFF_FFFF
@@ -87,8 +88,10 @@ def read_header(read: Read) -> HeartbeatHeader | None:
     faults = []
     if header.version != VERSION:
         faults.append(f"version {header.version}, {VERSION} is read here")
-    if header.guest not in (HEARTBEAT, DEADLINE):
-        faults.append(f"guest {header.guest} is not {HEARTBEAT} (heartbeat) or {DEADLINE} (deadline)")
+    if header.guest not in (HEARTBEAT, DEADLINE, DIRTIER):
+        faults.append(
+            f"guest {header.guest} is none of {HEARTBEAT} (heartbeat), {DEADLINE} (deadline) and {DIRTIER} (dirtier)"
+        )
     if header.ring_entries.bit_count() != 1 or header.ring_entries > RING_LIMIT:
         faults.append(f"a ring of {header.ring_entries} entries, not a power of two up to {RING_LIMIT}")
     if not (header.rate_hz and header.tsc_khz and header.period_tsc):

@@ -20,6 +20,7 @@ typedef unsigned long long u64;
 
 #define GUEST_HEARTBEAT 1u
 #define GUEST_DEADLINE 2u
+#define GUEST_DIRTIER 3u
 
 #define TSC_FROM_HYPERVISOR 1u /* CPUID 0x40000010 */
 #define TSC_FROM_CPUID 2u      /* CPUID 0x15 */
@@ -81,6 +82,50 @@ struct header {
     u32 torn;
     u32 first_bad_kind;    /* BAD_*, 0 as long as all is well */
     u32 first_bad_address;
+    u32 reserved;
+};
+
+/*
+ * What `dirtier` keeps beside its header. Its region is one row of pages, in low RAM from DIRTIER_START or higher, and on
+ * from 4 GiB. Page p that has been written g times begins and ends with a stamp of generation g; the index of the first
+ * is 0, that of the last 1. `written` alone says how often every page has been written: they are written in order, again
+ * and again, and it grows by one behind the last store to a page.
+ */
+#define DIRTIER_ADDRESS 0x00201000u
+#define DIRTIER_MAGIC 0x54524944u /* "DIRT" */
+#define DIRTIER_VERSION 1u
+#define DIRTIER_START 0x00800000u
+#define DIRTIER_LOW_END 0xc0000000u /* of low RAM what is above is not used: the window to high RAM is there */
+#define DIRTIER_KEY 0x9e3779b1u     /* a stamp's check is (page * 2 + index) ^ generation * DIRTIER_KEY */
+
+struct dirty_stamp {
+    u32 generation;
+    u32 check;
+};
+
+/*
+ * A filled region: between its stamps (at first of generation 0) page p has the bytes at the same place of what starts
+ * at word (p % FILL_PAGES * 1024 + p / FILL_PAGES) % FILL_WORDS of the filling, which goes on from its start at its end.
+ * Word n of the filling is x(n + 1) of x(n + 1) = x(n) * FILL_FACTOR + FILL_SUMMAND, x(0) = 1.
+ */
+#define FILL_ADDRESS 0x00400000u
+#define FILL_WORDS 0x40000u
+#define FILL_PAGES (FILL_WORDS / 1024u)
+#define FILL_FACTOR 1664525u
+#define FILL_SUMMAND 1013904223u
+
+struct dirtier {
+    u32 magic;
+    u32 version;
+    u32 pages;          /* of the region */
+    u32 low_pages;      /* of these below 3 GiB, from low_address; the others start at high_address */
+    u64 low_address;
+    u64 high_address;
+    u32 pages_per_tick; /* the host may change it at any time */
+    u32 filled;
+    u64 written;        /* pages, since the start */
+    u64 behind;         /* pages that a tick had no time for: the rate was not kept */
+    u32 first_bad_page; /* once first_bad_kind of the header is set */
     u32 reserved;
 };
 
