@@ -493,6 +493,16 @@ class MigrationPeerGone(MigrationError):
     outcome: str
 
 
+class MigrationCommandFailed(MigrationError):
+    """A command at the other end of a channel has ended too early, or not well."""
+
+    text: ClassVar[str] = (
+        "Migration command {command!r} {how}; it must take or give the whole stream, and end with status 0"
+    )
+    command: str
+    how: str
+
+
 class MigrationCancelled(MigrationError):
     """Somebody asked for the end of the migration."""
 

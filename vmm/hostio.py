@@ -47,7 +47,12 @@ _KINDS: Final = (
     (stat.S_ISCHR, "a character device"),
 )
 
-_FAMILIES: Final[Mapping[int, str]] = {socket.AF_UNIX: "unix", socket.AF_INET: "tcp", socket.AF_INET6: "tcp"}
+_FAMILIES: Final[Mapping[int, str]] = {
+    socket.AF_UNIX: "unix",
+    socket.AF_INET: "tcp",
+    socket.AF_INET6: "tcp",
+    socket.AF_VSOCK: "vsock",
+}
 
 
 def _kind(mode: int) -> str:
@@ -672,13 +677,13 @@ def why_not_passed(fd: int) -> str:
     return ""
 
 
-def require_stream_socket(fd: int, name: str) -> None:
-    """Check that descriptor `name` is a stream socket, of whatever family.
+def require_stream_socket(fd: int, name: str, besides: str = "") -> None:
+    """Check that descriptor `name` is a stream socket, of whatever family. `besides` is what it might also be.
 
     Raises:
         DescriptorWrongKind: it is not; it stays open.
     """
-    wanted = "a stream socket"
+    wanted = f"a stream socket{besides}"
     try:
         found = socket.socket(fileno=fd)
     except OSError as error:
@@ -699,6 +704,18 @@ def require_writable(fd: int, name: str) -> None:
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_RDONLY:
         found = f"{descriptor_kind(fd)} that was opened to be read"
         raise DescriptorWrongKind(name=name, found=found, wanted="something to write to")
+
+
+def require_readable(fd: int, name: str) -> None:
+    """Check that descriptor `name` can be read from.
+
+    Raises:
+        DescriptorWrongKind: it cannot; it stays open.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+        found = f"{descriptor_kind(fd)} that was opened to be written"
+        raise DescriptorWrongKind(name=name, found=found, wanted="something to read from")
 
 
 def adopt_connection(fd: int) -> int:

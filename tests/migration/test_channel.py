@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.errors import MigrationRefused, OptionInvalid, Unsupported, VmmError
-from vmm.migration.address import DescriptorAddress, FileAddress, InetAddress, SocketAddress, UnixAddress
+from vmm.migration.address import (
+    DescriptorAddress,
+    ExecAddress,
+    FileAddress,
+    InetAddress,
+    SocketAddress,
+    UnixAddress,
+    VsockAddress,
+)
 from vmm.migration.channel import (
     Channel,
     Channels,
@@ -43,28 +51,60 @@ UNIX = UnixAddress(path="/run/vm/main.sock")
         ("tcp::0", InetAddress(host="", port="0")),
         ("tcp:[2001:db8::1]:4444", InetAddress(host="2001:db8::1", port="4444")),
         ("tcp:vm:1,ipv4,ipv6=off,numeric=on", InetAddress(host="vm", port="1", ipv4=True, ipv6=False, numeric=True)),
+        (
+            "tcp:vm:1,to=9,keep-alive,keep-alive-count=3,keep-alive-idle=4,keep-alive-interval=5",
+            InetAddress(
+                host="vm",
+                port="1",
+                to=9,
+                keep_alive=True,
+                keep_alive_count=3,
+                keep_alive_idle=4,
+                keep_alive_interval=5,
+            ),
+        ),
+        ("vsock:3:1", VsockAddress(cid="3", port="1")),
         ("fd:main", DescriptorAddress(name="main")),
         ("fd:7", DescriptorAddress(name="7")),
     ],
 )
 def test_a_uri_is_a_main_channel(uri: str, address: SocketAddress) -> None:
-    assert Channel.from_uri(uri, "migrate: uri") == main(address)
+    channel = Channel.from_uri(uri, "migrate: uri")
+    assert channel == main(address)
+    assert Channel.from_json(channel.to_json(), "migrate") == channel
     assert Channel.parse(uri, "-incoming") == main(address)
 
 
-@pytest.mark.parametrize("uri", ["exec:cat", "rdma:host:1", "vsock:3:1"])
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        ("exec:cat > 'a, b'", ExecAddress(args=["/bin/sh", "-c", "cat > 'a, b'"])),
+        ("file:/x,offset=4K", FileAddress("/x", 4096)),
+    ],
+)
+def test_a_uri_may_be_a_file_or_a_command(uri: str, address: ExecAddress | FileAddress) -> None:
+    channel = Channel.from_uri(uri, "migrate: uri")
+    assert channel == Channel("main", address)
+    assert Channel.from_json(channel.to_json(), "migrate") == channel
+
+
+@pytest.mark.parametrize("uri", ["rdma:host:1"])
 def test_other_transports_of_qemu_are_refused_by_name(uri: str) -> None:
     with pytest.raises(Unsupported) as caught:
         Channel.from_uri(uri, "migrate: uri")
     assert str(caught.value) == (
         f"Migration transport {uri.split(':')[0]!r} is not supported here; "
-        "use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
+        "use tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:NAME, file:PATH or exec:COMMAND"
     )
 
 
-URI = "is not a migration URI; use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
+URI = "is not a migration URI; use tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:NAME, file:PATH or exec:COMMAND"
+WORD = "is not a word of a command: fewer than 131072 bytes, none of them NUL"
 TCP = "is not of the form tcp:HOST:PORT, an IPv6 address in brackets"
-FLAG = "is not one of numeric, ipv4, ipv6, each at most once, alone or with =on or =off"
+FLAG = (
+    "is not one of numeric, ipv4, ipv6, keep-alive, each at most once, alone or with =on or =off, or of "
+    "to, keep-alive-count, keep-alive-idle, keep-alive-interval with a number"
+)
 PATH = "is not a socket's path: 1 to 107 bytes, none of them NUL"
 
 
@@ -82,7 +122,12 @@ PATH = "is not a socket's path: 1 to 107 bytes, none of them NUL"
         ("tcp:::1:44", f"migrate: uri: 'tcp:::1:44' {TCP}"),
         ("tcp:[::1]", f"migrate: uri: 'tcp:[::1]' {TCP}"),
         ("tcp:h:x", "migrate: uri: port: 'x' is not a number from 0 to 65535"),
-        ("tcp:h:1,to=9", f"migrate: uri: option of tcp: 'to=9' {FLAG}"),
+        ("tcp:h:1,to=x", f"migrate: uri: option of tcp: 'to=x' {FLAG}"),
+        ("tcp:h:1,to=1,to=2", f"migrate: uri: option of tcp: 'to=2' {FLAG}"),
+        ("tcp:h:5,to=4", "migrate: uri: to: 4 is not a port from 5 to 65535"),
+        ("vsock:3", "migrate: uri: 'vsock:3' is not of the form vsock:CID:PORT"),
+        ("vsock::1", "migrate: uri: cid: '' is not a number from 0 to 4294967295"),
+        ("exec:a\0", f"migrate: uri: args: 'a\\x00' {WORD}"),
         ("tcp:h:1,ipv4=yes", f"migrate: uri: option of tcp: 'ipv4=yes' {FLAG}"),
         ("tcp:h:1,ipv4,ipv4", f"migrate: uri: option of tcp: 'ipv4' {FLAG}"),
         ("tcp:h:1,", f"migrate: uri: option of tcp: '' {FLAG}"),
@@ -108,8 +153,8 @@ def test_a_malformed_uri_is_refused(uri: str, text: str) -> None:
             cpr(UnixAddress(path="a,b", abstract=True, tight=False)),
         ),
         (
-            "main,addr.transport=socket,addr.type=inet,addr.host=h,addr.port=0,addr.ipv4=off",
-            main(InetAddress(host="h", port="0", ipv4=False)),
+            "main,addr.transport=socket,addr.type=inet,addr.host=h,addr.port=0,addr.ipv4=off,addr.to=9",
+            main(InetAddress(host="h", port="0", ipv4=False, to=9)),
         ),
         (
             '{"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "/run/vm/main.sock"}}',
@@ -137,12 +182,12 @@ SOCKET = {"transport": "socket", "type": "fd", "str": "5"}
             "'channel-type' does not accept \"side\"; it accepts 'main', 'cpr'",
         ),
         (
-            {"channel-type": "main", "addr": {"transport": "exec", "args": []}},
-            "'addr.transport' does not accept \"exec\"; it accepts 'socket', 'file'",
+            {"channel-type": "main", "addr": {"transport": "rdma", "host": "h", "port": "1"}},
+            "'addr.transport' does not accept \"rdma\"; it accepts 'socket', 'exec', 'file'",
         ),
         (
-            {"channel-type": "main", "addr": {"transport": "socket", "type": "vsock", "cid": "3", "port": "1"}},
-            "'addr.type' does not accept \"vsock\"; it accepts 'unix', 'inet', 'fd'",
+            {"channel-type": "main", "addr": {"transport": "socket", "type": "udp"}},
+            "'addr.type' does not accept \"udp\"; it accepts 'unix', 'inet', 'vsock', 'fd'",
         ),
         (
             {"channel-type": "main", "addr": SOCKET | {"path": "x"}},

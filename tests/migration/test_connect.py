@@ -22,10 +22,10 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 async def test_what_is_no_hosts_name_is_refused_as_an_address(host: str) -> None:
     with pytest.raises(HostFileRefused) as caught:
         await connect(InetAddress(host, "1"), within=10)
-    assert str(caught.value).startswith(f"Cannot connect to {host}:1: it has no host's name (")
+    assert str(caught.value).startswith(f"Cannot connect to {host} port 1: it has no host's name (")
     with pytest.raises(HostFileRefused) as caught:
         await listen(InetAddress(host, "0"))
-    assert str(caught.value).startswith(f"Cannot listen on {host}:0: it has no host's name (")
+    assert str(caught.value).startswith(f"Cannot listen on {host} port 0: it has no host's name (")
 
 
 def test_an_offset_that_no_file_can_have_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:

@@ -1,24 +1,27 @@
 """Where a migration goes or comes from: QEMU's MigrationAddress, as far as it is supported.
 
-An address is a socket (unix, inet or a descriptor) or a file. Resolving names, opening and looking descriptors up is
-not done here. The annotations are those of `vmm.monitor.qapi`: they say what the wire has, `check_address` says the
-rest.
+An address is a socket (unix, inet, vsock or a descriptor), a file or a command. Resolving names, opening, starting and
+looking descriptors up is not done here. The annotations are those of `vmm.monitor.qapi`: they say what the wire has,
+`check_address` says the rest.
 
 Source: QEMU qapi/migration.json (MigrationAddress), qapi/sockets.json (SocketAddress), util/qemu-sockets.c.
 """
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Final, Literal, TypeAlias, final
 
 import attrs
 
 from vmm.errors import OptionInvalid
-from vmm.monitor.qapi import Size, Union
+from vmm.monitor.qapi import U16, U32, Size, Union
 
 SUN_PATH_SIZE: Final = 108  # bytes in sockaddr_un, one of them a NUL before or after the name
 UNIX_PATH_LIMIT: Final = SUN_PATH_SIZE - 1
 _HOST_LIMIT: Final = 255  # characters; a name in the DNS is shorter
+_COMMAND_LIMIT: Final = 128 << 10  # bytes of one word of a command. Source: execve(2), MAX_ARG_STRLEN
+_COMMAND_WORDS: Final = 1024
 
 
 @final
@@ -52,15 +55,37 @@ class InetAddress:
     """Decimal, 0 to 65535."""
     numeric: bool | None = None
     """Whether `host` is an address, not to be looked up; None is no."""
+    to: U16 | None = None
+    """The last port that a listener tries, from `port` on; None is `port` alone. A source connects to `port`."""
     ipv4: bool | None = None
     ipv6: bool | None = None
     """Whether addresses of that family are used; both None is both, one true is that one."""
+    keep_alive: bool | None = None
+    """Whether the kernel asks a silent peer whether it lives; None is no."""
+    keep_alive_count: U32 | None = None
+    """Questions without an answer after which it does not; None or 0 is what the host has set."""
+    keep_alive_idle: U32 | None = None
+    """Seconds of silence before the first; likewise."""
+    keep_alive_interval: U32 | None = None
+    """Seconds between two; likewise."""
+
+
+@final
+@attrs.frozen
+class VsockAddress:
+    """An address of AF_VSOCK, between a host and its guests. Port 4294967295 lets the listener choose."""
+
+    type: Literal["vsock"] = attrs.field(default="vsock", kw_only=True)
+    cid: str
+    """Decimal, 0 to 4294967295. A listener's 4294967295 is every address of this host; 1 is this host, for both."""
+    port: str
+    """Decimal, 0 to 4294967295."""
 
 
 @final
 @attrs.frozen
 class DescriptorAddress:
-    """A socket that is open already: one that `getfd` named, or by its number in this process."""
+    """What is open already: a socket, a pipe or a file that `getfd` named, or by its number in this process."""
 
     type: Literal["fd"] = attrs.field(default="fd", kw_only=True)
     name: str = attrs.field(metadata={"wire": "str"})
@@ -72,7 +97,7 @@ class DescriptorAddress:
         return int(self.name) if self.name.isdecimal() else None
 
 
-SocketAddress: TypeAlias = Annotated[UnixAddress | InetAddress | DescriptorAddress, Union("type")]
+SocketAddress: TypeAlias = Annotated[UnixAddress | InetAddress | VsockAddress | DescriptorAddress, Union("type")]
 
 
 @final
@@ -94,10 +119,43 @@ class FileAddress:
     offset: Size = 0
     """Bytes of the file before the stream, which are not touched."""
 
+    @property
+    def what(self) -> str:
+        """What texts call it."""
+        return "a file"
 
-MigrationAddress: TypeAlias = Annotated[SocketTransport | FileAddress, Union("transport")]
 
-ChannelAddress: TypeAlias = UnixAddress | InetAddress | DescriptorAddress | FileAddress
+@final
+@attrs.frozen
+class ExecAddress:
+    """A command of this host, whose standard input or output the stream is."""
+
+    transport: Literal["exec"] = attrs.field(default="exec", kw_only=True)
+    args: list[str]
+    """The program, which is looked for in PATH, and its arguments."""
+
+    @property
+    def what(self) -> str:
+        """What texts call it."""
+        return "a command"
+
+    @property
+    def command(self) -> str:
+        """What to call it: a shell's one command, or all of its words."""
+        if self.args[:-1] == [*SHELL]:
+            return self.args[-1]
+        return shlex.join(self.args)
+
+
+SHELL: Final = ("/bin/sh", "-c")
+"""What a URI's one command is given to."""
+
+MigrationAddress: TypeAlias = Annotated[SocketTransport | ExecAddress | FileAddress, Union("transport")]
+
+HostAddress: TypeAlias = ExecAddress | FileAddress
+"""What is opened or started here, and takes may-open-host-file."""
+
+ChannelAddress: TypeAlias = UnixAddress | InetAddress | VsockAddress | DescriptorAddress | ExecAddress | FileAddress
 """Where one channel goes."""
 
 
@@ -114,8 +172,12 @@ def check_address(address: ChannelAddress, where: str) -> None:
         _check_unix(address, where)
     elif isinstance(address, InetAddress):
         _check_inet(address, where)
+    elif isinstance(address, VsockAddress):
+        _check_vsock(address, where)
     elif isinstance(address, FileAddress):
         _check_file(address, where)
+    elif isinstance(address, ExecAddress):
+        _check_command(address, where)
     else:
         _check_descriptor(address, where)
 
@@ -137,6 +199,36 @@ def _check_inet(address: InetAddress, where: str) -> None:
         raise OptionInvalid(option=f"{where}: host", value=address.host, wanted=wanted)
     if address.ipv4 is False and address.ipv6 is False:
         raise OptionInvalid(option=f"{where}: ipv6", value=False, wanted="possible with ipv4 off too; leave one on")
+    if address.to is not None and not int(port) <= address.to <= 0xFFFF:
+        raise OptionInvalid(option=f"{where}: to", value=address.to, wanted=f"a port from {port} to 65535")
+    for name, value, most in (
+        ("keep-alive-count", address.keep_alive_count, 127),
+        ("keep-alive-idle", address.keep_alive_idle, 32767),
+        ("keep-alive-interval", address.keep_alive_interval, 32767),
+    ):
+        if value is None:
+            continue
+        if not address.keep_alive:
+            raise OptionInvalid(option=f"{where}: {name}", value=value, wanted="possible without keep-alive on")
+        if value > most:  # Source: linux/tcp.h, MAX_TCP_KEEPCNT and its like
+            raise OptionInvalid(option=f"{where}: {name}", value=value, wanted=f"a number from 0 to {most}")
+
+
+def _check_vsock(address: VsockAddress, where: str) -> None:
+    for name, value in (("cid", address.cid), ("port", address.port)):
+        if not (value.isascii() and value.isdecimal() and len(value) <= 10 and int(value) <= 0xFFFF_FFFF):
+            raise OptionInvalid(option=f"{where}: {name}", value=value, wanted="a number from 0 to 4294967295")
+
+
+def _check_command(address: ExecAddress, where: str) -> None:
+    args = address.args
+    if not args or not args[0] or len(args) > _COMMAND_WORDS:
+        wanted = f"a program and its arguments, 1 to {_COMMAND_WORDS} words"
+        raise OptionInvalid(option=f"{where}: args", value=args, wanted=wanted)
+    for word in args:
+        if not _is_word(word):
+            wanted = f"a word of a command: fewer than {_COMMAND_LIMIT} bytes, none of them NUL"
+            raise OptionInvalid(option=f"{where}: args", value=word, wanted=wanted)
 
 
 def _check_file(address: FileAddress, where: str) -> None:
@@ -152,6 +244,13 @@ def _check_descriptor(address: DescriptorAddress, where: str) -> None:
     if not number and (not name or name[0].isdecimal()):
         wanted = "a descriptor's number, or a name given with getfd, which does not begin with a digit"
         raise OptionInvalid(option=f"{where}: fd", value=name, wanted=wanted)
+
+
+def _is_word(word: str) -> bool:
+    try:
+        return len(_path_bytes(word)) < _COMMAND_LIMIT and "\0" not in word
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_path(path: str) -> bool:

@@ -1,7 +1,7 @@
 """Migration channels: the forms that `-incoming`, `migrate` and `migrate-incoming` take them in.
 
     URI          unix:/run/vm/main.sock        tcp:192.0.2.1:4444        tcp:[2001:db8::1]:4444,ipv4=off        fd:main
-                 file:/var/lib/vm/state,offset=1M
+                 vsock:2:1234    file:/var/lib/vm/state,offset=1M    exec:ssh there trio-vmm-receive
     JSON         {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": "/run/vm/cpr.sock"}}
     dotted keys  cpr,addr.transport=socket,addr.type=unix,addr.path=/run/vm/cpr.sock
 
@@ -19,13 +19,16 @@ import attrs
 
 from vmm.errors import InvalidArguments, MigrationRefused, OptionInvalid, Unsupported
 from vmm.migration.address import (
+    SHELL,
     ChannelAddress,
     DescriptorAddress,
+    ExecAddress,
     FileAddress,
     InetAddress,
     MigrationAddress,
     SocketTransport,
     UnixAddress,
+    VsockAddress,
     check_address,
 )
 from vmm.migration.dotted_keys import parse_dotted_keys
@@ -38,11 +41,13 @@ ChannelType = Literal["main", "cpr"]
 
 TEXT_LIMIT: Final = 4096  # characters
 _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+-]*:")
-_UNSUPPORTED_SCHEMES: Final = ("exec", "rdma", "vsock")
-_POSSIBLE: Final = "use tcp:HOST:PORT, unix:PATH, fd:NAME or file:PATH"
+_UNSUPPORTED_SCHEMES: Final = ("rdma",)
+_POSSIBLE: Final = "use tcp:HOST:PORT, unix:PATH, vsock:CID:PORT, fd:NAME, file:PATH or exec:COMMAND"
 _SIZE: Final = re.compile(r"(0x[0-9a-f]{1,16}|\d{1,19})([bkmgt]?)", re.IGNORECASE)
 _SUFFIXES: Final[Mapping[str, int]] = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
-_INET_FLAGS: Final = ("numeric", "ipv4", "ipv6")
+_INET_FLAGS: Final = ("numeric", "ipv4", "ipv6", "keep-alive")
+_INET_NUMBERS: Final = ("to", "keep-alive-count", "keep-alive-idle", "keep-alive-interval")
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
 _FLAGS: Final = ("abstract", "tight", *_INET_FLAGS)
 _SWITCH: Final[Mapping[str, bool]] = {"on": True, "off": False}
 
@@ -72,7 +77,7 @@ class Channel:
             OptionInvalid: it is none, or says something that cannot be.
         """
         channel = value if isinstance(value, MigrationChannel) else _structured(value, where)
-        address = channel.addr if isinstance(channel.addr, FileAddress) else channel.addr.address
+        address = channel.addr.address if isinstance(channel.addr, SocketTransport) else channel.addr
         check_address(address, where)
         return cls(channel.channel_type, address)
 
@@ -90,8 +95,12 @@ class Channel:
             address = DescriptorAddress(rest)
         elif colon and scheme == "tcp":
             address = _inet_of(rest, where)
+        elif colon and scheme == "vsock":
+            address = _vsock_of(rest, where)
         elif colon and scheme == "file":
             address = _file_of(rest, where)
+        elif colon and scheme == "exec":
+            address = ExecAddress([*SHELL, rest])
         else:
             raise OptionInvalid(option=where, value=uri, wanted=f"a migration URI; {_POSSIBLE}")
         check_address(address, where)
@@ -116,7 +125,7 @@ class Channel:
     def to_json(self) -> dict[str, object]:
         """Return it as QEMU's MigrationChannel; `from_json` undoes it."""
         address = self.address
-        addr = address if isinstance(address, FileAddress) else SocketTransport(address=address)
+        addr = address if isinstance(address, ExecAddress | FileAddress) else SocketTransport(address=address)
         json = unstructure(MigrationChannel(channel_type=self.channel_type, addr=addr))
         assert isinstance(json, dict)
         return json
@@ -204,12 +213,20 @@ def _json_of(text: str, where: str) -> dict[str, object]:
 
 
 def _typed(keys: dict[str, object]) -> dict[str, object]:
-    """Make booleans of the on and off that dotted keys have for them; leave all else to the check of types."""
+    """Make booleans and numbers of what dotted keys have for them; leave all else to the check of types."""
     addr = keys.get("addr")
     if not isinstance(addr, dict):
         return keys
     flags = {name: _SWITCH[addr[name]] for name in _FLAGS if addr.get(name) in ("on", "off")}
-    return {**keys, "addr": {**addr, **flags}}
+    numbers = {name: int(addr[name]) for name in _INET_NUMBERS if _NUMBER.fullmatch(str(addr.get(name)))}
+    return {**keys, "addr": {**addr, **flags, **numbers}}
+
+
+def _vsock_of(text: str, where: str) -> VsockAddress:
+    cid, colon, port = text.partition(":")
+    if not colon:
+        raise OptionInvalid(option=where, value=f"vsock:{text}", wanted="of the form vsock:CID:PORT")
+    return VsockAddress(cid, port)
 
 
 def _file_of(text: str, where: str) -> FileAddress:
@@ -233,11 +250,27 @@ def _inet_of(text: str, where: str) -> InetAddress:
         wanted = "of the form tcp:HOST:PORT, an IPv6 address in brackets"
         raise OptionInvalid(option=where, value=f"tcp:{text}", wanted=wanted)
     flags: dict[str, bool] = {}
+    numbers: dict[str, int] = {}
     for option in options:
         name, equals, value = option.partition("=")
-        if name not in _INET_FLAGS or name in flags or (equals and value not in _SWITCH):
-            wanted = f"one of {', '.join(_INET_FLAGS)}, each at most once, alone or with =on or =off"
+        if name in _INET_NUMBERS and name not in numbers and _NUMBER.fullmatch(value):
+            numbers[name] = int(value)
+        elif name in _INET_FLAGS and name not in flags and (not equals or value in _SWITCH):
+            flags[name] = value != "off"
+        else:
+            wanted = (
+                f"one of {', '.join(_INET_FLAGS)}, each at most once, alone or with =on or =off, or of "
+                f"{', '.join(_INET_NUMBERS)} with a number"
+            )
             raise OptionInvalid(option=f"{where}: option of tcp", value=option, wanted=wanted)
-        flags[name] = value != "off"
     host, port = match.groups()
-    return InetAddress(host, port, flags.get("numeric"), flags.get("ipv4"), flags.get("ipv6"))
+    return InetAddress(
+        host,
+        port,
+        flags.get("numeric"),
+        numbers.get("to"),
+        flags.get("ipv4"),
+        flags.get("ipv6"),
+        flags.get("keep-alive"),
+        *(numbers.get(name) for name in _INET_NUMBERS[1:]),
+    )

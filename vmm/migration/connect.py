@@ -1,44 +1,69 @@
-"""Sockets of migration channels: connected by the source, bound by the destination."""
+"""Channels of a migration that are sockets: connected by the source, bound by the destination."""
 
 from __future__ import annotations
 
 import errno
 import os
 import socket
+import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, Literal, final
 
 import attrs
 import trio
 
 from vmm import hostio
 from vmm.errors import HostFileRefused
-from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress
+from vmm.host_tcp import TcpPlace
+from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress, VsockAddress
+from vmm.migration.connection import Connection
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vmm.migration.address import ChannelAddress, SocketAddress
 
+_BACKLOG: Final = 16
+"""Connections that wait for an accept."""
 
-def _name(address: SocketAddress) -> str:
+
+def _name(address: UnixAddress | VsockAddress | DescriptorAddress) -> str:
     match address:
         case UnixAddress():
             return address.path
-        case InetAddress():
-            return f"{address.host}:{address.port}"
+        case VsockAddress():
+            return f"vsock:{address.cid}:{address.port}"
         case DescriptorAddress():
             return f"descriptor {address.name}"
 
 
-def _refused(action: str, address: SocketAddress, error: OSError) -> HostFileRefused:
+def _refused(action: str, address: UnixAddress | VsockAddress | DescriptorAddress, error: OSError) -> HostFileRefused:
     reason = os.strerror(error.errno) if error.errno else str(error)
     return HostFileRefused(action=action, path=_name(address), reason=reason)
 
 
-def _no_name(action: str, address: SocketAddress, error: UnicodeError) -> HostFileRefused:
-    # A name is encoded for the DNS (IDNA), and some cannot be: a label is 1 to 63 characters, and no symbols.
-    return HostFileRefused(action=action, path=_name(address), reason=f"it has no host's name ({error})")
+def _place(address: InetAddress, last_port: int | None = None) -> TcpPlace:
+    return TcpPlace(
+        host=address.host,
+        port=int(address.port),
+        last_port=last_port,
+        ipv4=address.ipv4,
+        ipv6=address.ipv6,
+        numeric=bool(address.numeric),
+        keep_alive=bool(address.keep_alive),
+        no_delay=True,  # a word, or the last of the state, waits for nothing
+    )
+
+
+def _keep_alive(sock: socket.socket, address: InetAddress) -> socket.socket:
+    for option, value in (
+        (socket.TCP_KEEPCNT, address.keep_alive_count),
+        (socket.TCP_KEEPIDLE, address.keep_alive_idle),
+        (socket.TCP_KEEPINTVL, address.keep_alive_interval),
+    ):
+        if value:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sock
 
 
 async def connect(address: SocketAddress, *, within: float) -> trio.socket.SocketType:
@@ -47,20 +72,15 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
     Raises:
         HostFileRefused: nobody listens there, or not within `within` seconds.
     """
+    if isinstance(address, InetAddress):
+        return trio.socket.from_stdlib_socket(_keep_alive(await _place(address).connect(within), address))
     try:
         with trio.fail_after(within):
             match address:
                 case UnixAddress():
-                    sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                    try:
-                        await sock.connect(address.socket_name())
-                    except BaseException:
-                        sock.close()
-                        raise
-                    return sock
-                case InetAddress():
-                    stream = await trio.open_tcp_stream(address.host or "localhost", int(address.port))
-                    return stream.socket
+                    return await _connected(socket.AF_UNIX, address.socket_name())
+                case VsockAddress():
+                    return await _connected(socket.AF_VSOCK, (int(address.cid), int(address.port)))
                 case DescriptorAddress():
                     return trio.socket.from_stdlib_socket(_copy(address))
     except trio.TooSlowError as error:
@@ -68,8 +88,16 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
         raise _refused("connect to", address, late) from error
     except OSError as error:
         raise _refused("connect to", address, error) from error
-    except UnicodeError as error:
-        raise _no_name("connect to", address, error) from error
+
+
+async def _connected(family: socket.AddressFamily, name: str | bytes | tuple[int, int]) -> trio.socket.SocketType:
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.connect(name)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def connect_stream(address: SocketAddress, *, within: float) -> trio.SocketStream:
@@ -96,17 +124,49 @@ def _listens(sock: socket.socket) -> bool:
     return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
-def copy_connected(address: DescriptorAddress) -> trio.socket.SocketType | None:
-    """Duplicate a socket that is connected; None if it listens. The descriptor stays the caller's.
+def open_descriptor(address: DescriptorAddress) -> Connection | None:
+    """Duplicate a socket that is connected, a pipe or a file; None for a socket that listens. The descriptor stays the
+    caller's, but blocks no more, unless it is a file.
 
     Raises:
         HostFileRefused: no descriptor is left.
     """
-    sock = _copy(address)
+    fd = hostio.dup(_number(address))
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISSOCK(mode):
+        if not stat.S_ISREG(mode):
+            hostio.set_blocking(fd, False)
+        return Connection(fd)
+    sock = socket.socket(fileno=fd)
     if _listens(sock):
         sock.close()
         return None
-    return trio.socket.from_stdlib_socket(sock)
+    return Connection(trio.socket.from_stdlib_socket(sock))
+
+
+async def connect_channel(address: SocketAddress, *, within: float) -> Connection:
+    """Connect to `address`, or duplicate a descriptor, which may be a pipe or a file. Raises as `connect` does."""
+    if not isinstance(address, DescriptorAddress):
+        return Connection(await connect(address, within=within))
+    connection = open_descriptor(address)
+    if connection is None:
+        reason = "it is a listening socket, not a connected one"
+        raise HostFileRefused(action="connect to", path=_name(address), reason=reason)
+    return connection
+
+
+def require_stream(fd: int, name: str, direction: Literal["out", "in"]) -> None:
+    """Check that a state stream can go out by descriptor `name`, or come in.
+
+    Raises:
+        DescriptorWrongKind: it is no stream socket, pipe or regular file, or was opened for the other direction.
+    """
+    if hostio.descriptor_kind(fd) not in ("a pipe", "a regular file"):
+        hostio.require_stream_socket(fd, name, " or a pipe or a regular file")
+    elif direction == "out":
+        hostio.require_writable(fd, name)
+    else:
+        hostio.require_readable(fd, name)
 
 
 def close_descriptors(addresses: Iterable[ChannelAddress | None]) -> None:
@@ -148,22 +208,22 @@ async def listen(address: SocketAddress) -> Listener:
         HostFileRefused: it cannot be bound, or is a descriptor that does not listen.
         SocketInUse: somebody listens there.
     """
+    if isinstance(address, InetAddress):
+        place = _place(address, address.to)
+        sock = _keep_alive(await place.listen(), address)
+        host, port = sock.getsockname()[:2]
+        return Listener(trio.socket.from_stdlib_socket(sock), InetAddress(host, str(port)))
     try:
         match address:
             case UnixAddress(abstract=False):
                 bound = hostio.listen_unix(address.path)
                 return Listener(trio.socket.from_stdlib_socket(bound), address, bound)
             case UnixAddress():
-                sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                await sock.bind(address.socket_name())
-                sock.listen(1)
-                return Listener(sock, address)
-            case InetAddress():
-                (first, *others) = await trio.open_tcp_listeners(int(address.port), host=address.host or None)
-                for other in others:
-                    await other.aclose()
-                host, port = first.socket.getsockname()[:2]
-                return Listener(first.socket, InetAddress(host, str(port)))
+                return Listener(await _bound(socket.AF_UNIX, address.socket_name()), address)
+            case VsockAddress():
+                vsock = await _bound(socket.AF_VSOCK, (int(address.cid), int(address.port)))
+                cid, number = vsock.getsockname()
+                return Listener(vsock, VsockAddress(str(cid), str(number)))
             case DescriptorAddress():
                 copy = _copy(address)
                 if not _listens(copy):
@@ -173,5 +233,14 @@ async def listen(address: SocketAddress) -> Listener:
                 return Listener(trio.socket.from_stdlib_socket(copy), address)
     except OSError as error:
         raise _refused("listen on", address, error) from error
-    except UnicodeError as error:
-        raise _no_name("listen on", address, error) from error
+
+
+async def _bound(family: socket.AddressFamily, name: str | bytes | tuple[int, int]) -> trio.socket.SocketType:
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        await sock.bind(name)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.hw.doorbell import Doorbell
+    from vmm.migration.connection import Connection
     from vmm.migration.stream_records import Record
 
 _PIECE: Final = 1 << 20
@@ -30,19 +31,20 @@ _LAST_WORDS: Final = 1.0
 
 @final
 class Inflow:
-    """One stream, and the connection that it comes over. Owns the descriptor."""
+    """One stream, and the connection that it comes over. Owns that."""
 
-    def __init__(self, source: trio.socket.SocketType | int) -> None:
-        """Read from a connected socket, or from a file at its present position."""
-        self._channel = None if isinstance(source, int) else trio.SocketStream(source)
-        self._fd = source if isinstance(source, int) else source.fileno()
-        self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if isinstance(source, int) else 0
+    def __init__(self, connection: Connection) -> None:
+        """Read from a connection; from a file at its present position."""
+        self._connection = connection
+        self._channel = connection.stream
+        self._fd = connection.fd
+        self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if connection.is_file else 0
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
 
     @property
     def from_file(self) -> bool:
-        """Whether nobody is at the other end."""
+        """Whether nobody is at the other end, as far as this end can know: it may have been written long ago."""
         return self._channel is None
 
     def rewind(self) -> None:
@@ -52,12 +54,12 @@ class Inflow:
         self._records.clear()
 
     def _fresh(self) -> StreamReader:
-        return StreamReader(seekable=self.from_file)
+        return StreamReader(seekable=self._connection.is_file)
 
     @property
     def file(self) -> tuple[int, int]:
         """The descriptor of the file that it is read from, which stays this one's, and where the stream begins."""
-        assert self._channel is None, "what comes over a socket has no places"
+        assert self._connection.is_file, "what comes over a socket has no places"
         return self._fd, self._start
 
     async def read_head(self) -> tuple[Recipe, Section]:
@@ -109,28 +111,31 @@ class Inflow:
                     self._reader.close()
                 self._records.extend(self._reader.feed(buffer[:count]))
 
-        try:
-            await in_thread(work)
-        except ChannelBroken as error:
-            raise StreamCorrupt(reason="the connection broke before its end record") from error
+        async with self._connection.explained():
+            try:
+                await in_thread(work)
+            except ChannelBroken as error:
+                raise StreamCorrupt(reason="the connection broke before its end record") from error
 
     async def invite(self) -> None:
-        """Say that the machine is here, and that its state may come. Nothing with a file."""
+        """Say that the machine is here, and that its state may come, to whoever can hear it."""
         if self._channel is not None:
             with suppress(trio.BrokenResourceError):  # what it has sent before it left is told by `read`
                 await say(self._channel, Word("ready"))
 
     async def confirm(self) -> None:
-        """Say that all is in force here, and wait until the source lets go of the guest. At once with a file.
+        """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.
 
         Raises:
             VmmError: it did not, and the guest is the source's.
         """
         if self._channel is None:
+            await self._connection.finish(sent=False)
             return
         with suppress(trio.BrokenResourceError):  # what it has said before it left is told next
             await say(self._channel, Word("loaded"))
-        word = await hear(self._channel, "source", "the guest stays there")
+        async with self._connection.explained():
+            word = await hear(self._channel, "source", "the guest stays there")
         if word.name != "yours":
             raise StreamCorrupt(reason=f"the source says {word.name!r}, expected 'yours'")
 
@@ -147,12 +152,8 @@ class Inflow:
                 pass
 
     def close(self) -> None:
-        """Close the descriptor. Idempotent."""
-        if self._channel is not None:
-            self._channel.socket.close()
-        elif self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the connection. Idempotent."""
+        self._connection.close()
 
 
 _HEAD: Final = 3

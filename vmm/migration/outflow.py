@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.kvm.memory import GuestMemory
+    from vmm.migration.connection import Connection
     from vmm.migration.section_payload import StateValue
     from vmm.migration.status import MigrationRamStats
     from vmm.migration.stream_records import Section
@@ -28,12 +29,13 @@ _OUTCOME = "the guest goes on in the source"
 
 @final
 class Outflow:
-    """One stream, and the connection that it goes over. Owns the socket, or the file."""
+    """One stream, and the connection that it goes over. Owns that."""
 
-    def __init__(self, target: trio.socket.SocketType | int) -> None:
-        """Write to a connected socket, or to a file from its present position on."""
-        self._channel = None if isinstance(target, int) else trio.SocketStream(target)
-        self._fd = target if isinstance(target, int) else target.fileno()
+    def __init__(self, connection: Connection) -> None:
+        """Write to a connection; to a file from its present position on."""
+        self._connection = connection
+        self._channel = connection.stream
+        self._fd = connection.fd
         self._writer: StreamWriter | None = None
 
     async def announce(
@@ -43,7 +45,7 @@ class Outflow:
         processor: Mapping[str, StateValue],
         home: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Send what machine it is, and wait until the destination has made it. At once with a file.
+        """Send what machine it is, and wait until the destination has made it, unless it cannot say so.
 
         The guest may still run. There is no limit to the wait but a cancellation.
 
@@ -57,11 +59,12 @@ class Outflow:
         self._writer = StreamWriter(name, recipe_digest(recipe))
         self._writer.recipe(recipe)
         self._writer.section(PROCESSOR, PROCESSOR_VERSION, processor)
-        if self._channel is None:
+        if self._connection.is_file:
             self._writer.home(home)
+            return
+        head = self._writer.take()
+        await self._in_thread(lambda bulk: bulk.write(head))
         if self._channel is not None:
-            head = self._writer.take()
-            await self._in_thread(lambda bulk: bulk.write(head))
             await self._hear("ready")
 
     async def send(
@@ -104,46 +107,51 @@ class Outflow:
                 report(ram.statistics(bulk.bytes))
             bulk.write(writer.finish())
             report(ram.statistics(bulk.bytes))
-            if self._channel is None:
+            if self._connection.is_file:
                 _sync(self._fd)
 
         await self._in_thread(work)
 
     async def _in_thread(self, work: Callable[[Bulk], None]) -> None:
         try:
-            await in_thread(lambda bell: work(Bulk(self._fd, bell, peer=self._channel is not None)))
+            async with self._connection.explained():
+                await in_thread(lambda bell: work(Bulk(self._fd, bell, peer=self._channel is not None)))
         except ChannelBroken:
             # Whoever refuses says why before it closes.
             await self._hear("refused")
 
     async def wait_loaded(self) -> None:
-        """Wait until the destination has all of it in force. At once with a file. Raises `VmmError` if it has not."""
+        """Wait until the destination has all of it in force; one that cannot say so, until it has taken all of it.
+
+        Raises:
+            VmmError: it has not.
+        """
         if self._channel is not None:
             await self._hear("loaded")
+        else:
+            await self._connection.finish(sent=True)
 
     async def let_go(self) -> None:
         """Tell the destination that the guest is its own. It may be gone by now, and the guest with it."""
         if self._channel is not None:
             try:
                 await say(self._channel, Word("yours"))
+                self._connection.part()
             except trio.BrokenResourceError as error:
                 raise MigrationPeerGone(peer="destination", what="closed the connection", outcome=_OUTCOME) from error
 
     async def _hear(self, expected: str) -> None:
         assert self._channel is not None
-        word = await hear(self._channel, "destination", _OUTCOME)
+        async with self._connection.explained():
+            word = await hear(self._channel, "destination", _OUTCOME)
         if word.name == "refused":
             raise MigrationRefused(reason=f"Refused by the destination: {word.reason}")
         if word.name != expected:
             raise StreamCorrupt(reason=f"the destination says {word.name!r}, expected {expected!r}")
 
     def close(self) -> None:
-        """Close the socket or the file. Idempotent."""
-        if self._channel is not None:
-            self._channel.socket.close()
-        elif self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the connection. Idempotent."""
+        self._connection.close()
 
 
 def _sync(fd: int) -> None:

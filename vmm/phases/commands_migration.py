@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import attrs
 import trio
@@ -20,7 +20,7 @@ from vmm.capabilities import (
     MayStartMigration,
 )
 from vmm.errors import DescriptorError, MigrationRefused
-from vmm.migration.address import ChannelAddress, DescriptorAddress, FileAddress
+from vmm.migration.address import ChannelAddress, DescriptorAddress, ExecAddress, FileAddress, HostAddress
 from vmm.migration.capability_table import MigrationCapabilityStatus, SetMigrationCapabilities
 from vmm.migration.channel import Channel, Channels, MigrationChannel, incoming_channels, outgoing_channels
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
@@ -30,6 +30,9 @@ from vmm.phases.foundation import Host
 from vmm.phases.migration_state import MigrationState, Wishes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmm.migration.connection import Connection
     from vmm.phases.copying import CopyPlan
     from vmm.phases.executing import ExecPlan
 
@@ -127,7 +130,7 @@ def migrate(
     Parameter `mode` says how: `normal` and `cpr-reboot` copy it, which stands meanwhile, and leave RAM where it is with
     x-ignore-shared, a file of RAM and a `file:` to save in; `cpr-transfer` hands it over on this host, and needs a
     channel of type cpr beside the main one; `cpr-exec` executes `cpr-exec-command` in this process, which has the guest
-    again then, and uses no channel. A `file:` takes may-open-host-file besides.
+    again then, and uses no channel. A `file:` takes may-open-host-file besides, and so does an `exec:`.
     """
     if args.resume:
         raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
@@ -166,45 +169,77 @@ def _exec_plan(args: Migrate, state: MigrationState, wishes: Wishes, host: MayOp
 
 
 def require_sockets(channels: Channels, command: str) -> None:
-    """Raise `MigrationRefused` if a channel of a live update is a file."""
+    """Raise `MigrationRefused` if a channel of a live update is a file or a command."""
     for kind, address in (("main", channels.main), ("cpr", channels.cpr)):
-        if isinstance(address, FileAddress):
-            reason = f"{command}: the {kind} channel of a live update must be a socket, not a file"
-            raise MigrationRefused(reason=reason)
+        if address is not None:
+            require_socket(kind, address, command)
+
+
+def require_socket(kind: str, address: ChannelAddress, command: str) -> None:
+    """Raise `MigrationRefused` if the channel of that kind of a live update is a file or a command."""
+    if isinstance(address, ExecAddress | FileAddress):
+        reason = f"{command}: the {kind} channel of a live update must be a socket, not {address.what}"
+        raise MigrationRefused(reason=reason)
 
 
 def _copy_plan(address: ChannelAddress, wishes: Wishes, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:
     from vmm.phases.copying import CopyPlan  # Likewise.
 
     if isinstance(address, FileAddress):
-        source = _required(host, "migrate")
+        may = _required(host, address, "migrate")
 
         def open_file() -> int:
-            return source.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
+            return may.obtain("state", lambda: hostio.open_state_file(address.filename, address.offset))
 
-        return CopyPlan(address, open_file, wishes)
-    return CopyPlan(resolved((address,), caller)[0], wishes=wishes)
+        return CopyPlan(address, open_file, wishes=wishes)
+    if isinstance(address, ExecAddress):
+        return CopyPlan(address, start_command=_starter(_required(host, address, "migrate"), address), wishes=wishes)
+    return CopyPlan(resolved((address,), caller, "out")[0], wishes=wishes)
 
 
-def _required(host: MayOpenHostFile | None, command: str) -> MayOpenHostFile:
+def _starter(may: MayOpenHostFile, address: ExecAddress) -> Callable[[bool], Connection]:
+    from vmm.migration.command import start_command
+
+    def start(two_way: bool) -> Connection:
+        started: list[Connection] = []
+
+        def obtain() -> int:
+            started.append(start_command(address, "out", two_way=two_way))
+            return started[0].fd
+
+        may.obtain("state", obtain)
+        return started[0]
+
+    return start
+
+
+def _required(host: MayOpenHostFile | None, address: HostAddress, command: str) -> MayOpenHostFile:
     if host is None:
-        reason = f"{command}: a file takes may-open-host-file, which this session is not lent; use a socket"
+        reason = f"{command}: {address.what} takes may-open-host-file, which this session is not lent; use a socket"
         raise MigrationRefused(reason=reason)
     return host
 
 
-def resolved(addresses: Sequence[Any], caller: Caller) -> list[Any]:
+def resolved(addresses: Sequence[Any], caller: Caller, stream: Literal["out", "in"] | None = None) -> list[Any]:
     """Replace names of descriptors by their numbers, all or none; the descriptors then belong to the migration.
+
+    Args:
+        stream: where a state stream alone goes through it; it need not be a socket then.
 
     Raises:
         DescriptorError: there is none of that name, it is given twice, or a session gives a number.
         DescriptorWrongKind: it is no stream socket. It stays whose it was.
     """
+    from vmm.migration.connect import require_stream  # Most machines await nothing.
+
     names = [address.name for address in addresses if isinstance(address, DescriptorAddress)]
     for name in names:
         if names.count(name) > 1:
             raise DescriptorError(reason=f"Descriptor {name!r} is given for two channels; each needs its own")
-        hostio.require_stream_socket(_number(name, caller), name)
+        if stream is None:
+            hostio.require_stream_socket(_number(name, caller), name)
+        else:
+            require_stream(_number(name, caller), name, stream)
     return [
         DescriptorAddress(str(caller.descriptors.pop(address.name, address.number)))
         if isinstance(address, DescriptorAddress)
@@ -250,15 +285,17 @@ async def migrate_incoming(
     Possible before there is a machine: then its recipe comes with it. In preconfig and devices the machine goes on to
     phase incoming, and the reply is sent there. `query-migrate` shows the addresses, with the real port where port 0
     was given. With `exit-on-error` false this process stays, and may await another guest, after one that was refused;
-    a live update cannot have that. A `file:` takes may-open-host-file besides.
+    a live update cannot have that. A `file:` takes may-open-host-file besides, and so does an `exec:`.
     """
     from vmm.migration.connect import close_descriptors  # Most machines await nothing.
 
     channels, wishes = incoming_channels(args.uri, args.channels), args.wishes("migrate-incoming", cap, param)
     query.view(MigrationState).check(wishes)
-    if any(isinstance(channel.address, FileAddress) for channel in channels):
-        _required(host, "migrate-incoming")
-    addresses = resolved([channel.address for channel in channels], caller)
+    for channel in channels:
+        if isinstance(channel.address, ExecAddress | FileAddress):
+            _required(host, channel.address, "migrate-incoming")
+    copied = [channel.channel_type for channel in channels] == ["main"]
+    addresses = resolved([channel.address for channel in channels], caller, "in" if copied else None)
     bound = [Channel(channel.channel_type, address) for channel, address in zip(channels, addresses, strict=True)]
     try:
         return await may.listen(bound, exit_on_error=args.exit_on_error, wishes=wishes)

@@ -15,8 +15,9 @@ import trio
 
 from vmm.capabilities import MayCancelMigration, MaySaveState
 from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
-from vmm.migration.address import FileAddress
-from vmm.migration.connect import close_descriptors, connect
+from vmm.migration.address import ExecAddress, FileAddress
+from vmm.migration.connect import close_descriptors, connect_channel
+from vmm.migration.connection import Connection
 from vmm.migration.outflow import Outflow
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import IDENTITY_SIZE, Section
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.address import ChannelAddress
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase, Residents, Turn
     from vmm.phases.running import Run
     from vmm.recipe import Recipe
 
@@ -54,15 +55,30 @@ class CopyPlan:
     address: ChannelAddress
     open_file: Callable[[], int] | None = None
     """Of a `FileAddress`: opens the file, which changes it. A migration that is refused before has not touched it."""
+    start_command: Callable[[bool], Connection] | None = None
+    """Of an `ExecAddress`: starts the command, which can answer if the argument says so."""
     wishes: Wishes = NO_WISHES
     _closed: bool = False
 
-    async def open(self) -> Outflow:
-        """Connect. Raises `HostFileRefused`: nobody listens there, or the file cannot be written."""
+    async def open(self, residents: Residents, *, two_way: bool) -> Outflow:
+        """Connect.
+
+        Args:
+            residents: of whom whoever serves the connection is one.
+            two_way: whether a command can answer.
+
+        Raises:
+            HostFileRefused: nobody listens there, the file cannot be written, or the command cannot be started.
+        """
         if isinstance(self.address, FileAddress):
             assert self.open_file is not None, "given by the command"
-            return Outflow(self.open_file())
-        return Outflow(await connect(self.address, within=_CONNECTING))
+            connection = Connection(self.open_file())
+        elif isinstance(self.address, ExecAddress):
+            assert self.start_command is not None, "likewise"
+            connection = self.start_command(two_way)
+        else:
+            connection = await connect_channel(self.address, within=_CONNECTING)
+        return Outflow(connection.serve(residents))
 
     def close(self) -> None:
         """Close the descriptor; what was connected stays. Idempotent."""
@@ -144,7 +160,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     failure: VmmError | None = None
     canceller = Canceller()
     left = _left_in_place(run, plan)
-    with closing(await plan.open()) as flow:
+    with closing(await plan.open(running.residents, two_way=migration.capabilities["return-path"])) as flow:
         async with running.child("migrating") as phase:
 
             def grants(mint: Mint) -> MigratingGrants:

@@ -116,15 +116,18 @@ class IncomingPort:
                 f"given: {given}"
             )
         # Likewise: imported by now, and not needed where nothing is awaited.
-        from vmm.migration.address import FileAddress
+        from vmm.migration.address import ExecAddress, FileAddress
         from vmm.migration.connect import listen
         from vmm.phases.fd_receive import run_fd_receive
 
         bound: dict[str, Listener] = {}
         try:
             for kind, channel in by_type.items():
-                if isinstance(channel.address, FileAddress):
-                    reason = f"migrate-incoming: the {kind} channel of a live update must be a socket, not a file"
+                if isinstance(channel.address, ExecAddress | FileAddress):
+                    reason = (
+                        f"migrate-incoming: the {kind} channel of a live update must be a socket, "
+                        f"not {channel.address.what}"
+                    )
                     raise MigrationRefused(reason=reason)
                 bound[kind] = await listen(channel.address)
         except BaseException:

@@ -28,7 +28,7 @@ from vmm.cpr.channel import CprChannel
 from vmm.cpr.limits import CprLimits
 from vmm.cpr.steps import Steps
 from vmm.errors import CprError, CprPeerGone, HostFileRefused, MigrationCancelled, MigrationRefused, VmmError
-from vmm.migration.address import FileAddress
+from vmm.migration.address import ExecAddress, FileAddress
 from vmm.migration.connect import close_descriptors, connect, connect_stream
 from vmm.migration.status import MigrationStatus
 from vmm.phases.afterwards import StandBy
@@ -86,7 +86,7 @@ class TransferPlan:
         """
         address = self.channels.cpr
         assert address is not None, "checked by the command"
-        assert not isinstance(address, FileAddress), "checked by the command"
+        assert not isinstance(address, ExecAddress | FileAddress), "checked by the command"
         sock = await connect(address, within=_CONNECTING)
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             sock.close()
@@ -170,7 +170,7 @@ async def run_migrating(running: Phase, run: Run, plan: TransferPlan, turn: Turn
                         may = window.grants.send_descriptors
                         assert may is not None, "minted above"
                         older = await _describe(may, channel, steps, machine, plan, cell, limits)
-                        assert not isinstance(plan.channels.main, FileAddress), "checked by the command"
+                        assert not isinstance(plan.channels.main, ExecAddress | FileAddress), "checked by the command"
                         main = await _connect_main(plan.channels.main, channel, limits)
                         async with main:
                             steps.reach("main-connected")

@@ -25,6 +25,7 @@ from vmm.capabilities import (
     MayWriteGuestMemory,
 )
 from vmm.errors import VmmError, leaves
+from vmm.migration.connection import Connection
 from vmm.migration.inflow import Inflow
 from vmm.migration.status import MigrationStatus
 from vmm.phases.arriving import checked
@@ -75,7 +76,7 @@ async def run_restoring(running: Phase, run: Run, saved: SavedState) -> None:
         failure: VmmError | None = None
         async with phase.window(grants, withholds=WITHHELD) as window:
             try:
-                with closing(Inflow(saved.take())) as flow:
+                with closing(Inflow(Connection(saved.take()))) as flow:
                     record, processor = await flow.read_head()
                     recipe = Recipe.from_json("of the file", [dict(command) for command in record.commands])
                     made.incoming.streams.require_same(checked(recipe, made.host.table), processor.state, machine.cpu)

@@ -12,11 +12,10 @@ from vmm.phases.differences import compare, visible
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    import trio
-
     from vmm.errors import VmmError
     from vmm.migration.address import ChannelAddress, SocketAddress
     from vmm.migration.connect import Listener
+    from vmm.migration.connection import Connection
     from vmm.nursery_tree import Phase
     from vmm.phases.cpus import CpuModel
     from vmm.phases.foundation import Host
@@ -69,15 +68,20 @@ class StreamPort:
         """Bind `address`, and await a stream there. Raises `HostFileRefused`, `SocketInUse`."""
         # Only now: most machines await nothing, and these bring what a monitor can start without.
         from vmm import hostio
-        from vmm.migration.address import DescriptorAddress, FileAddress
-        from vmm.migration.connect import copy_connected, listen
+        from vmm.migration.address import DescriptorAddress, ExecAddress, FileAddress
+        from vmm.migration.command import start_command
+        from vmm.migration.connect import listen, open_descriptor
+        from vmm.migration.connection import Connection
 
-        origin: Listener | trio.socket.SocketType | int
+        origin: Listener | Connection
         addresses: tuple[SocketAddress, ...] = ()
         if isinstance(address, FileAddress):
-            origin = hostio.open_saved_state(address.filename, address.offset)
+            origin = Connection(hostio.open_saved_state(address.filename, address.offset))
+        elif isinstance(address, ExecAddress):
+            origin = start_command(address, "in", two_way=self._migration.capabilities["return-path"])
+            origin.serve(self._precreate.residents)
         else:
-            connected = copy_connected(address) if isinstance(address, DescriptorAddress) else None
+            connected = open_descriptor(address) if isinstance(address, DescriptorAddress) else None
             if connected is None:
                 listener = await listen(address)
                 origin, addresses = listener, (listener.address,)
@@ -96,11 +100,13 @@ class StreamPort:
         except MigrationRefused:
             os.close(file)
             raise
-        self._await(file, (), exit_on_error=False, tell=tell)
+        from vmm.migration.connection import Connection
+
+        self._await(Connection(file), (), exit_on_error=False, tell=tell)
 
     def _await(
         self,
-        origin: Listener | trio.socket.SocketType | int,
+        origin: Listener | Connection,
         addresses: tuple[SocketAddress, ...],
         *,
         exit_on_error: bool,

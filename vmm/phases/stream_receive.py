@@ -7,7 +7,6 @@ ways lead to.
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from typing import TYPE_CHECKING, final
 
@@ -18,6 +17,7 @@ from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.limits import CprLimits
 from vmm.errors import StreamCorrupt, VmmError, leaves
 from vmm.migration.connect import Listener
+from vmm.migration.connection import Connection
 from vmm.migration.inflow import Inflow
 from vmm.phases.arriving import checked
 from vmm.phases.host import Inheritance
@@ -56,17 +56,17 @@ class StreamArrival:
 
 @final
 class StreamWait:
-    """One incoming state stream, from the moment that it is awaited. Owns its listener, or its file."""
+    """One incoming state stream, from the moment that it is awaited. Owns its listener, or its connection."""
 
     def __init__(
         self,
-        origin: Listener | trio.socket.SocketType | int,
+        origin: Listener | Connection,
         *,
         exit_on_error: bool,
         tell: Callable[[VmmError], None] | None = None,
     ) -> None:
-        """Await it on a listener, a socket that is connected already, or a file."""
-        self._origin = origin
+        """Await it on a listener, or on what is connected or open already."""
+        self._origin: Listener | Connection | None = origin
         self.exit_on_error = exit_on_error
         """Whether this process ends if the stream is refused."""
         self.inheritance = Inheritance()
@@ -92,8 +92,9 @@ class StreamWait:
         """Wait for whoever connects."""
         await trio.lowlevel.checkpoint()
         if isinstance(self._origin, Listener):
-            return Inflow(await self._origin.accept())
-        taken, self._origin = self._origin, -1
+            return Inflow(Connection(await self._origin.accept()))
+        taken, self._origin = self._origin, None
+        assert taken is not None, "it is taken once"
         return Inflow(taken)
 
     async def read_head(self, flow: Inflow, within: float) -> tuple[RecipeRecord, Section]:
@@ -134,11 +135,9 @@ class StreamWait:
 
     def close(self) -> None:
         """Close what is still open. Idempotent."""
-        taken, self._origin = self._origin, -1
-        if not isinstance(taken, int):
+        taken, self._origin = self._origin, None
+        if taken is not None:
             taken.close()
-        elif taken >= 0:
-            os.close(taken)
 
 
 async def run_stream_receive(
