@@ -145,7 +145,9 @@ async def test_a_command_that_has_given_all_is_not_waited_for_long(autojump_cloc
 
 
 async def test_the_end_of_the_machine_ends_the_command() -> None:
-    with trio.CancelScope() as scope:
-        async with command("sleep 1000", "out") as connection:
-            connection.part()
-            scope.cancel()
+    async with trio.open_nursery() as nursery:
+        residents = Residents(nursery)
+        connection = start_command(ExecAddress([*SHELL, "sleep 1000"]), "out", two_way=False).serve(residents)
+        connection.part()
+        connection.close()
+        await residents._leave_all()

@@ -11,7 +11,7 @@ import pytest
 import vmm
 from tests.phases.copy_kit import commands, empty, goes_on, in_status, outcome, port_of, refusal, started
 from tests.phases.test_migration_descriptors import Client, execute
-from vmm.capabilities import Grant
+from vmm.capabilities import MIGRATE
 from vmm.errors import DescriptorWrongKind, HostFileRefused, MigrationCommandFailed, MigrationRefused
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ async def test_a_machine_that_ends_while_its_command_is_awaited_leaves_nothing_o
 
 @pytest.mark.parametrize("command", ["migrate", "migrate-incoming"])
 async def test_a_session_that_may_open_nothing_here_starts_nothing_here(command: str, tmp_path: Path) -> None:
-    kinds = "may-query,may-start-migration,may-listen"
-    client = Client(grant=Grant.parse(kinds))
+    client = Client(grant=MIGRATE)
     async with vmm.machine(commands()) if command == "migrate" else empty() as machine:
         with pytest.raises(MigrationRefused) as caught:
             await execute(machine, client, command, uri=f"exec:touch {tmp_path}/made")
@@ -220,7 +219,7 @@ def why_no_vsock() -> str:
             listener.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
             listener.listen()
             with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as client:
-                client.settimeout(1)
+                client.settimeout(0.1)
                 client.connect((1, listener.getsockname()[1]))
     except OSError as error:
         return f"no vsock within this host: {error}"

@@ -81,6 +81,8 @@ def hung_up(sock: socket.socket) -> bool:
         return False
 
 
+STREAM: Final = "a stream socket or a pipe or a regular file"
+
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
@@ -124,17 +126,18 @@ async def test_the_command_line_names_descriptors_by_number() -> None:
 
 @pytest.mark.parametrize("command", ["migrate", "migrate-incoming"])
 async def test_a_number_that_is_no_stream_socket_is_refused_and_stays_as_it_is(command: str, tmp_path: Path) -> None:
-    with (tmp_path / "file").open("wb") as file, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
         async with running() if command == "migrate" else empty() as machine:
             for number, found in (
                 (999, "not open"),
-                (file.fileno(), "a regular file"),
+                (folder, "a directory"),
                 (datagrams.fileno(), "a socket of another type"),
             ):
                 with pytest.raises(DescriptorWrongKind) as caught:
                     await machine.execute(command, uri=f"fd:{number}")
-                assert str(caught.value) == f"Descriptor '{number}' is {found}, not a stream socket"
-        file.write(b"x")
+                assert str(caught.value) == f"Descriptor '{number}' is {found}, not {STREAM}"
+        os.close(folder)
         datagrams.getsockname()
 
 
@@ -148,7 +151,7 @@ async def test_a_datagram_socket_is_refused_and_stays_the_sessions(command: str)
         async with running() if command == "migrate" else empty() as machine:
             with pytest.raises(DescriptorWrongKind) as caught:
                 await execute(machine, client, command, uri="fd:main")
-            assert str(caught.value) == "Descriptor 'main' is a socket of another type, not a stream socket"
+            assert str(caught.value) == f"Descriptor 'main' is a socket of another type, not {STREAM}"
         assert client.descriptors == {"main": datagrams.fileno()}
         datagrams.getsockname()
 

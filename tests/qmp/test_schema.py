@@ -70,10 +70,10 @@ async def test_the_channels_of_a_migration_are_a_union_of_addresses(tmp_path: Pa
         address = schema[member(channel, "addr")["type"]]
         assert address["tag"] == "transport"
         transports = {variant["case"]: schema[variant["type"]] for variant in address["variants"]}
-        assert set(transports) == {"socket", "file"}  # those that are supported, and no other
+        assert set(transports) == {"socket", "exec", "file"}  # those that are supported, and no other
         assert {each["name"] for each in transports["file"]["members"]} >= {"filename", "offset"}
         assert transports["socket"]["tag"] == "type"
-        assert {variant["case"] for variant in transports["socket"]["variants"]} == {"inet", "unix", "fd"}
+        assert {variant["case"] for variant in transports["socket"]["variants"]} == {"inet", "unix", "vsock", "fd"}
 
 
 # --- true ---------------------------------------------------------------------------------------------------

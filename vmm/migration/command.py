@@ -44,12 +44,13 @@ def start_command(address: ExecAddress, direction: Literal["out", "in"], *, two_
         HostFileRefused: there is no such program, or the host refused.
     """
     ours, theirs = hostio.connected_pair()
+    end = theirs.fileno()
     with theirs:
         try:
             process = subprocess.Popen(
                 address.args,
-                stdin=theirs if two_way or direction == "out" else subprocess.DEVNULL,
-                stdout=theirs if two_way or direction == "in" else subprocess.DEVNULL,
+                stdin=end if two_way or direction == "out" else subprocess.DEVNULL,
+                stdout=end if two_way or direction == "in" else subprocess.DEVNULL,
                 process_group=0,
             )
         except OSError as error:
@@ -126,6 +127,7 @@ class _Command:
 
     def _failure(self) -> MigrationCommandFailed:
         status = self._process.returncode
-        killed = f"was killed by signal {-status} ({signal.strsignal(-status)})"
-        how = killed if status < 0 else f"ended with status {status}"
+        how = f"ended with status {status}"
+        if status < 0:
+            how = f"was killed by signal {-status} ({signal.strsignal(-status)})"
         return MigrationCommandFailed(command=self._command, how=how)
