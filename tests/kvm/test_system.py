@@ -141,19 +141,6 @@ def test_extensions_are_asked_for_by_name() -> None:
 
 
 @pytest.mark.kvm
-def test_the_dirty_bitmap_names_the_pages_that_the_guest_wrote() -> None:
-    with TinyMachine() as m:
-        m.vm.set_memory_slot(0, 0, m.memory.hva(0), m.memory.size, log_dirty=True)
-        m.boot("mov byte [0x3000], 1\n mov byte [0x9fff], 1\n out 0x99, al")
-        m.vm.dirty_bitmap(0, m.memory.size)
-        m.run()
-        bitmap = int.from_bytes(m.vm.dirty_bitmap(0, m.memory.size), "little")
-        # KVM may name more, such as a page of code that it has mapped for writing too.
-        assert {page for page in range(128) if bitmap >> page & 1} - {1} == {3, 9}
-        assert not any(m.vm.dirty_bitmap(0, m.memory.size))
-
-
-@pytest.mark.kvm
 def test_a_store_to_an_ioeventfd_rings_it_and_does_not_exit() -> None:
     bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     try:

@@ -70,6 +70,7 @@ class GuestMemory:
         self.absent: PagesFromFile | None = None
         """Who brings the pages that are not there yet; None where all are. Set by them."""
         self._base = base
+        self._noted: set[int] | None = None
         self._bytes: Buffer | None = ffi.buffer(ffi.cast("char *", base), size)
 
     @classmethod
@@ -128,6 +129,7 @@ class GuestMemory:
         assert self._bytes is not None, "guest memory was used after close()"
         self._have(at, size)
         self._bytes[at : at + size] = data
+        self.note(at, size)
 
     def check(self, address: int, size: int) -> None:
         """Find out whether `size` bytes from guest-physical `address` are inside one region of RAM.
@@ -157,6 +159,7 @@ class GuestMemory:
             if not count:
                 raise _unreadable(fd, f"it ends {size - done} bytes early; it has changed since it was opened")
             done += count
+            self.note(at, done)
 
     # A guest that stands still is copied; from any thread, and other threads run meanwhile.
 
@@ -222,6 +225,7 @@ class GuestMemory:
             # A file of huge pages cannot be written to; all of them have been reserved.
             assert self._bytes is not None, "guest memory was used after close()"
             self._bytes[at : at + len(data)] = data
+            self.note(at, len(data))
             return
         done = 0
         while done < len(data):
@@ -231,6 +235,7 @@ class GuestMemory:
                 raise HostFileRefused(
                     action="fill", path="the guest's RAM", reason=os.strerror(error.errno or 0)
                 ) from error
+            self.note(at, done)
 
     def clear(self) -> None:
         """Make all of it zero, as it was at first, and give it back to the host until it is used. No vCPU runs.
@@ -248,6 +253,35 @@ class GuestMemory:
         if self.page_size != PAGE_SIZE:
             # Given back, they are anybody's. Reserved again, before a guest lacks one.
             hostmem.allocate(self.fd, self.size, "guest RAM")
+        self.note(0, self.size)
+
+    # KVM does not see what this process writes. While somebody wants to know, it is noted: after the store, as
+    # KVM does it, so that whoever takes a page out of the notes and then copies it has it as stored, or finds it again.
+
+    def begin_notes(self) -> None:
+        """Note from here on which pages this process writes. Idempotent; what was noted before stays."""
+        if self._noted is None:
+            self._noted = set()
+
+    def end_notes(self) -> None:
+        """Note nothing any more."""
+        self._noted = None
+
+    def note(self, offset: int, size: int) -> None:
+        """Note that this process has written `size` bytes from byte `offset` of the memfd. Any thread.
+
+        For whoever writes there by a way of its own; the methods here do it themselves.
+        """
+        noted = self._noted
+        if noted is not None and size:
+            noted.update(range(offset // PAGE_SIZE, (offset + size - 1) // PAGE_SIZE + 1))
+
+    def take_notes(self, into: PageMap) -> None:
+        """Put the pages that this process has written into the set, and forget them. Any thread."""
+        noted = self._noted
+        while noted:
+            # Others may add meanwhile: each page is taken by one call, which no other thread gets into.
+            into.add(noted.pop())
 
     def load_pages(self, file: PageFile, first: int, count: int) -> None:
         """As `PageFile.load`."""

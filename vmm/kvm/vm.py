@@ -15,6 +15,7 @@ from vmm.kvm.vcpu_fd import VcpuFd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vmm.kvm._kvm import CData
     from vmm.kvm.state import ChipState
 
 TSS_ADDRESS = 0xFEFFD000
@@ -76,12 +77,39 @@ class Vm:
         region.userspace_addr = hva
         call_with(self._fd, "KVM_SET_USER_MEMORY_REGION", region, context=f"slot {slot}")
 
-    def dirty_bitmap(self, slot: int, size: int) -> bytes:
-        """Return one bit per page of the slot of `size` bytes: written since the last call. Little-endian words."""
-        words = -(-size // (4096 * 64))
-        bitmap = ffi.new("uint64_t[]", words)
+    def protect_by_hand(self) -> int:
+        """Have the dirty log keep what it says until it is told otherwise (`clear_dirty_log`), where this host can.
+
+        Returns:
+            KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE and _INITIALLY_SET, as far as there are: with the latter a log begins
+            with every page in it.
+        """
+        offered = self.extension("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+        wanted: int = offered & (lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | lib.KVM_DIRTY_LOG_INITIALLY_SET)
+        if wanted:
+            self._enable("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", wanted)
+        return wanted
+
+    def read_dirty_log(self, slot: int, bitmap: CData) -> None:
+        """Put a bit for each page of `slot` that was written into `bitmap`, little-endian words, enough for all.
+
+        Without `protect_by_hand` they are taken out of the log.
+
+        Raises:
+            KvmCallFailed: the slot has no log.
+        """
         checked(lib.tv_get_dirty_log(self._fd, slot, bitmap), "KVM_GET_DIRTY_LOG", f"slot {slot}")
-        return ffi.buffer(bitmap)[:]
+
+    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: CData) -> None:
+        """Take pages of `slot` out of the log, and see when they are written again: those with a bit in `bitmap`.
+
+        Bit 0 is page `first`, a multiple of 64; so must be `pages`, except at the slot's end.
+
+        Raises:
+            KvmCallFailed: the slot has no log, or is not protected by hand.
+        """
+        result = lib.tv_clear_dirty_log(self._fd, slot, first, pages, bitmap)
+        checked(result, "KVM_CLEAR_DIRTY_LOG", f"slot {slot}")
 
     def create_irqchip(self) -> None:
         """Make the two PICs, the IOAPIC, and a LAPIC for each later vCPU. GSI n is pin n of both."""
@@ -215,11 +243,11 @@ class Vm:
             os.close(self._fd)
             self._fd = -1
 
-    def _enable(self, name: str) -> None:
+    def _enable(self, name: str, value: int = 1) -> None:
         if self.extension(name):
             request = ffi.new("struct kvm_enable_cap *")
             request.cap = getattr(lib, name)
-            request.args[0] = 1
+            request.args[0] = value
             call_with(self._fd, "KVM_ENABLE_CAP", request, context=name)
 
     def _irqfd(self, fd: int, gsi: int, flags: int, resample_fd: int | None) -> None:

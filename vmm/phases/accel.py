@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
     from vmm.capabilities import Mint
+    from vmm.kvm._kvm import CData
     from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
@@ -47,6 +48,15 @@ class VirtualMachine(Protocol):
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Put RAM at `address`."""
+
+    def protect_by_hand(self) -> int:
+        """Have the dirty log keep what it says."""
+
+    def read_dirty_log(self, slot: int, bitmap: CData) -> None:
+        """Read it."""
+
+    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: CData) -> None:
+        """Take pages out of it."""
 
     def assign_irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None) -> None:
         """From now on a written eventfd `fd` raises `gsi`."""

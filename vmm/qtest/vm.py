@@ -55,6 +55,16 @@ class QtestVm:
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Do nothing: whoever reads or writes RAM here goes through `GuestMemory`."""
 
+    def protect_by_hand(self) -> int:
+        """Say that there is nothing to protect."""
+        return 0
+
+    def read_dirty_log(self, slot: int, bitmap: object) -> None:
+        """Leave it as it is: no guest writes anything."""
+
+    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: object) -> None:
+        """Do nothing."""
+
     def assign_irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None) -> None:
         """From now on line `gsi` is pulsed when eventfd `fd` is written; then `resample_fd` is written, if given."""
         self._irqfds[fd] = _Line(gsi, resample_fd)
