@@ -10,114 +10,30 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
 
-from tests.phases.machine import Running, connected, machine, monitor, parse
+from tests.phases.machine import Running, connected, monitor, parse
 from tests.phases.update_kit import GUEST
+from tests.saved_machines import HANGS, again, begun, files, grown, original, saved, status, steps, ticked, ticks
 from vmm import hostio
-from vmm.cli_save import SavedStateRefused, SaveFailed, SaveUnclear, claimed, resume_machine, resumed, save
+from vmm.cli_resume import SavedStateRefused, claimed, resume_machine, resumed
+from vmm.cli_save import SaveFailed, SaveUnclear, save
 from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
-from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.outflow import Outflow
 from vmm.migration.stream import StreamReader, StreamWriter
 from vmm.migration.stream_records import Header, Home, RamContent, RamInPlace
-from vmm.phases.catalog import rank
 from vmm.phases.machine import Machine
-from vmm.phases.start import Start
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
     from pathlib import Path
 
-    from vmm.qmp_client import QmpClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
-
-SIZE: Final = 16 << 20
-HANGS: Final = 30.0
-
-
-def steps(folder: Path, *, file: bool, serial: bool = False) -> tuple[Step, ...]:
-    """Return a machine's recipe, its RAM in a file or not, its serial port too."""
-    made: list[Step] = []
-    options: dict[str, Any] = {"memory": {"size": SIZE}, "kernel": "builtin:heartbeat", "append": "region=64K"}
-    if file:
-        backend = {"qom-type": "memory-backend-file", "id": "m0", "size": SIZE, "share": True}
-        made.append(Step("object-add", {**backend, "mem-path": str(folder / "ram")}))
-        options["memory-backend"] = "m0"
-    if serial:
-        made.append(
-            Step("chardev-add", {"id": "s0", "backend": {"type": "file", "data": {"out": str(folder / "ser")}}})
-        )
-        options["serial"] = ["s0"]
-    more = [Step(name) for name in ("accel-set", "cpu-model-set", "finish-machine-init", "cont")]
-    return (*monitor(folder / "qmp"), *made, Step("machine-set", options), *more)
-
-
-@asynccontextmanager
-async def begun(recipe: Recipe, path: Path, *, autostart: bool = True) -> AsyncGenerator[Running, None]:
-    """Run `recipe`, whose last command has been carried out."""
-    done = trio.Event()
-    start = Start(recipe.ordered(rank), begun=done.set, autostart=autostart)
-    async with machine(start, path) as running:
-        with trio.fail_after(HANGS):
-            await done.wait()
-        yield running
-
-
-@asynccontextmanager
-async def original(folder: Path, *, file: bool = True, serial: bool = False) -> AsyncGenerator[Running, None]:
-    async with begun(Recipe("of this test", steps(folder, file=file, serial=serial)), folder / "qmp") as running:
-        await ticked(running, 5)
-        yield running
-
-
-@asynccontextmanager
-async def again(folder: Path, *options: str) -> AsyncGenerator[Running, None]:
-    recipe = resumed(str(folder / "saved"), parse(*options))
-    async with begun(recipe, folder / "qmp", autostart="-S" not in options) as running:
-        yield running
-
-
-def ticks(running: Running) -> int:
-    report = HeartbeatReader(running.tree.view(Machine).memory.read).look()
-    return 0 if report is None else report.ticks
-
-
-async def ticked(running: Running, count: int) -> None:
-    reader = HeartbeatReader(running.tree.view(Machine).memory.read)
-    with trio.fail_after(HANGS):
-        while (report := reader.look()) is None or report.ticks < count:  # noqa: ASYNC110 - a guest does not tell
-            await trio.sleep(0.005)
-    assert report.intact, str(report)
-
-
-async def saved(folder: Path, *, file: bool = True, serial: bool = False) -> int:
-    """Save a machine in `folder`, which ends it; return how often its guest had ticked."""
-    async with original(folder, file=file, serial=serial) as running:
-        memory = running.tree.view(Machine).memory
-        reader = HeartbeatReader(memory.read)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(save, str(folder / "qmp"), folder / "saved", Interruption())
-            with trio.fail_after(HANGS):
-                await running.ended.wait()
-        assert running.status == 0
-        del reader
-    return 5
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder))
-
-
-async def status(client: QmpClient) -> str:
-    return str((await client.execute("query-status"))["status"])
 
 
 # --- there and back ------------------------------------------------------------------------------------------
@@ -402,7 +318,7 @@ async def test_a_state_that_came_over_a_network_says_nothing_of_this_host(tmp_pa
     (tmp_path / "saved").write_bytes(b"".join(writer.finish()))
     assert refused(tmp_path) == (
         f"Cannot resume from {tmp_path}/saved: it does not say what the machine had beside its guest; "
-        "load it by run -loadvm"
+        "start it by restore"
     )
 
 
@@ -479,12 +395,3 @@ def test_the_commands_do_it_between_processes(tmp_path: Path) -> None:
                 process.kill()
                 process.wait()
     assert sorted(os.listdir(tmp_path)) == ["ram", "ser"]
-
-
-def grown(path: Path, count: int) -> list[bytes]:
-    """Wait until a file has `count` lines; return those that it has, but for one that is not whole."""
-    deadline = time.monotonic() + HANGS
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
-        assert time.monotonic() < deadline, f"{path} does not get {count} lines"
-        time.sleep(0.01)
-    return [line.rstrip(b"\r") for line in path.read_bytes().split(b"\n")[:-1]]

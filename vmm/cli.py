@@ -42,6 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "resume", help="go on with a machine that was saved", allow_abbrev=False,
         description="Go on with the machine in FILE, with its monitors and chardevs; FILE is removed then.",
     )  # fmt: skip
+    restore = commands.add_parser(
+        "restore", help="start a machine from a file in which it was saved", allow_abbrev=False,
+        description="Start the machine in FILE, with the monitors that the options say; FILE stays as it is.",
+    )  # fmt: skip
     demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
     # Only the options of the command that is given: of them all there are a hundred, and each takes its time.
     match given[0] if given else "":
@@ -59,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         case "resume":
             resume.add_argument("file", metavar="FILE", help="what save has written")
             _add_run(resume)
+        case "restore":
+            restore.add_argument(
+                "file", metavar="FILE", help="what migrate has written to a file:, save, or a snapshot"
+            )
+            restore.add_argument("--whole", action="store_true", help="load all of its RAM before the guest runs")
+            _add_run(restore)
         case "demo":
             demo.add_argument("--plain", action="store_true", help="no colours")
     options = parser.parse_args(given)
@@ -77,9 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 return save_machine(options.qmp, options.file)
             case "resume":
-                from vmm.cli_save import resume_machine
+                from vmm.cli_resume import resume_machine
 
                 return resume_machine(options.file, options)
+            case "restore":
+                from vmm.cli_resume import restore_machine
+
+                return restore_machine(options.file, options, whole=options.whole)
             case "demo":
                 from vmm.cli_demo import run_demo
 

@@ -20,7 +20,7 @@ from vmm.service import ServiceManager
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from vmm.cpr.limits import CprLimits
     from vmm.phases.afterwards import Afterwards
@@ -41,6 +41,7 @@ def run_process(
     role: Role | None = None,
     *,
     begun: Callable[[], None] | None = None,
+    beside: Callable[[Host], Awaitable[None]] | None = None,
 ) -> int:
     """Run the machine that `recipe` makes until it ends; SIGTERM, SIGINT and SIGHUP end it in order.
 
@@ -50,6 +51,7 @@ def run_process(
     Args:
         environment: the process's own.
         begun: called once all of `recipe` has been carried out.
+        beside: run beside the first machine, from its beginning on.
     """
     check_step(options.x_cpr_stop_at)
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -58,10 +60,10 @@ def run_process(
         with closing(role) if role is not None else nullcontext():
             if role is not None:
                 start = role.prepare(start)
-            status, afterwards = trio.run(_run, start, role)
+            status, afterwards = trio.run(_run, start, role, beside)
         if afterwards is None:
             return status
-        role = _next_role(afterwards, environment)
+        role, beside = _next_role(afterwards, environment), None
 
 
 def _start(
@@ -112,7 +114,9 @@ def _next_role(afterwards: Afterwards, environment: Mapping[str, str]) -> Role:
             return TakingBack.after_failure(afterwards, f"Cannot execute {program}: {reason}")
 
 
-async def _run(start: Start, role: Role | None) -> tuple[int, Afterwards | None]:
+async def _run(
+    start: Start, role: Role | None, beside: Callable[[Host], Awaitable[None]] | None = None
+) -> tuple[int, Afterwards | None]:
     statuses: list[int] = []
     try:
         async with trio.open_nursery() as nursery:
@@ -125,6 +129,8 @@ async def _run(start: Start, role: Role | None) -> tuple[int, Afterwards | None]
                 host: Host = await nursery.start(machine)
                 if role is not None:
                     nursery.start_soon(role.serve, host)
+                if beside is not None:
+                    nursery.start_soon(beside, host)
                 async for _ in signals:
                     host.ending.end("host-signal")
     except BaseExceptionGroup as group:

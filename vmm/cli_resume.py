@@ -1,0 +1,288 @@
+"""`trio-vmm resume` and `trio-vmm restore`: a machine from the file in which it was saved.
+
+`resume` goes on with a machine as it was, with its monitors, and uses the file up, which is removed once the guest is
+here. `restore` starts another one from it, as often as it is asked to, with the monitors that its own options say.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
+
+import attrs
+import trio
+
+from vmm import hostio
+from vmm.cli_options import OPTIONS, given
+from vmm.cli_progress import Bar, Figures
+from vmm.errors import DeviceNotActive, OptionInvalid, VmmError
+from vmm.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Generator, Iterator, Mapping
+
+    from vmm.migration.stream_records import Record
+    from vmm.nursery_tree import Tree
+    from vmm.phases.foundation import Host
+    from vmm.phases.migration_state import MigrationState
+
+_PIECE: Final = 1 << 20
+_HEAD_LIMIT: Final = 16 << 20
+"""Bytes in which the recipe of a machine must be found. Both of its records are smaller."""
+
+
+@final
+class SavedStateRefused(VmmError):
+    """A file that no machine can be resumed from, or restored."""
+
+    text: ClassVar[str] = "Cannot {what} from {path}: {reason}"
+    what: str
+    path: str
+    reason: str
+
+
+def resume_machine(path: str, options: argparse.Namespace) -> int:
+    """Go on with the machine that is saved in `path`, in this process; return its exit status at its end."""
+    from vmm.process import run_process
+
+    target = os.path.abspath(path)
+    with claimed(target) as claim, Bar.on_stderr(fields=_FIELDS) as bar:
+
+        def used_up() -> None:
+            with suppress(FileNotFoundError):
+                os.unlink(target)
+            claim.close()
+
+        beside = Loading(bar).watch
+        return run_process(resumed(target, options), options, os.environ, begun=used_up, beside=beside)
+
+
+def restore_machine(path: str, options: argparse.Namespace, *, whole: bool) -> int:
+    """Start the machine that is saved in `path`, in this process; return its exit status at its end."""
+    from vmm.process import run_process
+
+    target = os.path.abspath(path)
+    with Bar.on_stderr(fields=_FIELDS) as bar:
+        return run_process(restored(target, options, whole=whole), options, os.environ, beside=Loading(bar).watch)
+
+
+@contextmanager
+def claimed(path: str) -> Generator[ExitStack, None, None]:
+    """Lock the file at `path`, until the block is left or what it is given is closed: of two that resume, one does.
+
+    RAM that is in the file itself has no lock of its own.
+
+    Raises:
+        SavedStateRefused, HostFileRefused: another process resumes from it, or it cannot be opened.
+    """
+    with ExitStack() as claim:
+        fd = hostio.open_saved_state(path, 0)
+        claim.callback(os.close, fd)
+        if not hostio.lock_saved_state(fd, path):
+            reason = "another process is resuming from it; its guest is that process's"
+            raise SavedStateRefused(what="resume", path=path, reason=reason)
+        yield claim
+
+
+def resumed(path: str, options: argparse.Namespace) -> Recipe:
+    """Return the recipe that goes on with the machine in `path`, with what `options` of `run` say besides.
+
+    Raises:
+        OptionInvalid: an option that has no place here.
+        SavedStateRefused, HostFileRefused: the file is not the operator's own, or is none.
+    """
+    more = _besides("resume", path, options)
+    saved = Saved.read(path, "resume")
+    if not saved.has_home:
+        reason = "it does not say what the machine had beside its guest; start it by restore"
+        raise SavedStateRefused(what="resume", path=path, reason=reason)
+    return Recipe(f"of {path}", (*saved.steps(more, home=True), *more, Step("loadvm", {"name": path})))
+
+
+def restored(path: str, options: argparse.Namespace, *, whole: bool = False) -> Recipe:
+    """Return the recipe that starts the machine in `path`, with what `options` of `run` say besides.
+
+    What a file that was not written here says of its machine is data: of this host it has what is allowed by name.
+
+    Args:
+        whole: whether all of RAM is loaded before the guest runs, also where it could come as it is used.
+
+    Raises: as `resumed`.
+    """
+    more = _besides("restore", path, options)
+    saved = Saved.read(path, "restore")
+    if saved.is_mapped and not whole:
+        more = Recipe(more.source, (*more, Step("migrate-set-parameters", {"x-restore-on-demand": True})))
+    if not saved.has_home:
+        channel = {"channel-type": "main", "addr": {"transport": "file", "filename": path, "offset": 0}}
+        return Recipe(f"of {path}", (*more, Step("migrate-incoming", {"channels": [channel]})))
+    return Recipe(f"of {path}", (*saved.steps(more, home=False), *more, Step("loadvm", {"name": path})))
+
+
+def _besides(what: str, path: str, options: argparse.Namespace) -> Recipe:
+    from vmm.cli_recipe import recipe_of
+
+    for option in OPTIONS:
+        if given(options, option) and option.name not in _BESIDES[what]:
+            wanted = f"possible with {what}: the machine is the one in {path}; leave it out"
+            raise OptionInvalid(option=option.name, value=getattr(options, option.attribute), wanted=wanted)
+    return recipe_of(options)
+
+
+_RESUME: Final = (
+    "-chardev", "-qmp", "-mon", "-websocket", "-S", "-allow-difference", "-nodefaults", "-nographic",
+)  # fmt: skip
+_BESIDES: Final[Mapping[str, tuple[str, ...]]] = {"resume": _RESUME, "restore": (*_RESUME, "-allow-resource")}
+"""Options of `run` that go with each."""
+
+_FIELDS: Final = ("rate", "left")
+
+
+@final
+class Loading:
+    """A guest that comes from a file, shown until it is here."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+
+    async def watch(self, host: Host) -> None:
+        """Show how far it is."""
+        from vmm.phases.migration_state import MigrationState  # Which a resumed machine imports anyway.
+
+        with self._bar:
+            while (figures := self._figures(host.tree, MigrationState)) is not None:
+                self._bar.show(figures)
+                await trio.sleep(self._bar.period)
+
+    @staticmethod
+    def _figures(tree: Tree, kind: type[MigrationState]) -> Figures | None:
+        """Return what is to be seen; None once it is over."""
+        try:
+            progress = tree.view(kind).progress
+        except DeviceNotActive:  # it has not come as far
+            progress = None
+        if progress is None:
+            return Figures(word="loading")
+        if not progress.under_way:
+            return None
+        ram = progress.ram
+        return Figures(
+            word="loading", done=ram.total - ram.remaining, total=ram.total, left=ram.remaining, moved=ram.transferred
+        )
+
+
+@final
+@attrs.frozen
+class Saved:
+    """What a file says of the machine that is saved in it."""
+
+    what: str
+    """What it is read for, for texts."""
+    path: str
+    recipe: tuple[Step, ...]
+    """The guest's machine."""
+    home: tuple[Step, ...]
+    """What else it had where it was."""
+    has_home: bool
+    """Whether that is told."""
+    is_mapped: bool
+    """Whether each page of RAM has its place in the file, so that it can come as it is used."""
+
+    @classmethod
+    def read(cls, path: str, what: str) -> Saved:
+        """Read the beginning of a file, which must be this user's own: it says what is opened here.
+
+        Raises:
+            SavedStateRefused, HostFileRefused: it is not, or is no saved machine.
+        """
+        from vmm.migration.stream_records import PROCESSOR, Home, RamMapped, Section
+        from vmm.migration.stream_records import Recipe as RecipeRecord
+
+        commands: list[Mapping[str, Any]] = []
+        home: list[Mapping[str, Any]] | None = None
+        is_mapped = False
+        for record in _records(path, what):
+            if isinstance(record, RecipeRecord):
+                commands += record.commands
+            elif isinstance(record, Home):
+                home = [*(home or []), *record.commands]
+            elif isinstance(record, RamMapped):
+                is_mapped = True
+                break
+            elif isinstance(record, Section) and record.name != PROCESSOR:
+                break
+        if not commands:
+            raise SavedStateRefused(what=what, path=path, reason="it does not say what machine it is of")
+        made = [step for step in _steps_of(path, commands) if step.execute != "finish-machine-init"]
+        return cls(what, path, tuple(made), tuple(_steps_of(path, home or [])), home is not None, is_mapped)
+
+    def steps(self, more: Recipe, *, home: bool) -> Iterator[Step]:
+        """Yield what makes the machine, without what `more` has in its place, by id.
+
+        Args:
+            home: whether what it had beside its guest is wanted.
+
+        Raises:
+            SavedStateRefused: something that nobody can open again.
+        """
+        instead = {(step.execute, step.arguments.get("id")) for step in more if "id" in step.arguments}
+        for step in (*self.recipe, *(self.home if home else ())):
+            if "id" in step.arguments and (step.execute, step.arguments["id"]) in instead:
+                continue
+            if step.execute == "chardev-add" and _was_a_descriptor(step.arguments):
+                name = step.arguments["id"]
+                reason = (
+                    f"chardev {name!r} was a socket that its process was started with, and cannot be opened again; "
+                    f"give -chardev with id={name} in its place"
+                )
+                raise SavedStateRefused(what=self.what, path=self.path, reason=reason)
+            yield _appending(step) if step.execute == "chardev-add" else step
+
+
+def _steps_of(path: str, commands: list[Mapping[str, Any]]) -> Recipe:
+    return Recipe.from_json(f"of {path}", [dict(command) for command in commands])
+
+
+def _appending(step: Step) -> Step:
+    """Return `step`, which makes a chardev, so that it does not empty the file that it has written to before."""
+    backend = step.arguments["backend"]
+    if backend["type"] != "file":
+        return step
+    return Step(step.execute, {**step.arguments, "backend": {**backend, "data": {**backend["data"], "append": True}}})
+
+
+def _was_a_descriptor(arguments: Mapping[str, Any]) -> bool:
+    data = arguments["backend"].get("data", {})
+    return bool(arguments["backend"]["type"] == "socket" and data["addr"]["type"] == "fd")
+
+
+def _records(path: str, what: str) -> Iterator[Record]:
+    """Yield the records that a file of this user's own begins with."""
+    from vmm.errors import StreamCorrupt
+    from vmm.migration.stream import StreamReader
+
+    fd = hostio.open_saved_state(path, 0)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            reason = f"it belongs to uid {found.st_uid}, not to uid {os.geteuid()}, whose machine it would be"
+            raise SavedStateRefused(what=what, path=path, reason=reason)
+        if found.st_mode & 0o022:
+            reason = f"its mode is {stat.S_IMODE(found.st_mode):04o}, so others can write it; use chmod 600"
+            raise SavedStateRefused(what=what, path=path, reason=reason)
+        reader = StreamReader(seekable=True)
+        for _ in range(_HEAD_LIMIT // _PIECE):
+            data = os.read(fd, _PIECE)
+            if not data:
+                reader.close()
+                return
+            yield from reader.feed(data)
+    except StreamCorrupt as error:
+        raise SavedStateRefused(what=what, path=path, reason=str(error)) from error
+    except OSError as error:
+        raise hostio.refused("read", path, error) from error
+    finally:
+        os.close(fd)
