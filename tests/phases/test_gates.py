@@ -52,6 +52,12 @@ class ThreadCpu:
     def kick(self) -> None:
         self._kicked.set()
 
+    def hold(self, seconds: float) -> None:
+        raise AssertionError("nobody is throttled here")
+
+    def let_go(self) -> None:
+        raise AssertionError("nobody is throttled here")
+
 
 KICKED = Stop("kicked", "", {})
 

@@ -55,6 +55,8 @@ class Vcpu:
         self._ports = ports
         self._mmio = mmio
         self._requested = False
+        self._hold = 0.0
+        self._stirred = threading.Event()
         self._thread: int | None = None
         self._lock = threading.Lock()
 
@@ -95,6 +97,8 @@ class Vcpu:
                     # The flag goes first: a kick between these two lines sets it again, and is seen below or by the
                     # next KVM_RUN. The other way round it could be wiped out unseen.
                     lib.tv_set_immediate_exit(cpu, False)
+                    if self._hold:
+                        self._rest()
                     if self._requested:
                         return Stop("kicked", "", {})
                 else:
@@ -105,6 +109,8 @@ class Vcpu:
             with self._lock:
                 self._thread = None
                 self._requested = False
+                self._hold = 0.0
+                self._stirred.clear()
 
     async def run(
         self, threads: trio.CapacityLimiter, *, entered: Callable[[], object], left: Callable[[Stop], object]
@@ -121,6 +127,7 @@ class Vcpu:
         """Make `enter` return soon; if nobody is inside, the next `enter` returns before the guest runs."""
         with self._lock:
             self._requested = True
+            self._stirred.set()
             if self._thread is not None:
                 lib.tv_kick(self.fd.cpu, self._thread)
 
@@ -129,6 +136,30 @@ class Vcpu:
         with self._lock:
             if self._thread is None:
                 self._requested = False
+                self._stirred.clear()
+
+    def hold(self, seconds: float) -> None:
+        """Keep the guest from running for `seconds`, on its own thread, which stays inside `enter`. Any thread.
+
+        A kick or `let_go` ends it early. Without effect while nobody is inside, or while it is being held.
+        """
+        with self._lock:
+            if self._thread is not None and not self._hold:
+                self._hold = seconds
+                lib.tv_kick(self.fd.cpu, self._thread)
+
+    def let_go(self) -> None:
+        """End what `hold` has begun, if it has. Any thread."""
+        with self._lock:
+            if self._hold:
+                self._stirred.set()
+
+    def _rest(self) -> None:
+        self._stirred.wait(self._hold)
+        with self._lock:
+            self._hold = 0.0
+            if not self._requested:
+                self._stirred.clear()
 
     def _explain(self, outcome: int) -> Stop:
         cpu = self.fd.cpu

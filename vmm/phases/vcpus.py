@@ -42,6 +42,12 @@ class GuestCpu(Protocol):
     def kick(self) -> None:
         """Make `run` return soon. Any thread, where the vCPU has one."""
 
+    def hold(self, seconds: float) -> None:
+        """Keep it out of the guest for so long, unless it is kicked or let go."""
+
+    def let_go(self) -> None:
+        """End what `hold` has begun."""
+
 
 @final
 class VcpuGang:

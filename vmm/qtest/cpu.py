@@ -36,3 +36,9 @@ class IdleCpu:
     def kick(self) -> None:
         """Make `run` return."""
         self._kicked.set()
+
+    def hold(self, seconds: float) -> None:
+        """Do nothing: it does not run anyhow."""
+
+    def let_go(self) -> None:
+        """Do nothing."""
