@@ -10,7 +10,9 @@
  * who wait go on. Where a page cannot be kept the guest matters more: protection is taken away at once.
  */
 
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
@@ -54,9 +56,10 @@ struct tf_server {
     struct tf_plan plan;
     int uffd, stop, bell;
     int protects;
+    int keeps;          /* the moment has come: until then a protected page that is written is let go, and noted */
     int released;
     uint64_t *done;     /* pages that are here; or that are kept */
-    uint64_t *claimed;  /* pages that a thread is keeping, or has kept */
+    uint64_t *claimed;  /* pages that a thread is keeping, or has kept; before the moment, those that were let go */
     uint64_t hint;      /* the page that was waited for last */
     pthread_mutex_t lock;
     struct tf_report report;
@@ -336,10 +339,20 @@ static int tf_keep(tf_server *server, uint64_t first, uint64_t count)
     return 0;
 }
 
-static int tf_keep_before_write(tf_server *server, uint64_t page)
+static void tf_keep_before_write(tf_server *server, uint64_t page)
 {
+    int keeps;
+
+    pthread_mutex_lock(&server->lock);
+    keeps = server->keeps;
+    if (!keeps) {
+        tp_add(server->claimed, page);
+        tf_protection(server, page, 1, 0);
+    }
+    pthread_mutex_unlock(&server->lock);
     /* Whoever has claimed it before lets the guest write it, or has done so. */
-    return tp_add(server->claimed, page) ? 0 : tf_keep(server, page, 1);
+    if (keeps && !tp_add(server->claimed, page))
+        tf_keep(server, page, 1);
 }
 
 static void *tf_move_out(void *arg)
@@ -457,15 +470,19 @@ static tf_server *tf_make(const struct tf_plan *plan, int bell, uint64_t feature
     return NULL;
 }
 
-static int tf_begin(tf_server *server, void *(*moving)(void *))
+static int tf_begin_answering(tf_server *server)
 {
     int error = pthread_create(&server->answering, NULL, tf_answer, server);
 
-    if (!error) {
-        server->threads = 1;
-        error = pthread_create(&server->moving, NULL, moving, server);
-        server->threads += !error;
-    }
+    server->threads += !error;
+    return -error;
+}
+
+static int tf_begin_moving(tf_server *server, void *(*moving)(void *))
+{
+    int error = pthread_create(&server->moving, NULL, moving, server);
+
+    server->threads += !error;
     return -error;
 }
 
@@ -474,28 +491,50 @@ static tf_server *tf_serve_file(const struct tf_plan *plan, int bell, int *error
 {
     tf_server *server = tf_make(plan, bell, UFFD_FEATURE_MISSING_SHMEM, UFFDIO_REGISTER_MODE_MISSING, error);
 
-    if (server && (*error = tf_begin(server, tf_move_in))) {
+    if (server && ((*error = tf_begin_answering(server)) || (*error = tf_begin_moving(server, tf_move_in)))) {
         tf_free(server);
         return NULL;
     }
     return server;
 }
 
-/* Gets ready to keep pages. NULL and minus an errno where that cannot be. */
+/*
+ * Gets ready to keep pages, while the guest runs: protects all of them, which takes long, and lets go those that are
+ * written. NULL and minus an errno where that cannot be.
+ */
 static tf_server *tf_protect(const struct tf_plan *plan, int bell, int *error)
 {
     uint64_t features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
+    tf_server *server = tf_make(plan, bell, features, UFFDIO_REGISTER_MODE_WP, error);
 
-    return tf_make(plan, bell, features, UFFDIO_REGISTER_MODE_WP, error);
+    if (server && !(*error = tf_begin_answering(server)))
+        *error = tf_protection(server, 0, plan->pages, 1);
+    if (server && *error) {
+        tf_free(server);
+        return NULL;
+    }
+    return server;
 }
 
 /* The guest stands: keeps pages as they are now. It may go on when this returns. 0, or minus an errno. */
 static int tf_begin_protection(tf_server *server)
 {
-    int error = tf_protection(server, 0, server->plan.pages, 1);
+    uint64_t pages = server->plan.pages;
+    int error = 0;
 
+    pthread_mutex_lock(&server->lock);
+    for (uint64_t page = 0, run; !error && page < pages; page += run + 1) {
+        for (run = 0; page + run < pages && tp_drop(server->claimed, page + run); run++) { }
+        if (run)
+            error = tf_protection(server, page, run, 1);
+        else
+            while (page % 64 == 63 && page + 64 < pages && !server->claimed[page / 64 + 1])
+                page += 64;
+    }
+    server->keeps = !error;
+    pthread_mutex_unlock(&server->lock);
     if (!error)
-        error = tf_begin(server, tf_move_out);
+        error = tf_begin_moving(server, tf_move_out);
     if (error)
         tf_unregister(server);
     return error;

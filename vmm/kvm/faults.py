@@ -156,7 +156,7 @@ class KeptPages(_Server):
     """Pages go into a file as they are at one moment, however the guest changes them afterwards."""
 
     def __init__(self, memory: GuestMemory, file: PageFile) -> None:
-        """Get ready; the guest may run.
+        """Get ready, which takes long; the guest may run. For a thread.
 
         Raises:
             PageFaultsUnavailable: the host lacks what this takes.

@@ -3,7 +3,9 @@
  * here, each with pages of its own: `first` is a multiple of 64, as a word of a bitmap has that many.
  */
 
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <fcntl.h>
 #include <stdlib.h>
 #include "page_file.h"
@@ -67,16 +69,21 @@ static int tm_save(uintptr_t base, int fd, uint64_t offset, const uint64_t *want
     return 0;
 }
 
-/* Reads the pages that are in the file, each run to where `place` has room for it, and compares their checksums. */
-static int tm_read(char *place, int stays, int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
+/*
+ * Reads pages that are in the file, compares their checksums, and puts them into memory, which must be zero elsewhere:
+ * by way of `ram`, its descriptor, where that is not negative, or straight to `base`, where that is not zero. A page that
+ * is written to a memory object is not made zero first, and costs no fault. 0, minus an errno, or TP_DAMAGED.
+ */
+static int tm_load(uintptr_t base, int ram, int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
                    uint64_t first, uint64_t count, struct tm_tally *tally)
 {
     uint64_t end = first + count, page = first;
+    char *buffer = base && ram < 0 ? NULL : malloc(TP_RUN * TP_PAGE);
+    int error = base && ram < 0 ? 0 : buffer ? 0 : -ENOMEM;
 
-    while (page < end) {
+    while (!error && page < end) {
         uint64_t run = 0;
-        const char *at = stays ? place : place + page * TP_PAGE;
-        int error;
+        char *at = buffer ? buffer : (char *)base + page * TP_PAGE;
 
         while (run < TP_RUN && page + run < end && tp_has(listed, page + run))
             run++;
@@ -86,36 +93,20 @@ static int tm_read(char *place, int stays, int fd, uint64_t offset, const uint64
             continue;
         }
         tally->page = page;
-        error = tp_read(fd, (char *)at, run * TP_PAGE, offset + page * TP_PAGE);
-        if (error)
-            return error;
-        for (; run; run--, page++, at += TP_PAGE) {
-            uint32_t found = tp_crc32c(0, at, TP_PAGE);
-            if (found != sums[page]) {
-                tally->page = page;
+        error = tp_read(fd, at, run * TP_PAGE, offset + page * TP_PAGE);
+        for (uint64_t index = 0; !error && index < run; index++) {
+            uint32_t found = tp_crc32c(0, at + index * TP_PAGE, TP_PAGE);
+            if (found != sums[page + index]) {
+                tally->page = page + index;
                 tally->found = found;
-                return TP_DAMAGED;
+                error = TP_DAMAGED;
             }
-            tally->data++;
         }
+        if (!error && ram >= 0)
+            error = tp_write(ram, at, run * TP_PAGE, page * TP_PAGE);
+        tally->data += run;
+        page += run;
     }
-    return 0;
-}
-
-/* Reads pages straight into memory, which must be zero elsewhere. 0, minus an errno, or TP_DAMAGED. */
-static int tm_load(uintptr_t base, int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
-                   uint64_t first, uint64_t count, struct tm_tally *tally)
-{
-    return tm_read((char *)base, 0, fd, offset, listed, sums, first, count, tally);
-}
-
-/* Does the same, and leaves the pages in the file. */
-static int tm_check(int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
-                    uint64_t first, uint64_t count, struct tm_tally *tally)
-{
-    char *buffer = malloc(TP_RUN * TP_PAGE);
-    int error = buffer ? tm_read(buffer, 1, fd, offset, listed, sums, first, count, tally) : -ENOMEM;
-
     free(buffer);
     return error;
 }

@@ -12,7 +12,5 @@ struct tm_tally {
 uint32_t tm_crc32c(uint32_t crc, const void *data, uint64_t size);
 int tm_save(uintptr_t base, int fd, uint64_t offset, const uint64_t *wanted, uint64_t *listed, uint32_t *sums,
             uint64_t first, uint64_t count, struct tm_tally *tally);
-int tm_load(uintptr_t base, int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
+int tm_load(uintptr_t base, int ram, int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
             uint64_t first, uint64_t count, struct tm_tally *tally);
-int tm_check(int fd, uint64_t offset, const uint64_t *listed, const uint32_t *sums,
-             uint64_t first, uint64_t count, struct tm_tally *tally);

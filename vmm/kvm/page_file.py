@@ -74,16 +74,17 @@ class PageFile:
         Raises:
             GuestPageLost: one cannot be read, or is not what its checksum says.
         """
-        tally = ffi.new("struct tm_tally *")
-        error = lib.tm_load(memory.hva(0), self.fd, self.offset, self.listed, self.sums, first, count, tally)
-        if error:
-            raise self.lost(memory, tally.page, error, tally.found)
-        return Tally(tally.data, tally.zero)
+        # A file of huge pages cannot be written to; all of them have been reserved.
+        ram = memory.fd if memory.page_size == PAGE_SIZE else -1
+        return self._read(memory, ram, memory.hva(0), first, count)
 
     def check(self, memory: GuestMemory, first: int, count: int) -> Tally:
         """Read `count` pages from `first` on, and put them nowhere. For a thread. Raises as `load`."""
+        return self._read(memory, -1, 0, first, count)
+
+    def _read(self, memory: GuestMemory, ram: int, base: int, first: int, count: int) -> Tally:
         tally = ffi.new("struct tm_tally *")
-        error = lib.tm_check(self.fd, self.offset, self.listed, self.sums, first, count, tally)
+        error = lib.tm_load(base, ram, self.fd, self.offset, self.listed, self.sums, first, count, tally)
         if error:
             raise self.lost(memory, tally.page, error, tally.found)
         return Tally(tally.data, tally.zero)

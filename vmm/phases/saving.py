@@ -153,7 +153,8 @@ class _Save:
     async def while_it_runs(self) -> None:
         """Stop the guest for a moment, and save it as it is in that moment. Raises `VmmError`: it runs all the same."""
         machine = self.run.machine
-        with closing(KeptPages(machine.memory, self.file.ram.file)) as kept:
+        kept = await trio.to_thread.run_sync(KeptPages, machine.memory, self.file.ram.file)
+        with closing(kept):
             async with self._standing() as (may, pause):
                 sections = _sections(may, pause)
                 await trio.to_thread.run_sync(kept.begin)
