@@ -17,6 +17,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -27,7 +28,7 @@
 #define USERFAULTFD_IOC_NEW _IO(0xAA, 0x00)
 #endif
 
-enum { TF_RUNS, TF_COMPLETE, TF_FAILED };
+enum { TF_RUNS, TF_COMPLETE, TF_FAILED, TF_BROKEN };
 
 /* Pages that are read with the one that somebody waits for: who runs in order finds them there. */
 #define TF_AHEAD 16u
@@ -48,7 +49,18 @@ struct tf_report {
     uint64_t page;
     int error;
     uint32_t found;
-    uint64_t faults, moved, passed;
+    uint64_t faults, moved, passed, asked;
+};
+
+/* Who waits, and has waited, for pages that come over a connection. */
+#define TL_THREADS 512u
+struct tl_waits {
+    uint32_t count, blocked, cpus;
+    uint64_t all_since, all_total; /* ns: when all vCPUs waited */
+    struct {
+        uint32_t thread;
+        uint64_t page, since, total;
+    } of[TL_THREADS];
 };
 
 typedef struct tf_server tf_server;
@@ -63,9 +75,20 @@ struct tf_server {
     uint64_t hint;      /* the page that was waited for last */
     pthread_mutex_t lock;
     struct tf_report report;
-    pthread_t answering, moving;
-    int threads;
+    pthread_t answering, moving, rushing;
+    int answers, moves, rushes;
+    /* Of pages that come over a connection. */
+    struct tl_waits waits;
+    int links, link, urgent;
+    pthread_mutex_t saying;
+    pthread_cond_t arrived;
 };
+
+static void tl_ask(tf_server *server, uint64_t page);
+static void tl_blocks(tf_server *server, uint32_t thread, uint64_t page);
+static int tl_require(tf_server *server, uint64_t page);
+static void tl_arrived(tf_server *server, uint64_t first, uint64_t count, int data);
+static void tl_join(tf_server *server);
 
 static int tf_open(void)
 {
@@ -118,6 +141,7 @@ static void tf_end(tf_server *server, int state, uint64_t page, int error, uint3
         server->report.found = found;
         __atomic_store_n(&server->report.state, state, __ATOMIC_RELEASE);
         tf_ring(server->bell);
+        pthread_cond_broadcast(&server->arrived);
     }
     pthread_mutex_unlock(&server->lock);
 }
@@ -148,6 +172,7 @@ static void tf_unregister(tf_server *server)
     pthread_mutex_lock(&server->lock);
     if (!server->released) {
         server->released = 1;
+        pthread_cond_broadcast(&server->arrived);
         ioctl(server->uffd, UFFDIO_UNREGISTER, &range);
         ioctl(server->uffd, UFFDIO_WAKE, &range); /* which the kernel does for those alone who wait for absent pages */
     }
@@ -407,7 +432,14 @@ static void *tf_answer(void *arg)
             /* What has failed is not answered: see `tf_release`. What is complete may have some last ones waiting. */
             if (__atomic_load_n(&server->report.state, __ATOMIC_ACQUIRE) == TF_FAILED)
                 continue;
-            if (server->protects)
+            if (server->links) {
+                pthread_mutex_lock(&server->lock);
+                tl_blocks(server, messages[index].arg.pagefault.feat.ptid, page);
+                pthread_mutex_unlock(&server->lock);
+                tl_ask(server, page);
+                if (tp_has(server->done, page))
+                    tl_arrived(server, page, 1, 0);
+            } else if (server->protects)
                 tf_keep_before_write(server, page);
             else
                 tf_have(server, page, buffer);
@@ -421,13 +453,14 @@ static void tf_free(tf_server *server)
 {
     tf_unregister(server);
     tf_ring(server->stop);
-    if (server->threads > 0)
+    if (server->answers)
         pthread_join(server->answering, NULL);
-    if (server->threads > 1)
-        pthread_join(server->moving, NULL);
+    tl_join(server);
     close(server->uffd);
     close(server->stop);
     pthread_mutex_destroy(&server->lock);
+    pthread_mutex_destroy(&server->saying);
+    pthread_cond_destroy(&server->arrived);
     free(server->done);
     free(server->claimed);
     free(server);
@@ -449,6 +482,9 @@ static tf_server *tf_make(const struct tf_plan *plan, int bell, uint64_t feature
     server->protects = mode == UFFDIO_REGISTER_MODE_WP;
     server->released = 1; /* nothing is registered yet */
     pthread_mutex_init(&server->lock, NULL);
+    pthread_mutex_init(&server->saying, NULL);
+    pthread_cond_init(&server->arrived, NULL);
+    server->link = server->urgent = -1;
     server->done = calloc(words, 8);
     server->claimed = calloc(words, 8);
     server->stop = eventfd(0, EFD_CLOEXEC);
@@ -474,7 +510,7 @@ static int tf_begin_answering(tf_server *server)
 {
     int error = pthread_create(&server->answering, NULL, tf_answer, server);
 
-    server->threads += !error;
+    server->answers = !error;
     return -error;
 }
 
@@ -482,7 +518,7 @@ static int tf_begin_moving(tf_server *server, void *(*moving)(void *))
 {
     int error = pthread_create(&server->moving, NULL, moving, server);
 
-    server->threads += !error;
+    server->moves = !error;
     return -error;
 }
 
@@ -540,6 +576,8 @@ static int tf_begin_protection(tf_server *server)
     return error;
 }
 
+#include "fault_link.h"
+
 /* Has pages there for a thread that is going to use them. 0, or they cannot be had. */
 static int tf_require(tf_server *server, uint64_t first, uint64_t count)
 {
@@ -549,7 +587,9 @@ static int tf_require(tf_server *server, uint64_t first, uint64_t count)
     if (failed)
         tf_end(server, TF_FAILED, first, -ENOMEM, 0);
     for (uint64_t page = first; !failed && page < first + count; page++)
-        if (!tp_has(server->done, page))
+        if (server->links)
+            failed = tl_require(server, page);
+        else if (!tp_has(server->done, page))
             failed = !tf_runs(server) ? server->report.state == TF_FAILED : tf_have(server, page, buffer);
     free(buffer);
     return failed ? -1 : 0;

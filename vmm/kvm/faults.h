@@ -4,6 +4,7 @@
 #define TF_RUNS ...
 #define TF_COMPLETE ...
 #define TF_FAILED ...
+#define TF_BROKEN ...
 
 /* Features of userfaultfd (linux/userfaultfd.h). */
 #define UFFD_FEATURE_MISSING_SHMEM ...
@@ -30,12 +31,18 @@ struct tf_report {
     uint64_t faults;    /* pages that somebody waited for */
     uint64_t moved;     /* pages of content so far */
     uint64_t passed;    /* pages that are done with, also those that are zero */
+    uint64_t asked;     /* pages that the other side was asked for */
 };
 
 int tf_probe(uint64_t *features);
 tf_server *tf_serve_file(const struct tf_plan *plan, int bell, int *error);
 tf_server *tf_protect(const struct tf_plan *plan, int bell, int *error);
 int tf_begin_protection(tf_server *server);
+tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here, int link, int urgent, uint32_t cpus,
+                         int bell, int *error);
+uint64_t tf_waited(tf_server *server, uint32_t thread);
+int tf_relink(tf_server *server, int link, int urgent);
+void tf_here(tf_server *server, uint64_t *here);
 int tf_require(tf_server *server, uint64_t first, uint64_t count);
 void tf_report(tf_server *server, struct tf_report *report);
 void tf_release(tf_server *server);

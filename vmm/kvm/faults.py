@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
 
 from vmm import hostio
-from vmm.errors import HostFileRefused, PageFaultsUnavailable, VmmError
+from vmm.errors import HostFileRefused, MigrationPeerGone, PageFaultsUnavailable, VmmError
 from vmm.kvm._faults import ffi, lib
-from vmm.kvm.page_file import path_of
+from vmm.kvm.page_file import PAGE_SIZE, path_of
+from vmm.kvm.page_map import PageMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from vmm.kvm._kvm import CData
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.page_file import PageFile
 
 _ABSENT: Final = ("MISSING_SHMEM",)
+LINK_FEATURES: Final = ("MISSING_SHMEM", "THREAD_ID")
+"""What `PagesFromLink` needs, by the names of linux/userfaultfd.h."""
 KEPT_FEATURES: Final = ("PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM")
 """What `KeptPages` needs, by the names of linux/userfaultfd.h."""
 
@@ -46,32 +50,38 @@ class FaultReport:
 class _Server:
     """A server of faults, from its threads' beginning to their end."""
 
-    def __init__(self, memory: GuestMemory, file: PageFile, action: str) -> None:
+    def __init__(self, memory: GuestMemory, action: str, file: PageFile | None = None) -> None:
         self._memory: Final = memory
-        self._file: Final = file  # whose tables are C's as long as there is a server
         self._action: Final = action
-        self._fd: Final = hostio.dup(file.fd)
+        self._file: Final = file  # whose tables are C's as long as there is a server
+        self._fd: Final = hostio.dup(file.fd) if file is not None else -1
         self._bell: Final = hostio.open_eventfd()
         self._server: CData | None = None
 
-    def _make(self, make: str, features: Iterable[str]) -> CData:
+    def _make(self, features: Iterable[str], make: Callable[[CData, CData], CData]) -> CData:
+        """Have `make` make the server, from a plan, or say why not."""
         plan = ffi.new("struct tf_plan *")
-        plan.base, plan.pages = self._memory.hva(0), self._memory.size // 4096
-        plan.fd, plan.offset = self._fd, self._file.offset
-        # The other module's, and the same to C.
-        plan.listed, plan.sums = ffi.cast("uint64_t *", self._file.listed), ffi.cast("uint32_t *", self._file.sums)
+        plan.base, plan.pages = self._memory.hva(0), self._memory.size // PAGE_SIZE
+        if self._file is not None:
+            plan.fd, plan.offset = self._fd, self._file.offset
+            # The other module's, and the same to C.
+            plan.listed, plan.sums = ffi.cast("uint64_t *", self._file.listed), ffi.cast("uint32_t *", self._file.sums)
         error = ffi.new("int *")
         try:
             require_features(self._action, features)
-            server = getattr(lib, make)(plan, self._bell, error)
+            server = make(plan, error)
             if not server:
                 raise self._refused(-error[0])
         except VmmError:
-            os.close(self._bell)
-            os.close(self._fd)
+            self._close_descriptors()
             raise
         self._server = server
-        return server  # type: ignore[no-any-return]
+        return server
+
+    def _close_descriptors(self) -> None:
+        os.close(self._bell)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def _refused(self, error: int) -> PageFaultsUnavailable:
         reason = os.strerror(error)
@@ -109,8 +119,7 @@ class _Server:
         server, self._server = self._server, None
         if server is not None:
             lib.tf_free(server)
-            os.close(self._bell)
-            os.close(self._fd)
+            self._close_descriptors()
 
 
 @final
@@ -127,8 +136,8 @@ class PagesFromFile(_Server):
         Raises:
             PageFaultsUnavailable: the host lacks what this takes.
         """
-        super().__init__(memory, file, "have the guest's RAM come as it is used")
-        self._make("tf_serve_file", _ABSENT)
+        super().__init__(memory, "have the guest's RAM come as it is used", file)
+        self._make(_ABSENT, lambda plan, error: lib.tf_serve_file(plan, self._bell, error))
         memory.absent = self
 
     def require(self, first: int, count: int) -> None:
@@ -142,6 +151,7 @@ class PagesFromFile(_Server):
             raise self._failure(self._state())
 
     def _failure(self, state: CData) -> VmmError:
+        assert self._file is not None
         return self._file.lost(self._memory, state.page, state.error, state.found, self._fd)
 
     def close(self) -> None:
@@ -161,8 +171,8 @@ class KeptPages(_Server):
         Raises:
             PageFaultsUnavailable: the host lacks what this takes.
         """
-        super().__init__(memory, file, "keep the guest's RAM as it is while the guest runs")
-        self._make("tf_protect", KEPT_FEATURES)
+        super().__init__(memory, "keep the guest's RAM as it is while the guest runs", file)
+        self._make(KEPT_FEATURES, lambda plan, error: lib.tf_protect(plan, self._bell, error))
 
     def begin(self) -> None:
         """Keep pages as they are now. The guest stands, and may run again when this returns.
@@ -175,6 +185,81 @@ class KeptPages(_Server):
 
     def _failure(self, state: CData) -> VmmError:
         return HostFileRefused(action="write", path=path_of(self._fd), reason=os.strerror(-state.error))
+
+
+@final
+class PagesFromLink(_Server):
+    """Pages that are not there yet come over a connection, those first that somebody waits for.
+
+    If it breaks, everybody waits on, until there is another one (`relink`), or it is given up (`release`).
+    """
+
+    def __init__(self, memory: GuestMemory, here: PageMap, link: int, urgent: int | None, cpus: int) -> None:
+        """Begin. Pages that are not in `here` are absent (`GuestMemory.forget`), and nobody uses the memory yet.
+
+        Args:
+            link: a connected socket, to ask and to be answered by; it stays the caller's.
+            urgent: another one, by which comes what was asked for; likewise.
+            cpus: number of vCPUs, for `waited`.
+
+        Raises:
+            PageFaultsUnavailable: the host lacks what this takes.
+        """
+        super().__init__(memory, "run the guest before all of its RAM is there")
+        words, rush = ffi.cast("uint64_t *", here.words), -1 if urgent is None else urgent
+        self._make(
+            LINK_FEATURES, lambda plan, error: lib.tf_serve_link(plan, words, link, rush, cpus, self._bell, error)
+        )
+        memory.absent = self
+
+    def require(self, first: int, count: int) -> None:
+        """Wait, without the interpreter's lock, until these pages are there.
+
+        Raises:
+            MigrationPeerGone: the connection is broken, or it has been given up.
+        """
+        assert self._server is not None, "a server of faults was used after close()"
+        if lib.tf_require(self._server, first, count):
+            raise self._failure(self._state())
+
+    async def wait_changed(self) -> MigrationPeerGone | None:
+        """Wait until all pages are there (None), or the connection is broken, and then return how."""
+        while (state := self._state()).state == lib.TF_RUNS:
+            await trio.lowlevel.wait_readable(self._bell)
+            with suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+        return None if state.state == lib.TF_COMPLETE else self._failure(state)
+
+    def relink(self, link: int, urgent: int | None) -> None:
+        """Go on over another connection. What was asked for and has not come is asked for again. For a thread."""
+        if error := lib.tf_relink(self._server, link, -1 if urgent is None else urgent):
+            raise self._refused(-error)
+
+    def here(self) -> PageMap:
+        """Return the pages that are there."""
+        pages = PageMap(self._memory.size // PAGE_SIZE)
+        lib.tf_here(self._server, ffi.cast("uint64_t *", pages.words))
+        return pages
+
+    def asked(self) -> int:
+        """Return how many pages were asked for."""
+        return int(self._state().asked)
+
+    def waited(self, thread: int = 0) -> int:
+        """Return how long a thread has waited for pages, in ms; with 0, how long all vCPUs have at the same time."""
+        return int(lib.tf_waited(self._server, thread)) // 1_000_000
+
+    def _failure(self, state: CData) -> MigrationPeerGone:
+        known = {errno.EPIPE: "closed the connection", errno.EBADMSG: "sent damaged pages"}
+        known[errno.EPROTO] = "sent what are no pages of this guest"
+        what = known.get(-state.error, f"is gone ({os.strerror(-state.error)})")
+        return MigrationPeerGone(peer="source", what=what, outcome="the guest waits for its pages; see migrate-recover")
+
+    def close(self) -> None:
+        """Release, and end the threads: what was absent is zero. Idempotent."""
+        if self._memory.absent is self:
+            self._memory.absent = None
+        super().close()
 
 
 def require_features(action: str, names: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmm.kvm._kvm import Buffer
-    from vmm.kvm.faults import PagesFromFile
+    from vmm.kvm.faults import PagesFromFile, PagesFromLink
     from vmm.kvm.page_file import PageFile
 
 PAGE_SIZE = 4096
@@ -67,7 +67,7 @@ class GuestMemory:
         self.regions = ram_layout(size)
         self.page_size = hostmem.page_size_of(fd)
         """Of the pages that are mapped: huge ones, or 4096."""
-        self.absent: PagesFromFile | None = None
+        self.absent: PagesFromFile | PagesFromLink | None = None
         """Who brings the pages that are not there yet; None where all are. Set by them."""
         self._base = base
         self._noted: set[int] | None = None
@@ -292,6 +292,15 @@ class GuestMemory:
         from vmm.kvm.faults import PagesFromFile  # Few machines have their RAM so.
 
         return PagesFromFile(self, file)
+
+    def forget(self, first: int, pages: int) -> None:
+        """Give `pages` pages from number `first` on back: they are absent, and zero to whoever touches them.
+
+        Raises:
+            KvmCallFailed: the host refused.
+        """
+        if error := lib.tv_forget(self._base + first * PAGE_SIZE, pages * PAGE_SIZE):
+            raise KvmCallFailed(ioctl="madvise", errno=error, context=f"{pages} pages of guest RAM")
 
     # RAM in a file with a name can be left in it, for a later process, while the rest of the guest is saved elsewhere.
 

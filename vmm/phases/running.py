@@ -22,6 +22,7 @@ from vmm.capabilities import (
 )
 from vmm.cpr.handover import take
 from vmm.errors import CprError, InvalidState, VmmError
+from vmm.kvm.faults import PagesFromFile
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
 from vmm.phases.absent_pages import AbsentPages
@@ -88,7 +89,7 @@ class Run:
     def see_pages_come(self, phase: Phase) -> None:
         """See the RAM through that comes as it is used, if it does, as a resident of `phase`."""
         pages = self.machine.memory.absent
-        if pages is not None:
+        if isinstance(pages, PagesFromFile):
             self._absent = AbsentPages(self, pages)
             phase.residents.start_soon("absent pages", self._absent.serve)
 
