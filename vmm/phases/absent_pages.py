@@ -13,7 +13,7 @@ from vmm.errors import GuestPageLost
 
 if TYPE_CHECKING:
     from vmm.errors import VmmError
-    from vmm.kvm.faults import PagesFromFile
+    from vmm.kvm.faults import PagesFromFile, PagesFromLink
     from vmm.phases.run_state import RunStateName
     from vmm.phases.running import Run
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class AbsentPages:
     """The pages that a guest has not got yet. A resident of phase running sees them through."""
 
-    def __init__(self, run: Run, pages: PagesFromFile) -> None:
+    def __init__(self, run: Run, pages: PagesFromFile | PagesFromLink) -> None:
         self._run: Final = run
         self._pages: Final = pages
         self.over: Final = trio.Event()

@@ -22,10 +22,8 @@ from vmm.capabilities import (
 )
 from vmm.cpr.handover import take
 from vmm.errors import CprError, InvalidState, VmmError
-from vmm.kvm.faults import PagesFromFile
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
-from vmm.phases.absent_pages import AbsentPages
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.departure import Departure
@@ -35,17 +33,18 @@ from vmm.phases.migrating import TransferPlan, run_migrating
 from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
-from vmm.phases.saving import is_saved, run_saving
 from vmm.phases.session_moves import go_on
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from typing import Any
 
     from vmm.capabilities import Mint
     from vmm.kvm.exits import Stop
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase
+    from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine
     from vmm.phases.quiesced import Pause
@@ -89,7 +88,9 @@ class Run:
     def see_pages_come(self, phase: Phase) -> None:
         """See the RAM through that comes as it is used, if it does, as a resident of `phase`."""
         pages = self.machine.memory.absent
-        if isinstance(pages, PagesFromFile):
+        if pages is not None:
+            from vmm.phases.absent_pages import AbsentPages  # Few guests come so.
+
             self._absent = AbsentPages(self, pages)
             phase.residents.start_soon("absent pages", self._absent.serve)
 
@@ -222,6 +223,17 @@ async def run_running(
         await run_postmigrate(phase, None)
 
 
+def _way_of(run: Run, plan: CopyPlan) -> Callable[[Phase, Run, CopyPlan, Turn[Any]], Awaitable[Gone | None]]:
+    """Return what copies the guest as `plan` and the migration capabilities say. Raises `VmmError` if they disagree."""
+    capabilities = run.machine.made.migration.capabilities
+    if not capabilities["mapped-ram"] and not capabilities["background-snapshot"]:
+        return run_copying
+    from vmm.phases.saving import require_saving_possible, run_saving  # Most guests are not saved.
+
+    require_saving_possible(run, plan)
+    return run_saving
+
+
 @final
 @attrs.frozen(eq=False)
 class Copied:
@@ -333,7 +345,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                         continue
                     with made.migration.attempt("source", plan.wishes):
                         if isinstance(plan, CopyPlan):
-                            copy = run_saving if is_saved(run, plan) else run_copying
+                            copy = _way_of(run, plan)
                             left = await copy(phase, run, plan, turn)
                             gone = left is not None
                         elif isinstance(plan, ExecPlan):

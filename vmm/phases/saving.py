@@ -41,11 +41,11 @@ _LOOK: Final = 0.1
 _KEEPING: Final = "keep the guest's RAM as it is while the guest runs"
 
 
-def is_saved(run: Run, plan: CopyPlan) -> bool:
-    """Say whether `plan` is for this module, as the migration capabilities have it.
+def require_saving_possible(run: Run, plan: CopyPlan) -> None:
+    """Find out whether the guest can be saved as the migration capabilities say.
 
     Raises:
-        VmmError: the capabilities do not go with where the guest is to be copied, or with this host.
+        VmmError: they do not go with where it is to be copied, or with this host.
     """
     capabilities = run.machine.made.migration.capabilities
     mapped, background = capabilities["mapped-ram"], capabilities["background-snapshot"]
@@ -64,7 +64,6 @@ def is_saved(run: Run, plan: CopyPlan) -> bool:
         )
     if background:
         require_features(_KEEPING, KEPT_FEATURES)
-    return mapped
 
 
 async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:
