@@ -11,12 +11,9 @@
 
 #define TIMER_VECTOR 0x40
 
-/* Source: Intel SDM volume 3, 11.4 (registers), 11.5.4.1 (TSC-deadline mode), 11.9 (spurious vector) */
-#define APIC(offset) (*(volatile u32 *)(0xfee00000u + (offset)))
-#define APIC_EOI 0x0b0
-#define APIC_SPURIOUS 0x0f0
-#define APIC_LVT_TIMER 0x320
-#define SPURIOUS_ENABLE 0x100
+/* Source: Intel SDM volume 3, 11.4 (registers), 11.5.4.1 (TSC-deadline mode) */
+#define LAPIC_EOI 0x0b0
+#define LAPIC_LVT_TIMER 0x320
 #define TIMER_DEADLINE (2u << 17)
 #define MSR_TSC_DEADLINE 0x6e0
 #define CPUID_1_ECX_DEADLINE (1u << 24)
@@ -34,7 +31,7 @@ void __attribute__((used)) on_deadline(void)
     if (next_deadline <= now)
         next_deadline = now + period;
     write_msr(MSR_TSC_DEADLINE, next_deadline);
-    APIC(APIC_EOI) = 0;
+    LAPIC(LAPIC_EOI) = 0;
 }
 
 INTERRUPT_ENTRY(deadline_entry, on_deadline);
@@ -61,8 +58,7 @@ void guest_main(const struct start_info *info)
 
     line_due = line_every = rate_hz / 10;
     set_gate(TIMER_VECTOR, deadline_entry);
-    APIC(APIC_SPURIOUS) = SPURIOUS_ENABLE | SPURIOUS_APIC_VECTOR;
-    APIC(APIC_LVT_TIMER) = TIMER_DEADLINE | TIMER_VECTOR;
+    LAPIC(LAPIC_LVT_TIMER) = TIMER_DEADLINE | TIMER_VECTOR;
     asm volatile("mfence" : : : "memory"); /* the mode must be set before the MSR is written: SDM 11.5.4.1 */
     next_deadline = read_tsc() + period;
     write_msr(MSR_TSC_DEADLINE, next_deadline);

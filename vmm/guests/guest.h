@@ -247,9 +247,21 @@ static void interrupts_start(void)
 #define PIC_SLAVE 0xa0
 #define PIC_EOI 0x20
 
-/* Moves IRQ 0..15 to vectors 0x20..0x2f and lets through those of IRQ 0..7 whose bit in `mask` is 0. */
+/* Source: Intel SDM volume 3, 11.4 (registers), 11.5.1 (LVT), 11.9 (spurious vector) */
+#define LAPIC(offset) (*(volatile u32 *)(0xfee00000u + (offset)))
+#define LAPIC_SPURIOUS 0x0f0
+#define LAPIC_LVT_LINT0 0x350
+#define LAPIC_ENABLE 0x100
+#define LAPIC_EXTINT 0x700
+
+/*
+ * Moves IRQ 0..15 to vectors 0x20..0x2f and lets through those of IRQ 0..7 whose bit in `mask` is 0. That the processor
+ * listens to the PIC is firmware's work, which not every machine has (QEMU's microvm).
+ */
 static void pic_start(u8 mask)
 {
+    LAPIC(LAPIC_SPURIOUS) = LAPIC_ENABLE | SPURIOUS_APIC_VECTOR;
+    LAPIC(LAPIC_LVT_LINT0) = LAPIC_EXTINT;
     out8(PIC_MASTER, 0x11);
     out8(PIC_SLAVE, 0x11);
     out8(PIC_MASTER + 1, 0x20);
