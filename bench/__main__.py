@@ -20,6 +20,7 @@ LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 
 FIGURES: Final = (
     "pause", "row", "vcpus", "descriptors", "response", "exec", "start", "build", "latency", "roundtrips", "serial",
+    "precopy", "switchover", "growth",
 )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
     from bench.build import measure_build
     from bench.host import Placements, describe
     from bench.latency import measure_latency
+    from bench.migration import measure_growth, measure_precopy, measure_switchover
     from bench.pause import measure_pause
     from bench.roundtrips import measure_roundtrips
     from bench.serial import measure_serial
@@ -128,6 +130,16 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
         if "exec" in figures:
             _say("exec")
             results["exec"] = measure_exec(1 if quick else 15, folder)
+        moves = 1 if quick else 7
+        if "precopy" in figures:
+            _say("precopy")
+            results["precopy"] = measure_precopy(moves, qemu, folder, quick=quick)
+        if "switchover" in figures:
+            _say("switchover")
+            results["switchover"] = measure_switchover(moves, qemu, folder, quick=quick)
+        if "growth" in figures:
+            _say("growth")
+            results["growth"] = measure_growth(1 if quick else 3, folder, quick=quick)
     return results
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from bench.cells import digits, markdown, mib, ms, number, sides, span
 from bench.chart import STAGES, pause_chart
 from bench.machines import ROOT, BenchFailed
+from bench.migration_rows import growth_table, migration_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 BEGIN: Final = "<!-- python -m bench --write: begin -->"
@@ -34,39 +36,40 @@ def readme_table(results: Mapping[str, Any]) -> str:
     pause, start = results["pause"], results["start"]
     qemus = _qemus_pause(pause, machine)
     for size, found in pause["ours"]["unpinned"].items():
-        rows.append((f"live update, pause of a guest of {size}", _ms(found["total"]), qemus, ""))
+        rows.append((f"live update, pause of a guest of {size}", ms(found["total"]), qemus, ""))
     for size, found in pause["ours"]["unpinned"].items():
-        rows.append((f"the same as the guest sees it, {size}", _ms(found["guest_pause"]), qemus, ""))
-    rows.append(("the machine's own speed: the same in bare C", _ms(pause["floor"]["unpinned"]["total"]), "", ""))
+        rows.append((f"the same as the guest sees it, {size}", ms(found["guest_pause"]), qemus, ""))
+    rows.append(("the machine's own speed: the same in bare C", ms(pause["floor"]["unpinned"]["total"]), "", ""))
     rows += _updates(results)
+    rows += migration_rows(results)
     for kind, what in _KINDS.items():
-        rows.append((f"exec to the QMP greeting, {what}", *_pair(start[kind], "greeting_ms", _ms)))
+        rows.append((f"exec to the QMP greeting, {what}", *sides(start[kind], "greeting_ms", ms)))
         if kind == "monitor":
-            rows.append(("of that, the interpreter with `import trio`", _ms(start["import_trio"]["exec_ms"]), "", ""))
-            rows.append(("of that, trio-vmm's own share", _ms(start["own_share"]["greeting_ms"]), "", ""))
-        rows.append((f"exec to the first answered command, {what}", *_pair(start[kind], "answer_ms", _ms)))
-    rows.append((f"exec to a complete machine, {what}", *_pair(start[kind], "complete_ms", _ms)))
+            rows.append(("of that, the interpreter with `import trio`", ms(start["import_trio"]["exec_ms"]), "", ""))
+            rows.append(("of that, trio-vmm's own share", ms(start["own_share"]["greeting_ms"]), "", ""))
+        rows.append((f"exec to the first answered command, {what}", *sides(start[kind], "answer_ms", ms)))
+    rows.append((f"exec to a complete machine, {what}", *sides(start[kind], "complete_ms", ms)))
     for column, name in (("rss_mib", "resident memory"), ("private_mib", "private memory")):
-        rows.append((f"{name}, {_KINDS['machine']}", *_pair(start["machine"], column, _mib)))
+        rows.append((f"{name}, {_KINDS['machine']}", *sides(start["machine"], column, mib)))
     if "build" in results:
         build = results["build"]
         what = "greeting to a guest that runs, built"
-        rows.append((f"{what} by options", _ms(build["options"]["running_ms"]), "", ""))
-        beside = f"{_digits(build['ratio']['median'])} times that by options"
-        rows.append((f"{what} over QMP, command by command", _ms(build["commands"]["running_ms"]), "", beside))
+        rows.append((f"{what} by options", ms(build["options"]["running_ms"]), "", ""))
+        beside = f"{digits(build['ratio']['median'])} times that by options"
+        rows.append((f"{what} over QMP, command by command", ms(build["commands"]["running_ms"]), "", beside))
     for stage, what in _ASKED.items() if "latency" in results else ():
         found = results["latency"][stage]
-        text = ", ".join(f"{_digits(found[f'{name}_ms']['median'])}" for name in ("p50", "p99", "max"))
+        text = ", ".join(f"{digits(found[f'{name}_ms']['median'])}" for name in ("p50", "p99", "max"))
         none = "does not answer" if stage in ("waiting", "building") else ""
         rows.append((f"`query-status` of a destination that {what}: median, p99, longest", f"{text} ms", none, ""))
     for place, where in _PLACES.items():
         pair = results["roundtrips"][place]
-        rows.append((f"`query-status` a second, client and server {where}", *_pair(pair, "per_second", _count)))
+        rows.append((f"`query-status` a second, client and server {where}", *sides(pair, "per_second", number)))
     for sink, where in (("file", "into a file"), ("socket", "to a socket")):
         rows.append(
-            (f"serial output, bytes a second {where}", *_pair(results["serial"][sink], "bytes_per_second", _count))
+            (f"serial output, bytes a second {where}", *sides(results["serial"][sink], "bytes_per_second", number))
         )
-    return _markdown(rows) + "\n" + _provenance(results)
+    return markdown(rows) + "\n" + _provenance(results)
 
 
 def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -74,9 +77,9 @@ def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     if "row" in results:
         row = results["row"]
         what = f"{row['updates']:,} updates of one guest in a row"
-        by_floor = f"{_digits(row['ratio']['median'])} times bare C"
-        yield f"{what}, pause", _ms(row["pause"]["total"]), "", by_floor
-        yield f"{what}, 99th percentile of 200", _ms(row["p99"]), "", ""
+        by_floor = f"{digits(row['ratio']['median'])} times bare C"
+        yield f"{what}, pause", ms(row["pause"]["total"]), "", by_floor
+        yield f"{what}, 99th percentile of 200", ms(row["p99"]), "", ""
         for name, unit in (("private_mib", "MiB private"), ("descriptors", "descriptors"), ("threads", "threads")):
             held = " to ".join(f"{row[when][name]:.1f}".removesuffix(".0") for when in ("first", "last"))
             yield f"{what}, what the first and the last process hold", f"{held} {unit}", "", ""
@@ -88,11 +91,11 @@ def _updates(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
             found = results[figure]
             beside = {"one": "with 1", "few": "with 10"}[first]
             what = what.format(**found.get("counts", {}))
-            yield what, _ms(found[second]["total"]), "", f"{_digits(found['ratio']['median'])} times that {beside}"
+            yield what, ms(found[second]["total"]), "", f"{digits(found['ratio']['median'])} times that {beside}"
     if "exec" in results:
-        yield "live update by exec, both pauses", _ms(results["exec"]["sum"]), "", ""
+        yield "live update by exec, both pauses", ms(results["exec"]["sum"]), "", ""
     if "response" in results:
-        yield "`migrate` to RESUME, the successor waiting", _ms(results["response"]["resume_ms"]), "", ""
+        yield "`migrate` to RESUME, the successor waiting", ms(results["response"]["resume_ms"]), "", ""
 
 
 def benchmarks_tables(results: Mapping[str, Any]) -> str:
@@ -106,34 +109,36 @@ def benchmarks_tables(results: Mapping[str, Any]) -> str:
         for stage in next(iter(sizes.values())):
             if stage not in STAGES:
                 continue
-            cells = (_digits(found[stage]["median"]) for found in sizes.values())
-            rows.append((STAGES[stage][0], *cells, _digits(floor[stage]["median"]) if stage in floor else ""))
+            cells = (digits(found[stage]["median"]) for found in sizes.values())
+            rows.append((STAGES[stage][0], *cells, digits(floor[stage]["median"]) if stage in floor else ""))
         for name, what in (
             ("total", "**pause, STOP to RESUME**"),
             ("guest_pause", "**pause as the guest sees it**"),
             ("guest_longest", "longest gap in the whole update"),
             ("calm_longest", "longest gap without an update"),
         ):
-            cells = (_range(found[name]) for found in sizes.values())
-            rows.append((what, *cells, _range(floor[name]) if name in floor else ""))
-        cells = (_range(found["whole_update"]) for found in sizes.values())
+            cells = (span(found[name]) for found in sizes.values())
+            rows.append((what, *cells, span(floor[name]) if name in floor else ""))
+        cells = (span(found["whole_update"]) for found in sizes.values())
         rows.append(("whole update, from start of the successor to end of the old process", *cells, ""))
-        parts.append(_markdown(rows))
+        parts.append(markdown(rows))
         names = list(sizes)
         growth = pause["largest_by_smallest"][place]
-        parts.append(f"Pause at {names[-1]} by pause at {names[0]}, {where}: {_range(growth)}.\n")
+        parts.append(f"Pause at {names[-1]} by pause at {names[0]}, {where}: {span(growth)}.\n")
     rows = [("start", "exec to a sign of life", "resident", "private")]
     for key, what in (("interpreter", "the bare interpreter"), ("import_trio", "with `import trio`")):
         found = start[key]
-        rows.append((what, _ms(found["exec_ms"]), _mib(found["rss_mib"]), _mib(found["private_mib"])))
+        rows.append((what, ms(found["exec_ms"]), mib(found["rss_mib"]), mib(found["private_mib"])))
     for kind, what in _KINDS.items():
         for side, name in (("ours", "trio-vmm"), ("qemu", "QEMU")):
             if start[kind][side] is not None:
                 found = start[kind][side]
                 rows.append(
-                    (f"{name}, {what}", _ms(found["greeting_ms"]), _mib(found["rss_mib"]), _mib(found["private_mib"]))
+                    (f"{name}, {what}", ms(found["greeting_ms"]), mib(found["rss_mib"]), mib(found["private_mib"]))
                 )
-    parts.append(_markdown(rows))
+    parts.append(markdown(rows))
+    if "growth" in results:
+        parts.append(growth_table(results["growth"]))
     return "\n".join([*parts, _provenance(results)])
 
 
@@ -187,38 +192,3 @@ def _qemus_pause(pause: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
 
 def _version(machine: Mapping[str, Any]) -> str:
     return str(machine["qemu"]).split()[0] if machine["qemu"] else "(not there)"
-
-
-def _pair(pair: Mapping[str, Any], column: str, form: Callable[[Mapping[str, Any]], str]) -> tuple[str, str, str]:
-    if pair["qemu"] is None:
-        return form(pair["ours"][column]), "not there", ""
-    ratio = pair["ratio"]
-    return form(pair["ours"][column]), form(pair["qemu"][column]), _digits(ratio.get(column, ratio)["median"])
-
-
-def _ms(found: Mapping[str, Any]) -> str:
-    return f"{_range(found)} ms"
-
-
-def _mib(found: Mapping[str, Any]) -> str:
-    return f"{found['median']:.1f} MiB"
-
-
-def _count(found: Mapping[str, Any]) -> str:
-    return f"{found['median']:,.0f} ({found['min']:,.0f} to {found['max']:,.0f})"
-
-
-def _range(found: Mapping[str, Any]) -> str:
-    return f"{_digits(found['median'])} ({_digits(found['min'])} to {_digits(found['max'])})"
-
-
-def _digits(value: float) -> str:
-    """Three digits, as far as they stand behind the point two at most."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _markdown(rows: Sequence[tuple[str, ...]]) -> str:
-    head, *body = rows
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in body]
-    return "\n".join(line.replace("|  |", "| |").replace("|  |", "| |") for line in lines) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import shutil
@@ -9,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -81,6 +83,7 @@ class Monitor:
         sock.settimeout(PATIENCE)
         self._sock = sock
         self._file = sock.makefile("rb")
+        self._events: list[dict[str, Any]] = []  # that nobody has waited for yet
         self.greeting: Final[dict[str, Any]] = self._read()
 
     @classmethod
@@ -91,9 +94,13 @@ class Monitor:
     def execute(self, command: str, **arguments: Any) -> Any:
         """Execute a command and return its reply."""
         self._sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        return self._answer(command)
+
+    def _answer(self, command: str) -> Any:
         while "return" not in (message := self._read()):
             if "error" in message:
                 raise BenchFailed(f"{command}: {message['error']['desc']}")
+            self._events.append(message)
         return message["return"]
 
     def _read(self) -> dict[str, Any]:
@@ -103,16 +110,29 @@ class Monitor:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def wait_for(self, name: str) -> dict[str, Any]:
-        """Read until event `name` comes, and return it."""
-        while (message := self._read()).get("event") != name:
-            pass
+    def give(self, fd: int, name: str) -> None:
+        """Give the machine a descriptor, under `name`."""
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        self._sock.sendmsg([request], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
+        self._answer("getfd")
+
+    def wait_for(self, name: str, within: float = PATIENCE) -> dict[str, Any]:
+        """Return the next event `name`: the oldest that has not been returned. `within` limits each single wait."""
+        for number, message in enumerate(self._events):
+            if message.get("event") == name:
+                return self._events.pop(number)
+        self._sock.settimeout(within)
+        try:
+            while (message := self._read()).get("event") != name:
+                self._events.append(message)
+        finally:
+            self._sock.settimeout(PATIENCE)
         return message
 
     def last(self, name: str, *, until: str) -> dict[str, Any]:
         """Read until event `until`, or until the machine closes the session; return the last event `name` before."""
         found: dict[str, Any] = {}
-        for message in map(json.loads, self._file):
+        for message in chain(self._events, map(json.loads, self._file)):
             if message.get("event") == name:
                 found = message
             elif message.get("event") == until:
@@ -177,6 +197,21 @@ def end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def moment(event: dict[str, Any]) -> float:
+    """Return when an event happened, in ms on CLOCK_REALTIME."""
+    stamp = event["timestamp"]
+    return float(stamp["seconds"] * 1e3 + stamp["microseconds"] / 1e3)
+
+
+def open_ram(pid: int, name: str = "/memfd:ram") -> int:
+    """Open the RAM of the machine in process `pid`, by its memfd."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if os.readlink(link).startswith(name):
+                return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+    raise BenchFailed(f"process {pid} has no memfd called {name!r}")
 
 
 def memory_of(pid: int) -> dict[str, float]:

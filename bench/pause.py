@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
@@ -22,6 +21,8 @@ from bench.machines import (
     Monitor,
     end,
     environment,
+    moment,
+    open_ram,
     pin,
     pinned,
     running,
@@ -35,6 +36,7 @@ from vmm.qmp_client import qmp_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from bench.host import Placements
     from vmm.guests.heartbeat import HeartbeatReport
@@ -45,8 +47,6 @@ PLACEMENTS: Final = ("unpinned", "one_cpu")
 ATTEMPTS: Final = 3
 TICKS: Final = 300
 """Ticks that the guest is watched for: before an update, for comparison, and around it."""
-
-RAM_NAME: Final = "/memfd:ram"
 
 MARGIN_MIB: Final = 1024
 """Memory that stays free."""
@@ -124,7 +124,7 @@ class _Guest:
             began = time.perf_counter()
             report = trio.run(live_update, str(self._qmp), pinned([sys.executable, "-m", "vmm"], cpu))
             whole = (time.perf_counter() - began) * 1e3
-            stopped = _moment(events.last("STOP", until="RESUME"))
+            stopped = moment(events.last("STOP", until="RESUME"))
         self._wait_for_ticks(TICKS)
         gaps = gaps_from(self._read, calm)
         state = self._look()
@@ -212,25 +212,10 @@ def _guest(mib: int, folder: Path, *, resident: bool) -> Iterator[_Guest]:
             end(process)
 
 
-def _moment(event: dict[str, Any]) -> float:
-    """Return when an event happened, in ms on CLOCK_REALTIME."""
-    stamp = event["timestamp"]
-    return float(stamp["seconds"] * 1e3 + stamp["microseconds"] / 1e3)
-
-
 def _reap(pid: int) -> None:
     """Wait for a successor, which is this process's child; `subprocess` may have done so."""
     with suppress(ChildProcessError):
         os.waitpid(pid, 0)
-
-
-def open_ram(pid: int) -> int:
-    """Open the RAM of the machine in process `pid`, by its memfd."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            if os.readlink(link).startswith(RAM_NAME):
-                return os.open(link, os.O_RDWR | os.O_CLOEXEC)
-    raise BenchFailed(f"process {pid} has no memfd called {RAM_NAME!r}")
 
 
 def floor_of(program: Path, cpu: int | None) -> dict[str, float]:

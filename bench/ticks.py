@@ -38,7 +38,7 @@ class Gap:
 def gaps_from(read: Read, first: int) -> list[Gap]:
     """Return the gaps between all ticks since the one numbered `first`. The guest must be ticking."""
     header = _header(read)
-    offset = min(_sample(read) for _ in range(SAMPLES))
+    offset = offset_of(read)
     if header.head - first >= header.ring_entries:
         raise BenchFailed(f"{header.head - first} ticks are more than the guest keeps")
     times = [_time(read, header, number) + offset for number in range(first, header.head)]
@@ -49,6 +49,21 @@ def newest(read: Read) -> int:
     """Return the number of ticks so far; 0 as long as the guest has not started."""
     header = read_header(read)
     return header.head if header is not None else 0
+
+
+def offset_of(read: Read) -> float:
+    """Return how far the host's clock is ahead of the guest's, in ms. The guest must be ticking."""
+    return min(_sample(read) for _ in range(SAMPLES))
+
+
+def tick_at(read: Read, number: int) -> float:
+    """Return when the guest ticked for the time `number`, counted from 0, in ms on its own clock."""
+    return _time(read, _header(read), number)
+
+
+def period_of(read: Read) -> float:
+    """Return the time between two ticks in ms, as the guest was told to have it."""
+    return 1000 / _header(read).rate_hz
 
 
 def _header(read: Read) -> HeartbeatHeader:

@@ -27,9 +27,11 @@ from bench.machines import (
     end,
     environment,
     memory_of,
+    moment,
+    open_ram,
     wait_until_complete,
 )
-from bench.pause import floor_of, open_ram
+from bench.pause import floor_of
 from bench.series import columns, ratio, summary
 from bench.ticks import newest
 from vmm.cli_update import live_update
@@ -215,9 +217,8 @@ class Machine:
             end(process)
             raise
         self.pid = process.pid
-        stamp = resumed["timestamp"]
         return {
-            "resume_ms": stamp["seconds"] * 1e3 + stamp["microseconds"] / 1e3 - began,
+            "resume_ms": moment(resumed) - began,
             "total": info["x-pause"]["total"],
         }
 

@@ -6,8 +6,10 @@ import copy
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,7 +18,8 @@ import pytest
 from bench.__main__ import FIGURES, LATEST
 from bench.chart import QEMU, STAGES, pause_chart
 from bench.documents import CHART, DOCUMENTS, NEEDED, benchmarks_tables, readme_table, split
-from bench.machines import ROOT, BenchFailed
+from bench.machines import ROOT, BenchFailed, Monitor, memory_of
+from bench.pool import PIECE_MIB, Pool
 from bench.series import columns, ratio, summary
 from bench.ticks import Gap
 from bench.updates import percentile, room_for
@@ -26,6 +29,17 @@ def latest() -> dict[str, Any]:
     """The committed results."""
     results: dict[str, Any] = json.loads(LATEST.read_text())
     return results
+
+
+COLUMNS = (
+    "mib_per_second", "cpu_per_gib", "pause_ms", "guest_pause_ms", "seconds_per_gib", "source_cpu_per_gib",
+    "destination_cpu_per_gib",
+)  # fmt: skip
+
+
+def said(sock: socket.socket, *messages: dict[str, Any]) -> None:
+    """Say lines of JSON."""
+    sock.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -96,6 +110,69 @@ def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> No
     ]
 
 
+def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None:
+    results = {name: latest()[name] for name in NEEDED} | {"machine": latest()["machine"]}
+    before, tables = readme_table(results).splitlines(), benchmarks_tables(results).splitlines()
+    ours, theirs = ({name: summary([value]) for name in COLUMNS} for value in (3.0, 2.0))
+    both = {"ours": ours, "qemu": theirs, "ratio": {name: summary([1.5]) for name in COLUMNS}}
+    alone = {"ours": ours, "qemu": None, "ratio": None}
+    results |= {
+        "precopy": {"left_out": ["4 GiB"], "1 GiB": {"unix": both, "tcp": alone}},
+        "switchover": {"idle": both, "dirty": both},
+        "growth": {"left_out": [], "128 MiB": ours, "8 GiB": theirs},
+    }
+    what = "live migration of 1 GiB"
+    three, two = "3.00 (3.00 to 3.00)", "2.00 (2.00 to 2.00)"
+    assert [line for line in readme_table(results).splitlines() if line not in before] == [
+        f"| {what} over unix, MiB/s | 3 (3 to 3) | 2 (2 to 2) | 1.50 |",
+        f"| {what} over unix, processor seconds per GiB, both processes | {three} | {two} | 1.50 |",
+        f"| {what} over tcp, MiB/s | 3 (3 to 3) | not there | |",
+        f"| {what} over tcp, processor seconds per GiB, both processes | {three} | not there | |",
+        f"| {what}, pause of an idle guest, STOP to RESUME | {three} ms | {two} ms | 1.50 |",
+        f"| {what}, pause of an idle guest, as the guest sees it | {three} ms | {two} ms | 1.50 |",
+        f"| {what}, pause of a guest that dirties 39 MiB/s, STOP to RESUME | {three} ms | {two} ms | 1.50 |",
+        f"| {what}, pause of a guest that dirties 39 MiB/s, as the guest sees it | {three} ms | {two} ms | 1.50 |",
+        f"| live migration over unix, processor seconds per GiB of 128 MiB and of 8 GiB | {three} and {two} | | |",
+    ]
+    assert [line for line in benchmarks_tables(results).splitlines() if line not in tables] == [
+        "| live migration over unix, for each GiB | seconds | processor seconds, source | destination |",
+        f"| a guest of 128 MiB | {three} | {three} | {three} |",
+        f"| a guest of 8 GiB | {two} | {two} | {two} |",
+    ]
+
+
+def test_a_pool_holds_what_it_is_told_and_gives_it_back() -> None:
+    with closing(Pool()) as pool:
+        pool.hold(PIECE_MIB + 1)
+        assert pool.mib == 2 * PIECE_MIB
+        assert memory_of(os.getpid())["private_mib"] > 2 * PIECE_MIB
+        pool.hold(PIECE_MIB)
+        assert pool.mib == 2 * PIECE_MIB
+        pool.free(1)
+        assert pool.mib == PIECE_MIB
+        with pytest.raises(BenchFailed, match=r"^10\d\d\d\d\d\d MiB more are needed than the \d+ MiB that are free$"):
+            pool.hold(10_500_000)
+        assert pool.mib == PIECE_MIB
+    assert pool.mib == 0
+
+
+def test_an_event_that_came_while_an_answer_was_awaited_is_found_again() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, ours:
+        said(theirs, {"QMP": {}})
+        monitor = Monitor(ours)
+        events: list[dict[str, Any]] = [{"event": "STOP", "n": 1}, {"event": "MIGRATION"}, {"event": "STOP", "n": 2}]
+        said(theirs, *events, {"return": 5}, {"event": "RESUME"})
+        assert monitor.execute("query") == 5
+        assert [monitor.wait_for(name) for name in ("RESUME", "MIGRATION", "STOP", "STOP")] == [
+            {"event": "RESUME"}, events[1], events[0], events[2],
+        ]  # fmt: skip
+        said(theirs, {"error": {"desc": "no"}})
+        with pytest.raises(BenchFailed, match=r"^query: no$"):
+            monitor.execute("query")
+        monitor.close()
+
+
 @pytest.mark.parametrize(("percent", "value"), [(0, 1), (1, 2), (50, 100), (99, 198), (99.5, 199), (100, 200)])
 def test_a_percentile_is_one_of_the_values(percent: float, value: float) -> None:
     assert percentile([float(n) for n in range(200, 0, -1)], percent) == value
@@ -139,7 +216,7 @@ def test_an_unknown_figure_is_refused_by_name() -> None:
     assert done.returncode == 2
     assert done.stderr.endswith(
         "there is no figure 'speed'; there are pause, row, vcpus, descriptors, response, exec, start, build, "
-        "latency, roundtrips, serial\n"
+        "latency, roundtrips, serial, precopy, switchover, growth\n"
     )
 
 

@@ -1,0 +1,54 @@
+"""The rows of guests that are copied, in the README's table, and the table of what a GiB costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from bench.cells import markdown, ms, number, sides, span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+_WAYS: Final = {
+    "unix": "over unix",
+    "tcp": "over tcp",
+    "multifd2": "over tcp, multifd with 2 channels",
+    "multifd4": "over tcp, multifd with 4 channels",
+}
+_KINDS: Final = {"idle": "an idle guest", "dirty": "a guest that dirties 39 MiB/s"}
+
+
+def migration_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of the figures that were measured: a name, ours, QEMU's, and their ratio."""
+    for size, ways in results.get("precopy", {}).items():
+        if size == "left_out":
+            continue
+        for way, both in ways.items():
+            what = f"live migration of {size} {_WAYS[way]}"
+            yield f"{what}, MiB/s", *sides(both, "mib_per_second", number)
+            yield f"{what}, processor seconds per GiB, both processes", *sides(both, "cpu_per_gib", span)
+    for kind, both in results.get("switchover", {}).items():
+        what = f"live migration of 1 GiB, pause of {_KINDS[kind]}"
+        yield f"{what}, STOP to RESUME", *sides(both, "pause_ms", ms)
+        yield f"{what}, as the guest sees it", *sides(both, "guest_pause_ms", ms)
+    if "growth" in results:
+        sizes = _sizes(results["growth"])
+        first, last = sizes[0], sizes[-1]
+        cost = " and ".join(span(results["growth"][name]["cpu_per_gib"]) for name in (first, last))
+        yield f"live migration over unix, processor seconds per GiB of {first} and of {last}", cost, "", ""
+
+
+def growth_table(growth: Mapping[str, Any]) -> str:
+    """Return what a GiB costs in guests of all sizes."""
+    rows: list[tuple[str, ...]] = [
+        ("live migration over unix, for each GiB", "seconds", "processor seconds, source", "destination")
+    ]
+    for size in _sizes(growth):
+        found = growth[size]
+        names = ("seconds_per_gib", "source_cpu_per_gib", "destination_cpu_per_gib")
+        rows.append((f"a guest of {size}", *(span(found[name]) for name in names)))
+    return markdown(rows)
+
+
+def _sizes(growth: Mapping[str, Any]) -> list[str]:
+    return [name for name in growth if name != "left_out"]
