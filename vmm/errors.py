@@ -503,6 +503,15 @@ class MigrationCommandFailed(MigrationError):
     how: str
 
 
+class TlsFailed(MigrationError):
+    """There is no TLS with a peer: `what` it has done, and what would be right `instead`."""
+
+    text: ClassVar[str] = "TLS with the {peer}: {what}; {instead}"
+    peer: str
+    what: str
+    instead: str
+
+
 class MigrationCancelled(MigrationError):
     """Somebody asked for the end of the migration."""
 

@@ -150,8 +150,6 @@ OTHERS: dict[str, Any] = {
     "cpu-throttle-initial": 21,
     "cpu-throttle-increment": 11,
     "cpu-throttle-tailslow": True,
-    "tls-creds": "tls0",
-    "tls-hostname": "there",
     "tls-authz": "authz0",
     "x-checkpoint-delay": 1,
     "multifd-channels": 3,
@@ -190,7 +188,7 @@ def test_every_parameter_is_supported_or_refused() -> None:
     supported = {parameter.name for parameter in PARAMETERS if parameter.supported}
     assert supported == {
         *("max-bandwidth", "avail-switchover-bandwidth", "downtime-limit", "mode", "cpr-exec-command"),
-        *("migrate-sessions", "x-keep-source", "x-restore-on-demand"),
+        *("migrate-sessions", "x-keep-source", "x-restore-on-demand", "tls-creds", "tls-hostname"),
     }
     lists = {"block-bitmap-mapping"}
     assert supported | OTHERS.keys() | lists == {parameter.name for parameter in PARAMETERS}

@@ -313,6 +313,7 @@ CASES: Final = (
         "object-add", {"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20, "mem-path": "/", "share": False},
         _never, well_formed=True,
     ),
+    Case("object-add", {"qom-type": "tls-creds-x509", "id": "t", "dir": "/nowhere"}, _never, well_formed=True),
     Case(
         "object-del", {"id": "r9"}, lambda state, grant: "r9" in state.memories,
         lambda state, grant: state.memories.discard("r9"),

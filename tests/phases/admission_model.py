@@ -116,8 +116,9 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 DEVIATIONS: Final = (
     _but(
-        "boot", "what RAM is made of is there before the machine, so that it can be checked when that is defined",
-        more="create-backend:chardev,monitor,memory", less="create-backend:chardev,monitor",
+        "boot", "what RAM is made of is there before the machine, so that it can be checked when that is defined; and "
+        "credentials for TLS, since a machine may come over it",
+        more="create-backend:chardev,monitor,memory,tls", less="create-backend:chardev,monitor",
     ),
     _but("boot", "a job that has concluded is dismissed in whatever phase", more="dismiss-job"),
     _but(
@@ -230,6 +231,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
 OBJECTS: Final[Mapping[str, str]] = {
     "monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng",
     "memory-backend-file": "memory", "memory-backend-memfd": "memory",
+    "tls-creds-x509": "tls",
 }  # fmt: skip
 """Type of an object -> what `object-add` must be allowed to create."""
 

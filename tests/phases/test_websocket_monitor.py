@@ -217,7 +217,7 @@ async def test_who_may_all_can_end_the_machine_and_is_told_of_its_end(token: str
             {"qom_type": "monitor-hmp"},
             "Command 'object-add': 'qom-type' does not accept \"monitor-hmp\"; "
             "it accepts 'memory-backend-file', 'memory-backend-memfd', 'monitor-qmp', 'monitor-websocket', 'qtest', "
-            "'rng-builtin', 'rng-random'",
+            "'rng-builtin', 'rng-random', 'tls-creds-x509'",
         ),
     ],
 )

@@ -200,12 +200,16 @@ def precreate(directory: Path) -> list[Step]:
         wrong(
             "object-add", "'qom-type' does not accept \"rng\"; "
             "it accepts 'memory-backend-file', 'memory-backend-memfd', 'monitor-qmp', 'monitor-websocket', 'qtest', "
-            "'rng-builtin', 'rng-random'",
+            "'rng-builtin', 'rng-random', 'tls-creds-x509'",
             qom_type="rng", id="r",
         ),
         bad(
             "object-add", "object-add: 'r' is not complete: a monitor-qmp needs chardev or fd",
             qom_type="monitor-qmp", id="r",
+        ),
+        bad(
+            "object-add", "Cannot read /nowhere/ca-cert.pem: No such file or directory",
+            qom_type="tls-creds-x509", id="t", dir="/nowhere",
         ),
         wrong("object-add", "'qom-type' is missing; 'id' is missing"),
         good("object-del", EMPTY, id="q"),

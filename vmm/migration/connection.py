@@ -103,6 +103,13 @@ class Connection:
             await self._attendant.finish(self._sock, sent=sent)
         self._over = True
 
+    def release(self) -> trio.socket.SocketType:
+        """Return the socket, which is the caller's from now on: there is no connection any more."""
+        sock, self.fd = self._sock, -1
+        assert sock is not None, "only a socket is given away"
+        assert self._attendant is None, "nor one that somebody serves"
+        return sock
+
     def part(self) -> None:
         """Note that all has been said: what is under way when the connection is closed is still passed on."""
         self._over = True

@@ -95,8 +95,8 @@ PARAMETERS: Final = (
     Parameter("cpu-throttle-initial", "int", 20, low=1, high=99, unit="percent"),
     Parameter("cpu-throttle-increment", "int", 10, low=1, high=99, unit="percent"),
     Parameter("cpu-throttle-tailslow", "bool", False),
-    Parameter("tls-creds", "str", ""),
-    Parameter("tls-hostname", "str", ""),
+    Parameter("tls-creds", "str", "", supported=True),
+    Parameter("tls-hostname", "str", "", supported=True),
     Parameter("tls-authz", "str", ""),
     # A live update copies no RAM, so it stays within any limit on copying; QEMU's clients set these first of all.
     Parameter("max-bandwidth", "int", 128 * _MIB, unit="bytes/s", supported=True),

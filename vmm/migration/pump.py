@@ -117,10 +117,13 @@ class Bulk:
                 raise ChannelBroken("it spoke first")
 
 
-async def in_thread(work: Callable[[Doorbell], ResultT]) -> ResultT:
+async def in_thread(work: Callable[[Doorbell], ResultT], limiter: trio.CapacityLimiter | None = None) -> ResultT:
     """Run `work` in a thread and return its result; it makes a `Bulk` of the bell that it is given.
 
     A cancellation stops it at its next piece, and is raised once it has ended.
+
+    Args:
+        limiter: of how many threads this is one; by default those of short jobs.
     """
     results: list[ResultT] = []
     failures: list[VmmError | ChannelBroken] = []
@@ -136,7 +139,7 @@ async def in_thread(work: Callable[[Doorbell], ResultT]) -> ResultT:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_ring_at_cancel, bell)
-            await trio.to_thread.run_sync(run)
+            await trio.to_thread.run_sync(run, limiter=limiter)
             nursery.cancel_scope.cancel()
     if failures:
         raise failures[0]

@@ -41,8 +41,13 @@ class Word:
 
 async def say(channel: SendStream, word: Word) -> None:
     """Say `word`. Raises `trio.BrokenResourceError` where nobody listens any more."""
+    await channel.send_all(written(word))
+
+
+def written(word: Word) -> bytes:
+    """Return the line that says `word`."""
     body = {"word": word.name} | ({"reason": word.reason[:_REASON_LIMIT]} if word.reason else {})
-    await channel.send_all(json.dumps(body).encode() + b"\n")
+    return json.dumps(body).encode() + b"\n"
 
 
 async def hear(channel: ReceiveStream, peer: str, outcome: str) -> Word:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from vmm.monitor.ports import Caller
     from vmm.nursery_tree import Phase
     from vmm.phases.start import Start
+
+
+_FAMILIES: Final = frozenset({"chardev", "monitor", "memory", "tls"})
+"""Of the back ends that this phase makes."""
 
 
 @final
@@ -125,7 +129,7 @@ async def run_machine(start: Start, *, task_status: trio.TaskStatus[Host] = trio
                     dismiss_job=mint(MayDismissJob, jobs),
                     cancel_migration=mint(MayCancelMigration, host.calling_off),
                     add_descriptor=mint(MayAddDescriptor, fdsets),
-                    create_backend=mint(MayCreateBackend, stores, only=frozenset({"chardev", "monitor", "memory"})),
+                    create_backend=mint(MayCreateBackend, stores, only=_FAMILIES),
                     open_host_file=mint(MayOpenHostFile, host.files),
                 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, final
 
 import attrs
 
@@ -134,8 +134,32 @@ class MemoryBackendFile(_Object):
     """Must be on: RAM is shared, always, so that a live update is possible."""
 
 
+@final
+@attrs.frozen(kw_only=True)
+class TlsCredsX509(_Object):
+    """Certificates and a key for TLS. It is this process's: it goes neither into a recipe nor to a successor."""
+
+    qom_type: Literal["tls-creds-x509"]
+    dir: str
+    """Directory with ca-cert.pem; server-cert.pem and server-key.pem, or client-cert.pem and client-key.pem, which a
+    client need not have; and ca-crl.pem, which need not be there. Only their owner may have access to keys."""
+    endpoint: Literal["client", "server"] = "client"
+    """What this side is: the source of a migration is the client, its destination the server."""
+    verify_peer: bool = True
+    """Whether the peer must have a certificate of the CA."""
+    sanity_check: bool = True
+    """Whether the own certificate is tried at once."""
+
+
 ObjectAdd: TypeAlias = Annotated[
-    MemoryBackendFile | MemoryBackendMemfd | MonitorQmp | MonitorWebsocket | Qtest | RngBuiltin | RngRandom,
+    MemoryBackendFile
+    | MemoryBackendMemfd
+    | MonitorQmp
+    | MonitorWebsocket
+    | Qtest
+    | RngBuiltin
+    | RngRandom
+    | TlsCredsX509,
     Union("qom-type"),
 ]
 """Arguments of `object-add`, for the types there are."""
@@ -150,15 +174,16 @@ BY_TYPE: Final = ForEach(
         "qtest": "monitor",
         "rng-builtin": "rng",
         "rng-random": "rng",
+        "tls-creds-x509": "tls",
     },
 )
-"""Monitors, qtest and memory are there from the beginning; back ends of devices come after the accelerator."""
+"""Back ends of devices come after the accelerator. The others are there from the beginning."""
 
 
 async def object_add(
     may: Annotated[MayCreateBackend, BY_TYPE], host: HostSource, query: MayQuery, args: ObjectAdd
 ) -> None:
-    """Make an object: a monitor, a qtest, a back end for devices, or one that RAM is made of."""
+    """Make an object: a monitor, a qtest, a back end for devices, one that RAM is made of, or credentials for TLS."""
     machine = query.view(Host)
     _require_free(machine.stores, args.id)
     match args:
@@ -172,12 +197,16 @@ async def object_add(
             await _add_rng(may, host, machine, args)
         case MemoryBackendMemfd() | MemoryBackendFile():
             await _add_memory(may, host, machine, args)
+        case TlsCredsX509():
+            from vmm.phases.tls_objects import open_credentials  # OpenSSL, which few machines need.
+
+            await may.adopt("tls", args.id, open_credentials(host, args))
 
 
 def _require_free(stores: BootStores, name: str) -> None:
     if name in stores.monitors:
         raise NameTaken(what="Monitor", name=name)
-    if name in stores.rngs or name in stores.memories:
+    if name in stores.rngs or name in stores.memories or name in stores.tls:
         raise NameTaken(what="Object", name=name)
 
 
@@ -289,6 +318,7 @@ async def object_del(may: MayCreateBackend, caller: Caller, query: MayQuery, arg
     if caller.name.startswith(f"{args.id}/"):
         raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")
     stores = machine.stores
-    family = "rng" if args.id in stores.rngs else "memory" if args.id in stores.memories else "monitor"
+    families: dict[str, dict[str, Any]] = {"rng": stores.rngs, "memory": stores.memories, "tls": stores.tls}
+    family = next((name for name, objects in families.items() if args.id in objects), "monitor")
     await may.dismiss(family, args.id)
     machine.recorder.forget("object-add", "id", args.id)

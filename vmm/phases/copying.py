@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Residents, Turn
     from vmm.phases.running import Run
+    from vmm.phases.tls_objects import Tls
     from vmm.recipe import Recipe
 
 """The section that says how the guest was when it was stopped: what a live update sends as a message."""
@@ -60,15 +61,17 @@ class CopyPlan:
     wishes: Wishes = NO_WISHES
     _closed: bool = False
 
-    async def open(self, residents: Residents, *, two_way: bool) -> Outflow:
+    async def open(self, residents: Residents, *, two_way: bool, tls: Tls | None) -> Outflow:
         """Connect.
 
         Args:
             residents: of whom whoever serves the connection is one.
             two_way: whether a command can answer.
+            tls: what the channel is made secure with.
 
         Raises:
             HostFileRefused: nobody listens there, the file cannot be written, or the command cannot be started.
+            TlsFailed: there is no TLS with who listens there.
         """
         if isinstance(self.address, FileAddress):
             assert self.open_file is not None, "given by the command"
@@ -78,6 +81,8 @@ class CopyPlan:
             connection = self.start_command(two_way)
         else:
             connection = await connect_channel(self.address, within=_CONNECTING)
+            if tls is not None:
+                connection = await tls.secure(connection, "destination", within=_CONNECTING)
         return Outflow(connection.serve(residents))
 
     def close(self) -> None:
@@ -160,7 +165,9 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     failure: VmmError | None = None
     canceller = Canceller()
     left = _left_in_place(run, plan)
-    with closing(await plan.open(running.residents, two_way=migration.capabilities["return-path"])) as flow:
+    two_way = migration.capabilities["return-path"]
+    tls = _tls(run, plan)
+    with closing(await plan.open(running.residents, two_way=two_way, tls=tls)) as flow:
         async with running.child("migrating") as phase:
 
             def grants(mint: Mint) -> MigratingGrants:
@@ -246,6 +253,15 @@ def _left_in_place(run: Run, plan: CopyPlan) -> tuple[str, bytes] | None:
             "long as it is there: save the guest in a file:, hand it over by cpr-transfer, or turn x-ignore-shared off"
         )
     return str(machine.made.definition.options.memory_backend), os.urandom(IDENTITY_SIZE)
+
+
+def _tls(run: Run, plan: CopyPlan) -> Tls | None:
+    parameters = run.machine.made.migration.parameters.values
+    if not parameters["tls-creds"]:
+        return None
+    from vmm.phases.tls_objects import of_source  # OpenSSL, which most migrations do without.
+
+    return of_source(run.machine.made.host.stores, parameters, plan.address)
 
 
 def _take_back_ram(run: Run) -> None:

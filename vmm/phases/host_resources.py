@@ -38,6 +38,7 @@ _OBJECTS: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "memory-backend-memfd": ("object", "memory", ()),
     "monitor-websocket": ("monitor", "", ()),
     "qtest": ("monitor", "log", ("log",)),
+    "tls-creds-x509": ("object", "", ("dir",)),
 }
 """Type of an object -> how the name of its resource begins, and the same."""
 

@@ -1,4 +1,4 @@
-"""The back ends that phase boot runs: chardevs, monitors, memory, sources of random bytes, and taps."""
+"""The back ends that phase boot runs: chardevs, monitors, memory, sources of random bytes, taps, and credentials."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vmm.backends.rng import Rng
     from vmm.backends.tap import Tap
     from vmm.migration.registry import StateRegistry
+    from vmm.migration.tls_creds import TlsCredentials
     from vmm.nursery_tree import Resident, Residents
     from vmm.phases.fdsets import FdSets
     from vmm.phases.monitors import Monitor
@@ -96,6 +97,7 @@ class BootStores:
         self.rngs: Final[dict[str, HeldRng]] = {}
         self.memories: Final[dict[str, HeldMemory]] = {}
         self.netdevs: Final[dict[str, tuple[Tap, Resident]]] = {}
+        self.tls: Final[dict[str, tuple[TlsCredentials, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
         self._sent_sets: frozenset[str] = frozenset()
         self._with_sessions = False
@@ -108,7 +110,7 @@ class BootStores:
         """Start `backend` and register it. Raises `NameTaken` before anything was started."""
         stores: Mapping[str, Mapping[str, object]] = {
             "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs, "memory": self.memories,
-            "netdev": self.netdevs,
+            "netdev": self.netdevs, "tls": self.tls,
         }  # fmt: skip
         if name in stores[family]:
             raise NameTaken(what=family.capitalize(), name=name)
@@ -121,6 +123,8 @@ class BootStores:
             self.memories[name] = HeldMemory(backend, resident)
         elif family == "netdev":
             self.netdevs[name] = (backend, resident)
+        elif family == "tls":
+            self.tls[name] = (backend, resident)
         else:
             self.monitors[name] = (backend, resident)
 
@@ -148,13 +152,15 @@ class BootStores:
             if name not in self.netdevs:
                 raise DeviceNotFound(what="Netdev", name=name, known=_known(self.netdevs))
             await self.netdevs.pop(name)[1].leave()
+        elif family == "tls":
+            await self.tls.pop(name)[1].leave()
         else:
             await self._dismiss_monitor(name)
 
     async def _dismiss_monitor(self, name: str) -> None:
         if name not in self.monitors:
             raise BackendNotFound(
-                what="Object", name=name, known=_known({**self.monitors, **self.rngs, **self.memories})
+                what="Object", name=name, known=_known({**self.monitors, **self.rngs, **self.memories, **self.tls})
             )
         monitor, resident = self.monitors.pop(name)
         await resident.leave()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.migration_state import MigrationState
     from vmm.phases.stream_receive import StreamWait
+    from vmm.phases.tls_objects import Tls
     from vmm.recipe import Recipe
 
 
@@ -75,6 +76,7 @@ class StreamPort:
 
         origin: Listener | Connection
         addresses: tuple[SocketAddress, ...] = ()
+        self._require_tls(address)
         if isinstance(address, FileAddress):
             origin = Connection(hostio.open_saved_state(address.filename, address.offset))
         elif isinstance(address, ExecAddress):
@@ -88,6 +90,25 @@ class StreamPort:
             else:
                 origin, addresses = connected, (address,)
         self._await(origin, addresses, exit_on_error=exit_on_error)
+
+    def _require_tls(self, address: ChannelAddress) -> None:
+        if self._migration.parameters["tls-creds"]:
+            from vmm.phases.tls_objects import of_destination, require_peer
+
+            require_peer(address, "migrate-incoming")
+            of_destination(self._host.stores, self._migration.parameters.values)
+
+    def tls(self) -> Tls | None:
+        """Return what a channel that comes in is made secure with, by what is set now; None where it is not.
+
+        Raises:
+            VmmError: what is set cannot be.
+        """
+        if not self._migration.parameters["tls-creds"]:
+            return None
+        from vmm.phases.tls_objects import of_destination
+
+        return of_destination(self._host.stores, self._migration.parameters.values)
 
     def restore(self, file: int, *, tell: Callable[[VmmError], None]) -> None:
         """Await the stream in `file`, which is taken over. A failure ends nothing here, and is told to `tell`.

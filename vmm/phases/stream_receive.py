@@ -7,7 +7,7 @@ ways lead to.
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, final
 
 import attrs
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.migration.stream_records import Recipe as RecipeRecord
     from vmm.migration.stream_records import Section
-    from vmm.nursery_tree import Phase
+    from vmm.nursery_tree import Phase, Residents
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
+    from vmm.phases.tls_objects import Tls
 
 
 @final
@@ -88,14 +89,21 @@ class StreamWait:
         """Whether there is a listener, and it still listens."""
         return isinstance(self._origin, Listener)
 
-    async def accept(self) -> Inflow:
+    async def accept(self) -> Connection:
         """Wait for whoever connects."""
         await trio.lowlevel.checkpoint()
         if isinstance(self._origin, Listener):
-            return Inflow(Connection(await self._origin.accept()))
+            return Connection(await self._origin.accept())
         taken, self._origin = self._origin, None
         assert taken is not None, "it is taken once"
-        return Inflow(taken)
+        return taken
+
+    async def secured(self, connection: Connection, tls: Tls | None, within: float) -> Connection:
+        """Shake hands over what has come, if TLS is set. Raises `TlsFailed`; it is closed then."""
+        # A file that is loaded by its name was never meant.
+        if tls is None or connection.is_file:
+            return connection
+        return await tls.secure(connection, "source", within=within)
 
     async def read_head(self, flow: Inflow, within: float) -> tuple[RecipeRecord, Section]:
         """Read the head of what has come. Nobody else is admitted once it is one.
@@ -160,19 +168,34 @@ async def run_stream_receive(
             async with phase.window(grants):
                 with wait.scope:
                     while not wait.over.is_set():
-                        with closing(await wait.accept()) as flow:
-                            await _serve(phase, host, port, wait, flow)
+                        with ExitStack() as stack:
+                            connection = stack.enter_context(closing(await wait.accept()))
+                            await _serve(phase, host, port, wait, connection, stack, precreate.residents)
 
 
-async def _serve(phase: Phase, host: Host, port: IncomingPort, wait: StreamWait, flow: Inflow) -> None:
+async def _serve(
+    phase: Phase,
+    host: Host,
+    port: IncomingPort,
+    wait: StreamWait,
+    connection: Connection,
+    stack: ExitStack,
+    residents: Residents,
+) -> None:
     """See what has come through to its end, which is that of `wait` unless it was no source at all.
 
     Raises:
         VmmError: why it was refused, where that ends the process.
     """
     failure: VmmError | None = None
+    flow: Inflow | None = None
+    within = (host.start.limits or CprLimits()).describing
     try:
-        record, processor = await wait.read_head(flow, (host.start.limits or CprLimits()).describing)
+        secured = await wait.secured(connection, port.streams.tls(), within)
+        if secured is not connection:
+            secured.serve(residents)
+        flow = stack.enter_context(closing(Inflow(secured)))
+        record, processor = await wait.read_head(flow, within)
     except VmmError as error:
         failure = error
     else:
@@ -182,13 +205,18 @@ async def _serve(phase: Phase, host: Host, port: IncomingPort, wait: StreamWait,
     if wait.others_may_come:
         # A stranger, not a source: whoever is awaited may still come.
         host.complain(str(failure))
-        await flow.refuse(failure)
+        await _tell(flow, failure)
         return
     port.streams.failed(wait, failure)
-    await flow.refuse(failure)
+    await _tell(flow, failure)
     wait.fail(failure)
     if wait.exit_on_error:
         raise failure
+
+
+async def _tell(flow: Inflow | None, failure: VmmError) -> None:
+    if flow is not None:  # else TLS has told it, as far as it speaks that
+        await flow.refuse(failure)
 
 
 async def _receive(
