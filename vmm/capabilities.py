@@ -644,7 +644,7 @@ class MayResumeHere(_Decides):
 
 @final
 class MayStartMigration(Token[Departure]):
-    """May start an outgoing migration or live update."""
+    """May start an outgoing migration or live update, and measure what a guest writes, which says how one would go."""
 
     __slots__ = ()
     wire_name: ClassVar[str] = "may-start-migration"
@@ -656,6 +656,10 @@ class MayStartMigration(Token[Departure]):
     async def check(self, plan: Any) -> Mapping[str, Any]:
         """Ask the other side of `plan` what would become of the machine there. The guest does not notice."""
         return await self._reach().check(plan)
+
+    def measure(self, wanted: Any) -> None:
+        """Begin to measure how fast the guest writes. Nothing of the guest changes."""
+        self._reach().measure(wanted)
 
     def undo(self) -> Awaitable[None]:
         """Post the guest's return to the process that it came from, which is kept ready for that."""

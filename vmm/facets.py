@@ -111,7 +111,7 @@ class RunControl(Protocol):
 
 
 class Departure(Protocol):
-    """Starts an outgoing migration, or asks what would become of it."""
+    """Starts an outgoing migration, or finds out what would become of it."""
 
     def start(self, plan: Any) -> Awaitable[None]:
         """Post `plan`; settles when phase `migrating` has opened, or with what kept it shut."""
@@ -119,6 +119,10 @@ class Departure(Protocol):
 
     async def check(self, plan: Any) -> Mapping[str, Any]:
         """Ask the other side of `plan`, and return its answer; nothing else happens."""
+        ...
+
+    def measure(self, wanted: Any) -> None:
+        """Begin to measure how fast the guest writes. `InvalidState` while that is being done."""
         ...
 
     def undo(self) -> Awaitable[None]:

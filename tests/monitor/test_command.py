@@ -757,6 +757,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert operate - observe == {"cont", "stop", "system_reset", "quit", "device_add", "device_del"}
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
+            "calc-dirty-rate",
             *(
                 "x-cpr-check",
                 "x-cpr-abandon",
@@ -770,7 +771,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
         beyond_a_recipe = {command.name for command in COMMANDS} - admitted(table, REPLAY)
         assert beyond_a_recipe == {
-            *("migrate", "loadvm", "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource"),
+            *("migrate", "loadvm", "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource", "calc-dirty-rate"),
         }
 
 

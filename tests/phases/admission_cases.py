@@ -195,7 +195,7 @@ _QUERIES: Final = (
     "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
     "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences", "query-kvm",
-    "query-machines", "query-target", "query-jobs",
+    "query-machines", "query-target", "query-jobs", "query-dirty-rate",
 )  # fmt: skip
 _PLAIN: Final = (
     *_QUERIES, "query-cpus-fast", "query-cpu-definitions", "x-cpr-abandon",
@@ -402,6 +402,9 @@ CASES: Final = (
     Case("loadvm", {}, _never),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
+    # One that is under way is in the way of the next.
+    Case("calc-dirty-rate", {"calc-time": 50, "calc-time-unit": "millisecond"}, lambda state, grant: None),
+    Case("calc-dirty-rate", {"calc-time": 0}, _never),
     Case("job-cancel", {"id": "none"}, _never),
     Case("job-dismiss", {"id": "none"}, _never),
     # Live update.

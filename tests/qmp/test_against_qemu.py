@@ -75,6 +75,10 @@ REQUESTS: Final[tuple[tuple[str, Mapping[str, Any]], ...]] = (
     ("query-migrate", {}),
     ("query-migrate-capabilities", {}),
     ("query-migrate-parameters", {}),
+    ("query-dirty-rate", {}),
+    ("calc-dirty-rate", {}),
+    ("calc-dirty-rate", {"calc-time": 0}),
+    ("calc-dirty-rate", {"calc-time": 1, "mode": "no-such"}),
     ("query-commands", {}),
     ("migrate_cancel", {}),
     # Run control.
@@ -142,6 +146,7 @@ ONLY_QEMU: Final = MappingProxyType(
 )  # fmt: skip
 ONLY_HERE: Final = MappingProxyType(
     {
+        "query-dirty-rate": {"calc-time-unit"},  # of QEMU 8.2
         "query-migrate-parameters": {
             # of releases after 7.2
             "avail-switchover-bandwidth", "cpr-exec-command", "direct-io", "mode", "multifd-qatzip-level",

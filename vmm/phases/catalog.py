@@ -25,6 +25,7 @@ _CPUS: Final = "vmm.phases.commands_cpus"
 _FACTS: Final = "vmm.phases.commands_facts"
 _NUMA: Final = "vmm.phases.commands_numa"
 _MIGRATION: Final = "vmm.phases.commands_migration"
+_DIRTY_RATE: Final = "vmm.phases.commands_dirty_rate"
 _JOBS: Final = "vmm.phases.commands_jobs"
 _UPDATE: Final = "vmm.phases.commands_update"
 
@@ -93,6 +94,8 @@ COMMANDS: Final = (
     Command("migrate-set-parameters", f"{_MIGRATION}:migrate_set_parameters"),
     Command("query-migrate-parameters", f"{_MIGRATION}:query_migrate_parameters"),
     Command("query-migrate", f"{_MIGRATION}:query_migrate"),
+    Command("calc-dirty-rate", f"{_DIRTY_RATE}:calc_dirty_rate"),
+    Command("query-dirty-rate", f"{_DIRTY_RATE}:query_dirty_rate"),
     Command("migrate", f"{_MIGRATION}:migrate", moves_to="migrating"),
     Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
     Command("loadvm", f"{_MIGRATION}:loadvm"),

@@ -14,9 +14,11 @@ from vmm.phases.migration_state import Wishes
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
+    from vmm.migration.dirty_rate import Measurement
     from vmm.nursery_tree import Inbox
     from vmm.phases.building import SavedState
     from vmm.phases.copying import CopyPlan
+    from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.predecessor import Predecessor
     from vmm.phases.running import Run
 
@@ -25,15 +27,22 @@ if TYPE_CHECKING:
 class Departure:
     """The facet of `may-start-migration`."""
 
-    def __init__(self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState], run: Run) -> None:
+    def __init__(
+        self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState], run: Run, rates: DirtyRates
+    ) -> None:
         self._inbox = inbox
         self._run = run
+        self._rates = rates
 
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
         """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
         with closing(plan):
             self._require_unblocked("x-cpr-check", "cpr-transfer", plan)
             return await ask_destination(self._run.machine, plan)
+
+    def measure(self, wanted: Measurement) -> None:
+        """Begin to measure how fast the guest writes. Raises as `DirtyRates.begin`."""
+        self._rates.begin(wanted)
 
     def start(self, plan: TransferPlan | ExecPlan | CopyPlan) -> Awaitable[None]:
         """Post `plan`, whose descriptors are closed if it is not carried out.

@@ -10,6 +10,7 @@ import trio
 
 from vmm.errors import MigrationCancelled, MigrationRefused, OptionInvalid, StreamCorrupt, Unsupported
 from vmm.migration.capability_table import MigrationCapabilities
+from vmm.migration.dirty_rate import Measurement
 from vmm.migration.parameter_table import MigrationParameters
 from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
 
@@ -56,6 +57,12 @@ class MigrationState:
         self.parameters: Final = MigrationParameters()
         self.progress: MigrationProgress | None = None
         """The last or the present migration; None before the first."""
+        self.dirty_rate = Measurement()
+        """The last or the present measurement of what the guest writes."""
+
+    def note_rate(self, measurement: Measurement) -> None:
+        """Note how such a measurement goes."""
+        self.dirty_rate = measurement
 
     def check(self, wishes: Wishes) -> None:
         """Raise a `VmmError` unless `wishes` can be granted; change nothing."""

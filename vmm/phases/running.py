@@ -27,6 +27,7 @@ from vmm.nursery_tree import Inbox
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.departure import Departure
+from vmm.phases.dirty_rate import DirtyRates
 from vmm.phases.executing import ExecPlan, run_executing
 from vmm.phases.guest_requests import GuestRequests, GuestWishes
 from vmm.phases.migrating import TransferPlan, run_migrating
@@ -307,6 +308,9 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
     made = machine.made
     inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState] = Inbox("running")
     left: Gone | None = None
+    rates = DirtyRates(
+        machine.memory, machine.accelerator.vm, made.migration.note_rate, made.host.complain, phase.residents
+    )
 
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
@@ -317,7 +321,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
             open_host_file=mint(MayOpenHostFile, made.host.files),
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
-            start_migration=mint(MayStartMigration, Departure(inbox, run)),
+            start_migration=mint(MayStartMigration, Departure(inbox, run, rates)),
             restore_guest=mint(MayRestoreGuest, _Restoration(inbox)),
         )
 
@@ -333,6 +337,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
             if made.incoming.arrival is not None:
                 # Of two migrations at a time nobody could say what is set for which.
                 await made.incoming.arrival.settled.wait()
+            await rates.abandon()
             with closing(turn.value) as plan:
                 try:
                     # What has not come is not here to be given away.
