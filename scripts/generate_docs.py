@@ -52,7 +52,7 @@ query-migrate-capabilities query-migrate-parameters query-name query-qmp-schema 
 query-version quit remove-fd set-numa-node stop system_powerdown system_reset system_wakeup x-exit-preconfig
 """
 _EVENTS: Final = """
-DEVICE_DELETED GUEST_PANICKED JOB_STATUS_CHANGE MIGRATION POWERDOWN RESET RESUME SHUTDOWN STOP
+DEVICE_DELETED GUEST_PANICKED JOB_STATUS_CHANGE MIGRATION MIGRATION_PASS POWERDOWN RESET RESUME SHUTDOWN STOP
 SUSPEND WAKEUP
 """
 QEMU_COMMANDS: Final = frozenset(_COMMANDS.split())

@@ -13,13 +13,14 @@ import trio
 
 from tests.phases.copy_kit import HANGS
 from tests.phases.machine import Running, connected, parse
+from tests.phases.streams import records_of, stream_of
 from tests.saved_machines import begun, files, grown, original, saved, status, ticked, ticks
 from tests.terminal import Screen
 from vmm.cli_progress import Bar
 from vmm.cli_resume import Loading, SavedStateRefused, restored
 from vmm.errors import OptionInvalid, VmmError
-from vmm.migration.stream import StreamReader, StreamWriter
-from vmm.migration.stream_records import Header, Home
+from vmm.migration.stream import StreamWriter
+from vmm.migration.stream_records import Home
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,13 +106,8 @@ async def test_a_guest_whose_ram_was_left_in_its_file_goes_on_there_once(tmp_pat
 
 def over_a_network(path: Path) -> None:
     """Make of a file what came over a network, and was kept: it does not say what there was beside the guest."""
-    header, *rest = StreamReader().feed(path.read_bytes())
-    assert isinstance(header, Header)
-    writer = StreamWriter(header.machine, header.recipe_digest)
-    for record in rest[:-1]:
-        if not isinstance(record, Home):
-            writer._add(record)
-    path.write_bytes(b"".join(writer.finish()))
+    found = records_of(path.read_bytes())
+    path.write_bytes(stream_of([record for record in found if not isinstance(record, Home)]))
 
 
 async def test_what_came_from_elsewhere_has_of_this_host_what_is_allowed_by_name(tmp_path: Path) -> None:

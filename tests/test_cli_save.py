@@ -16,6 +16,7 @@ import pytest
 import trio
 
 from tests.phases.machine import Running, connected, monitor, parse
+from tests.phases.streams import Pages, records_of, stream_of
 from tests.phases.update_kit import GUEST
 from tests.saved_machines import HANGS, again, begun, files, grown, original, saved, status, steps, ticked, ticks
 from vmm import hostio
@@ -24,8 +25,7 @@ from vmm.cli_save import SaveFailed, SaveUnclear, save
 from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream import StreamReader, StreamWriter
-from vmm.migration.stream_records import Header, Home, RamContent, RamInPlace
+from vmm.migration.stream_records import Home, RamInPlace
 from vmm.phases.machine import Machine
 from vmm.recipe import Recipe, Step
 
@@ -44,9 +44,9 @@ async def test_a_machine_goes_on_with_its_monitors_and_chardevs_at_their_paths(f
     await saved(tmp_path, file=file, serial=True)
     assert files(tmp_path) == sorted(["saved", "ser", *(["ram"] if file else [])])
     assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
-    records = StreamReader().feed((tmp_path / "saved").read_bytes())
+    records = records_of((tmp_path / "saved").read_bytes())
     assert any(isinstance(record, RamInPlace) for record in records) is file
-    assert any(isinstance(record, RamContent) for record in records) is not file
+    assert any(isinstance(record, Pages) for record in records) is not file
     said = (tmp_path / "ser").read_bytes()
     async with again(tmp_path) as running, connected(tmp_path / "qmp") as client:
         assert await status(client) == "running"
@@ -153,18 +153,18 @@ async def test_a_disk_that_is_full_leaves_the_guest_running_and_no_file(tmp_path
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 async def test_an_interrupt_calls_it_off(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interruption = Interruption()
-    send = Outflow.send
+    leave = Outflow.leave
 
-    async def interrupt_first(self: Outflow, *arguments: Any) -> None:
+    async def interrupt_first(self: Outflow, *arguments: Any) -> int:
         interruption.comes()
         await trio.sleep(0.05)  # until it is called off; else it fails by what comes of it
-        await send(self, *arguments)
+        return await leave(self, *arguments)
 
     if when == "before":
         interruption.comes()
-        monkeypatch.setattr(Outflow, "send", interrupt_first)
+        monkeypatch.setattr(Outflow, "leave", interrupt_first)
     else:
-        monkeypatch.setattr(Outflow, "send", interrupt_first)
+        monkeypatch.setattr(Outflow, "leave", interrupt_first)
     async with original(tmp_path) as running:
         text = await fails(tmp_path, Interrupted, running, interruption)
     assert text == "The save was interrupted: the machine goes on"
@@ -249,7 +249,7 @@ async def test_a_machine_that_ends_meanwhile_is_told(tmp_path: Path, monkeypatch
             running.host.ending.end("host-signal")
             await trio.sleep_forever()
 
-        monkeypatch.setattr(Outflow, "send", end_first)
+        monkeypatch.setattr(Outflow, "leave", end_first)
         with pytest.raises(SaveUnclear) as caught:
             await save(str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
     assert str(caught.value) == "The save went wrong: the machine ended while it was being saved"
@@ -309,13 +309,8 @@ async def test_what_is_no_saved_machine_is_told(tmp_path: Path) -> None:
 
 async def test_a_state_that_came_over_a_network_says_nothing_of_this_host(tmp_path: Path) -> None:
     await saved(tmp_path)
-    header, *rest = StreamReader().feed((tmp_path / "saved").read_bytes())
-    assert isinstance(header, Header)
-    writer = StreamWriter(header.machine, header.recipe_digest)
-    for record in rest[:-1]:
-        if not isinstance(record, Home):
-            writer._add(record)
-    (tmp_path / "saved").write_bytes(b"".join(writer.finish()))
+    found = records_of((tmp_path / "saved").read_bytes())
+    (tmp_path / "saved").write_bytes(stream_of([record for record in found if not isinstance(record, Home)]))
     assert refused(tmp_path) == (
         f"Cannot resume from {tmp_path}/saved: it does not say what the machine had beside its guest; "
         "start it by restore"

@@ -21,6 +21,7 @@ from vmm.facets import (
     Cancellable,
     Departure,
     DescriptorSender,
+    DirtyPages,
     GuestRam,
     MemoryMap,
     OwnershipOffer,
@@ -695,6 +696,30 @@ class MaySendDescriptors(Token[DescriptorSender]):
 
 
 @final
+class MayReadDirtyLog(Token[DirtyPages]):
+    """May find out what the guest writes; exists only while a migration is under way."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-read-dirty-log"
+
+    def start(self) -> None:
+        """Begin: what is written from here on is collected."""
+        self._reach().start()
+
+    def stop(self) -> None:
+        """End. Without effect where it is off."""
+        self._reach().stop()
+
+    def collect(self, into: Any) -> None:
+        """Put every page into a set of pages that was written since the last call."""
+        self._reach().collect(into)
+
+    def protect(self, first: int, pages: int) -> None:
+        """Note that these pages are about to be read."""
+        self._reach().protect(first, pages)
+
+
+@final
 class MaySaveState(Token[StateSource]):
     """May read the machine's state; exists only while every vCPU is out and every queue is at rest."""
 
@@ -733,7 +758,7 @@ KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySendDescriptors,
-    MaySaveState, MayReleaseGuest, MayResumeHere,
+    MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 

@@ -198,7 +198,7 @@ class Saved:
         Raises:
             SavedStateRefused, HostFileRefused: it is not, or is no saved machine.
         """
-        from vmm.migration.stream_records import PROCESSOR, Home, RamMapped, Section
+        from vmm.migration.stream_records import PROCESSOR, Home, RamExtents, RamInPlace, RamMapped, Section
         from vmm.migration.stream_records import Recipe as RecipeRecord
 
         commands: list[Mapping[str, Any]] = []
@@ -212,7 +212,9 @@ class Saved:
             elif isinstance(record, RamMapped):
                 is_mapped = True
                 break
-            elif isinstance(record, Section) and record.name != PROCESSOR:
+            elif isinstance(record, (RamExtents, RamInPlace)) or (
+                isinstance(record, Section) and record.name != PROCESSOR
+            ):
                 break
         if not commands:
             raise SavedStateRefused(what=what, path=path, reason="it does not say what machine it is of")

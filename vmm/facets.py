@@ -150,6 +150,26 @@ class DescriptorSender(Protocol):
         ...
 
 
+class DirtyPages(Protocol):
+    """A log of the pages that are written; `vmm.kvm.dirty_log.DirtyLog` says what each does."""
+
+    def start(self) -> None:
+        """Begin."""
+        ...
+
+    def stop(self) -> None:
+        """End."""
+        ...
+
+    def collect(self, into: Any) -> None:
+        """Put what was written since into the set `into`."""
+        ...
+
+    def protect(self, first: int, pages: int) -> None:
+        """Note that these pages are about to be read."""
+        ...
+
+
 class StateSource(Protocol):
     """Gives a whole machine's state, which stands still."""
 

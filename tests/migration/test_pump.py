@@ -32,7 +32,7 @@ async def pair() -> AsyncIterator[Pair]:
 
 async def write(sock: trio.socket.SocketType, data: bytes) -> int:
     def work(bell: Doorbell) -> int:
-        bulk = Bulk(sock.fileno(), bell, peer=True)
+        bulk = Bulk(sock.fileno(), peer=True).heed(bell)
         bulk.write([data[:5], b"", memoryview(data)[5:]])
         return bulk.bytes
 
@@ -70,7 +70,7 @@ async def test_a_cancelled_write_ends_though_nobody_reads(pair: Pair) -> None:
 
 async def test_a_cancelled_read_ends_though_nobody_writes(pair: Pair) -> None:
     def work(bell: Doorbell) -> int:
-        return Bulk(pair[0].fileno(), bell, peer=True).read_into(memoryview(bytearray(10)))
+        return Bulk(pair[0].fileno(), peer=True).heed(bell).read_into(memoryview(bytearray(10)))
 
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
@@ -100,12 +100,12 @@ async def test_the_end_of_a_file_is_no_bytes_and_a_full_disk_an_error(tmp_path: 
     try:
 
         def read(bell: Doorbell) -> list[int]:
-            bulk = Bulk(source, bell, peer=False)
+            bulk = Bulk(source, peer=False).heed(bell)
             return [bulk.read_into(memoryview(bytearray(10))) for _ in range(2)]
 
         assert await in_thread(read) == [3, 0]
         with pytest.raises(HostFileRefused) as caught:
-            await in_thread(lambda bell: Bulk(sink, bell, peer=False).write([b"x"]))
+            await in_thread(lambda bell: Bulk(sink, peer=False).heed(bell).write([b"x"]))
         assert str(caught.value) == "Cannot write /dev/full: No space left on device"
     finally:
         os.close(source)

@@ -123,7 +123,7 @@ def test_a_flipped_byte_is_corrupt_in_pieces_too(offset: int, flip: int, piece: 
     ("offset", "text"),
     [
         (0, "it begins with 8854564d4d0d0a1a, expected 8954564d4d0d0a1a"),
-        (8, "it has format version 0, version 1 is read here"),
+        (8, "it has format version 0; versions 1 to 2 are read here"),
         (10, "its bytes 10 and 11 are 0x0001, expected 0"),
         (20, "record 0 at offset 12: a damaged record header: its checksum is "),
         (50, "record 0 at offset 12: a damaged header: its checksum is "),

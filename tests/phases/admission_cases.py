@@ -56,7 +56,8 @@ class State:
     def traits(self) -> set[str]:
         """Return what of the machine decides on some tokens."""
         copied = self.goes_back if self.phase == "postmigrate" else self.streams
-        names = {"copied": copied, "updated": self.stage not in ("", "copying")}
+        copying = self.stage == "copying"
+        names = {"copied": copied, "copying": copying, "updated": bool(self.stage) and not copying}
         return {name for name, is_so in names.items() if is_so}
 
     @property

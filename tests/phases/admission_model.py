@@ -144,7 +144,6 @@ DEVIATIONS: Final = (
     _but("incoming", "it is called off by what boot grants, as before", less="cancel-migration"),
     _but("running", "a machine with a guest awaits none", less="listen"),
     _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
-    _but("migrating", "no dirty log is read: RAM is shared, or copied while the guest stands", less="read-dirty-log"),
 )  # fmt: skip
 
 ONLY: Final[Mapping[tuple[str, str], str]] = {
@@ -157,6 +156,7 @@ ONLY: Final[Mapping[tuple[str, str], str]] = {
         "copied",
     ),
     ("migrating", "may-send-descriptors"): "updated",
+    ("migrating", "may-read-dirty-log"): "copying",
     # After a live update the guest comes back by a hand-over only.
     ("postmigrate", "may-resume-here"): "copied",
 }  # fmt: skip

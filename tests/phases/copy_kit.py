@@ -208,7 +208,7 @@ class Peer:
     async def invited(self) -> None:
         """Read what comes before the guest is stopped."""
         await self.read(PREAMBLE)
-        for _ in range(3):
+        for _ in range(4):
             head = await self.read(HEAD_SIZE)
             await self.read(int.from_bytes(head[8:12], "little"))
 

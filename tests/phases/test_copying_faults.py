@@ -49,10 +49,10 @@ def full(machine: EmbeddedMachine) -> None:
 
 
 async def head_of(path: Path) -> int:
-    """Return how many bytes of a saved stream are its preamble, header, recipe and processor."""
+    """Return how many bytes of a saved stream are its preamble, header, recipe, processor and terms."""
     data = await trio.Path(path).read_bytes()
     at = PREAMBLE
-    for _ in range(3):
+    for _ in range(4):
         at += HEAD_SIZE + int.from_bytes(data[at + 8 : at + 12], "little")
     return at
 
@@ -181,7 +181,7 @@ async def test_the_monitor_answers_while_ram_is_copied_and_tells_how_far_it_is(t
                 await peer.read(1 << 20)
                 info = await outcome(source, "active")
                 remaining.append(info["ram"]["remaining"])
-                assert await status(source) == "finish-migrate"
+                assert await status(source) == "running"
             assert remaining == sorted(remaining, reverse=True)
             assert 0 < remaining[-1] < remaining[0]
 
@@ -401,7 +401,7 @@ async def test_without_exit_on_error_a_machine_may_await_the_next(tmp_path: Path
             assert (await peer.hear()).name == "ready"
         info = await outcome(machine)
         assert info["status"] == "failed"
-        assert info["error-desc"].startswith(f"State stream: it ends after {len(data) // 2} bytes; expected record")
+        assert info["error-desc"].startswith(f"State stream: it ends after {len(data) // 2} bytes; expected ")
         assert machine.path.endswith("incoming")
         assert ram(machine) == []
         await machine.execute("migrate-incoming", uri=uri, exit_on_error=False)

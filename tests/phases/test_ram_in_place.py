@@ -24,11 +24,11 @@ from tests.phases.copy_kit import (
     ticked,
 )
 from tests.phases.memory_kit import in_file, memfd, recipe, with_ram
+from tests.phases.streams import Pages, records_of, stream_of
 from vmm import hostmem
 from vmm.errors import HostFileRefused, VmmError
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream import StreamReader, StreamWriter
-from vmm.migration.stream_records import Home, RamContent, RamExtents, RamInPlace
+from vmm.migration.stream_records import Home, RamExtents, RamInPlace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ async def saved(folder: Path) -> int:
 
 
 def records(path: Path) -> list[Any]:
-    return list(StreamReader().feed(path.read_bytes()))
+    return records_of(path.read_bytes())
 
 
 async def failure(machine: EmbeddedMachine, command: str, /, **arguments: Any) -> str:
@@ -85,7 +85,7 @@ async def test_a_guest_goes_on_with_its_ram_where_it_was_left(tmp_path: Path) ->
         names = [event["event"] async for event in events]
         assert names.count("STOP") == 1
     found = records(tmp_path / "state")
-    assert not any(isinstance(record, (RamContent, RamExtents)) for record in found)
+    assert not any(isinstance(record, (Pages, RamExtents)) for record in found)
     (place,) = (record for record in found if isinstance(record, RamInPlace))
     assert (place.name, place.size) == ("m0", SIZE)
     assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600
@@ -126,7 +126,7 @@ async def test_ram_that_nobody_could_find_again_is_copied(kind: str, tmp_path: P
         await source.execute("migrate", uri=f"file:{tmp_path}/state", **more)
         assert (await outcome(source))["status"] == "completed"
     found = records(tmp_path / "state")
-    assert any(isinstance(record, RamContent) for record in found)
+    assert any(isinstance(record, Pages) for record in found)
     assert not any(isinstance(record, RamInPlace) for record in found)
     async with vmm.machine(commands(upto="cpu-model-set")) as machine:
         await machine.execute("loadvm", name=str(tmp_path / "state"))
@@ -268,23 +268,11 @@ async def test_a_state_that_has_its_ram_in_two_places_is_refused_and_writes_to_n
 ) -> None:
     await saved(tmp_path)
     before = (tmp_path / "ram").read_bytes()
-    header, *rest = records(tmp_path / "state")
-    writer = StreamWriter(header.machine, header.recipe_digest)
-    for record in rest[:-1]:
-        content = RamContent(((0, 4096),), (b"x" * 4096,))
-        if isinstance(record, RamInPlace):
-            if more == "content before":
-                writer.ram_extents([(0, SIZE)], in_stream=True)
-                writer.ram_content(content)
-            writer._add(record)
-            if more == "twice":
-                writer._add(record)
-            elif more == "content after":
-                writer.ram_extents([(0, SIZE)], in_stream=True)
-                writer.ram_content(content)
-        else:
-            writer._add(record)
-    (tmp_path / "bad").write_bytes(b"".join(writer.finish()))
+    found = records(tmp_path / "state")
+    at = next(number for number, record in enumerate(found) if isinstance(record, RamInPlace))
+    place, content = found[at], [RamExtents(((0, SIZE),), in_stream=True), Pages.of((0, b"x" * 4096))]
+    both = {"twice": [place, place], "content after": [place, *content], "content before": [*content, place]}
+    (tmp_path / "bad").write_bytes(stream_of([*found[:at], *both[more], *found[at + 1 :]]))
     async with vmm.machine(waiting(tmp_path / "ram")) as machine:
         assert await failure(machine, "loadvm", name=str(tmp_path / "bad")) == (
             "State stream: it says twice where the guest's RAM is: once in it, once in a file, or in two files"
@@ -322,13 +310,13 @@ async def test_a_save_that_is_called_off_leaves_the_guest_running(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with with_ram(in_file(tmp_path / "ram")) as source:
-        send = Outflow.send
+        leave_ram = Outflow.leave
 
-        async def cancel_first(self: Outflow, *arguments: Any) -> None:
+        async def cancel_first(self: Outflow, *arguments: Any) -> int:
             await source.execute("migrate_cancel")
-            await send(self, *arguments)
+            return await leave_ram(self, *arguments)
 
-        monkeypatch.setattr(Outflow, "send", cancel_first)
+        monkeypatch.setattr(Outflow, "leave", cancel_first)
         assert (await leave(source, tmp_path / "state"))["status"] == "cancelled"
         assert parts(source).memory.stays_for() is None
         await goes_on(source)

@@ -11,8 +11,10 @@ import trio
 
 from vmm.errors import StreamCorrupt, VmmError
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
-from vmm.migration.stream import StreamReader
+from vmm.migration.ram_records import RamPages
+from vmm.migration.stream import PAGES_VERSION, StreamReader
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, Header, Recipe, Section, recipe_digest
+from vmm.migration.terms import Terms
 from vmm.migration.words import Word, hear, say
 
 if TYPE_CHECKING:
@@ -20,10 +22,11 @@ if TYPE_CHECKING:
 
     from vmm.hw.doorbell import Doorbell
     from vmm.migration.connection import Connection
+    from vmm.migration.ram import RamWriter
     from vmm.migration.stream_records import Record
 
-_PIECE: Final = 1 << 20
-"""Bytes read at once."""
+_PIECE: Final = 1 << 16
+"""Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
 
 _LAST_WORDS: Final = 1.0
 """Seconds for a source to hear that it was refused, while it still sends."""
@@ -41,6 +44,8 @@ class Inflow:
         self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if connection.is_file else 0
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
+        self.terms = Terms()
+        """On what terms the guest comes, once the head was read."""
 
     @property
     def from_file(self) -> bool:
@@ -63,7 +68,7 @@ class Inflow:
         return self._fd, self._start
 
     async def read_head(self) -> tuple[Recipe, Section]:
-        """Read what a stream begins with: the recipe, which must be that of its header, and the section PROCESSOR.
+        """Read what a stream begins with: the recipe, which must be that of its header, the section PROCESSOR, terms.
 
         Raises:
             StreamCorrupt: it begins with something else.
@@ -72,10 +77,10 @@ class Inflow:
 
         def take(record: Record) -> bool:
             head.append(record)
-            return len(head) == _HEAD
+            return len(head) == (_HEAD if self._reader.version >= PAGES_VERSION else _HEAD - 1)
 
         await self.read(take)
-        header, recipe, processor = (*head, *[None] * _HEAD)[:_HEAD]
+        header, recipe, processor, terms = (*head, *[None] * _HEAD)[:_HEAD]
         assert isinstance(header, Header), "the reader lets no stream begin otherwise"
         if not isinstance(recipe, Recipe):
             raise StreamCorrupt(reason="it has no recipe: it does not say what machine it is of")
@@ -83,33 +88,48 @@ class Inflow:
             raise StreamCorrupt(reason="its recipe is not the one whose digest is in its header")
         if not isinstance(processor, Section) or (processor.name, processor.version) != (PROCESSOR, PROCESSOR_VERSION):
             raise StreamCorrupt(reason=f"its first section is not {PROCESSOR!r} of version {PROCESSOR_VERSION}")
+        if self._reader.version < PAGES_VERSION:
+            terms = Terms(answers=self._channel is not None)
+        if not isinstance(terms, Terms):
+            raise StreamCorrupt(reason="it does not say on what terms the guest comes")
+        self.terms = terms
         return recipe, processor
 
-    async def read(self, take: Callable[[Record], bool]) -> None:
+    async def read(self, take: Callable[[Record], bool], ram: RamWriter | None = None) -> None:
         """Call `take`, in a thread, for each record that comes, until it returns true or the stream has ended.
 
         A cancellation stops between two pieces; what was read and not taken is kept.
+
+        Args:
+            ram: takes the pages in that follow their record, which `take` does not see then.
 
         Raises:
             VmmError: what `take` raises; `StreamCorrupt` for what is no stream, or ends early.
         """
 
         def work(bell: Doorbell) -> None:
-            bulk = Bulk(self._fd, bell, peer=self._channel is not None)
+            reader = self._reader
+            bulk = Bulk(self._fd, peer=self._channel is not None).heed(bell)
             buffer = memoryview(bytearray(_PIECE))
             while True:
                 while self._records:
-                    if take(self._records.popleft()):
+                    record = self._records.popleft()
+                    if isinstance(record, RamPages):
+                        if ram is None:
+                            raise StreamCorrupt(reason="pages of RAM, where its head was expected")
+                        ram.take_pages(record, reader, bulk)
+                        self._records.extend(reader.feed(b""))
+                    elif take(record):
                         return
-                if self._reader.ended:
+                if reader.ended:
                     return
                 if self._reader.jump is not None:
                     os.lseek(self._fd, self._start + self._reader.jump, os.SEEK_SET)
                     self._reader.jumped()
                 count = bulk.read_into(buffer)
                 if not count:
-                    self._reader.close()
-                self._records.extend(self._reader.feed(buffer[:count]))
+                    reader.close()
+                self._records.extend(reader.feed(buffer[:count]))
 
         async with self._connection.explained():
             try:
@@ -156,5 +176,5 @@ class Inflow:
         self._connection.close()
 
 
-_HEAD: Final = 3
-"""Records that a stream begins with: header, recipe, and the processor."""
+_HEAD: Final = 4
+"""Records that a stream begins with: header, recipe, the processor, and from format version 2 on terms."""

@@ -1,4 +1,4 @@
-"""A guest that stands still, as a state stream on its way out, over a socket or into a file."""
+"""A guest as a state stream on its way out, over a socket or into a file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, final
 import trio
 
 from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, StreamCorrupt
+from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
-from vmm.migration.ram import RamReader
-from vmm.migration.stream import StreamWriter
+from vmm.migration.stream import PAGES_VERSION, StreamWriter
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
+from vmm.migration.terms import Terms
 from vmm.migration.words import Word, hear, say
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.connection import Connection
+    from vmm.migration.page_chunks import PageSink
+    from vmm.migration.precopy import Precopy
     from vmm.migration.section_payload import StateValue
-    from vmm.migration.status import MigrationRamStats
     from vmm.migration.stream_records import Section
 
 _OUTCOME = "the guest goes on in the source"
@@ -36,7 +38,9 @@ class Outflow:
         self._connection = connection
         self._channel = connection.stream
         self._fd = connection.fd
+        self._bulk = Bulk(self._fd, peer=self._channel is not None)
         self._writer: StreamWriter | None = None
+        self._sink: PageSink | None = None
 
     async def announce(
         self,
@@ -56,9 +60,10 @@ class Outflow:
         Raises:
             VmmError: the destination cannot have it, or is gone.
         """
-        self._writer = StreamWriter(name, recipe_digest(recipe))
+        self._writer = StreamWriter(name, recipe_digest(recipe), version=PAGES_VERSION)
         self._writer.recipe(recipe)
         self._writer.section(PROCESSOR, PROCESSOR_VERSION, processor)
+        self._writer.terms(Terms(answers=self._channel is not None))
         if self._connection.is_file:
             self._writer.home(home)
             return
@@ -67,55 +72,64 @@ class Outflow:
         if self._channel is not None:
             await self._hear("ready")
 
-    async def send(
-        self,
-        sections: Iterable[Section],
-        memory: GuestMemory,
-        report: Callable[[MigrationRamStats], None],
-        left: tuple[str, bytes] | None = None,
-    ) -> None:
-        """Send all the rest, in a thread. The guest stands. A file is on its disk when this returns.
+    async def precopy(self, precopy: Precopy) -> None:
+        """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`."""
+        writer = self._announced()
 
-        Args:
-            report: called from the thread with how far it is.
-            left: name of the back end in whose file RAM is left, and the identity that it is marked with.
+        def work(bulk: Bulk) -> None:
+            precopy.run(writer, bulk, self._pages(precopy.ram.memory))
+
+        await self._in_thread(work)
+
+    async def send(self, sections: Iterable[Section], precopy: Precopy) -> None:
+        """Send all the rest, in a thread. The guest stands. A file is on its disk when this returns.
 
         Raises:
             VmmError: it did not get there.
         """
-        writer = self._writer
-        assert writer is not None, "the state follows the recipe"
-        for section in sections:
-            writer.section(section.name, section.version, section.state)
+        writer = self._announced()
 
         def work(bulk: Bulk) -> None:
-            ram = RamReader(memory)
-            if left is not None:
-                name, identity = left
-                memory.stay(identity)
-                writer.ram_in_place(name, memory.size, identity)
-                bulk.write(writer.finish())
-                report(ram.statistics_in_place(bulk.bytes))
-                _sync(self._fd)
-                return
-            writer.ram_extents(ram.extents, in_stream=True)
-            report(ram.statistics(0))
-            bulk.write(writer.take())
-            for record in ram.records():
-                writer.ram_content(record)
-                bulk.write(writer.take())
-                report(ram.statistics(bulk.bytes))
+            precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
+            for section in sections:
+                writer.section(section.name, section.version, section.state)
             bulk.write(writer.finish())
-            report(ram.statistics(bulk.bytes))
             if self._connection.is_file:
                 _sync(self._fd)
 
         await self._in_thread(work)
 
+    async def leave(self, sections: Iterable[Section], memory: GuestMemory, name: str, identity: bytes) -> int:
+        """Do as `send`, and leave RAM in the file of back end `name`, marked with `identity`.
+
+        Return the bytes that were written here.
+        """
+        writer = self._announced()
+
+        def work(bulk: Bulk) -> None:
+            for section in sections:
+                writer.section(section.name, section.version, section.state)
+            memory.stay(identity)
+            writer.ram_in_place(name, memory.size, identity)
+            bulk.write(writer.finish())
+            _sync(self._fd)
+
+        await self._in_thread(work)
+        return self._bulk.bytes
+
+    def _announced(self) -> StreamWriter:
+        assert self._writer is not None, "the state follows the recipe"
+        return self._writer
+
+    def _pages(self, memory: GuestMemory) -> PageSink:
+        if self._sink is None:
+            self._sink = ChannelSink(memory, self._announced(), self._bulk)
+        return self._sink
+
     async def _in_thread(self, work: Callable[[Bulk], None]) -> None:
         try:
             async with self._connection.explained():
-                await in_thread(lambda bell: work(Bulk(self._fd, bell, peer=self._channel is not None)))
+                await in_thread(lambda bell: work(self._bulk.heed(bell)))
         except ChannelBroken:
             # Whoever refuses says why before it closes.
             await self._hear("refused")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import select
-from typing import TYPE_CHECKING, Final, TypeVar, final
+from typing import TYPE_CHECKING, Final, Self, TypeVar, final
 
 import trio
 
 from vmm.errors import HostFileRefused, VmmError
 from vmm.hw.doorbell import open_doorbell
+from vmm.kvm._pages import lib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from vmm.hw.doorbell import Doorbell
 
 ResultT = TypeVar("ResultT")
+
+ENDED: Final[int] = lib.TV_ENDED
+"""What a step of `Bulk.read_by` returns where nothing comes any more."""
 
 _IOV_MAX: Final = 1024  # pieces of one writev; Source: sysconf(3)
 _BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH)
@@ -44,12 +48,17 @@ class Bulk:
         peer: whether somebody is at its other end, who may speak.
     """
 
-    def __init__(self, fd: int, bell: Doorbell, *, peer: bool) -> None:
-        self._fd = fd
-        self._bell = bell
+    def __init__(self, fd: int, *, peer: bool) -> None:
+        self.fd: Final = fd
+        self._bell: Doorbell | None = None
         self._peer = peer
         self.bytes = 0
         """Read or written so far."""
+
+    def heed(self, bell: Doorbell) -> Self:
+        """Stop where `bell` rings, from now on; return itself."""
+        self._bell = bell
+        return self
 
     def write(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Write all of `buffers`.
@@ -62,7 +71,7 @@ class Bulk:
         while left:
             self._look(select.POLLIN if self._peer else 0)
             try:
-                count = os.writev(self._fd, left[:_IOV_MAX])
+                count = os.writev(self.fd, left[:_IOV_MAX])
             except BlockingIOError:
                 self._wait(select.POLLOUT)
                 continue
@@ -84,7 +93,7 @@ class Bulk:
         while True:
             self._look(0)
             try:
-                count = os.readv(self._fd, [buffer])
+                count = os.readv(self.fd, [buffer])
             except BlockingIOError:
                 self._wait(select.POLLIN)
                 continue
@@ -93,10 +102,37 @@ class Bulk:
             self.bytes += count
             return count
 
+    def write_by(self, step: Callable[[], int]) -> None:
+        """Call `step` until it has written all: it returns 1 then, 0 where there is no room, or minus an errno.
+
+        Raises as `write` does. What it writes is the caller's to add to `bytes`.
+        """
+        self._look(select.POLLIN if self._peer else 0)
+        self._move_by(step, select.POLLOUT, "write")
+
+    def read_by(self, step: Callable[[], int]) -> bool:
+        """Call `step` until it has read all: it returns 1 then, 0 where nothing has come, `ENDED`, or minus an errno.
+
+        Return whether all came. Raises as `read_into` does.
+        """
+        self._look(0)
+        return self._move_by(step, select.POLLIN, "read") != ENDED
+
+    def wait(self, seconds: float) -> None:
+        """Wait, unless the bell rings or the peer speaks. Raises as `write` does."""
+        self._poll(select.POLLIN if self._peer else 0, round(seconds * 1000), select.POLLIN if self._peer else 0)
+
+    def _move_by(self, step: Callable[[], int], event: int, action: str) -> int:
+        while (result := step()) == 0:
+            self._wait(event)
+        if result < 0 and result != ENDED:
+            raise self._failure(action, OSError(-result, os.strerror(-result)))
+        return result
+
     def _failure(self, action: str, error: OSError) -> Exception:
         if self._peer and error.errno in _BROKEN:
             return ChannelBroken(os.strerror(error.errno or 0))
-        return HostFileRefused(action=action, path=_path_of(self._fd), reason=os.strerror(error.errno or 0))
+        return HostFileRefused(action=action, path=_path_of(self.fd), reason=os.strerror(error.errno or 0))
 
     def _look(self, unwanted: int) -> None:
         """Raise if the bell has rung, or the peer has done what is `unwanted`. Does not wait."""
@@ -106,19 +142,21 @@ class Bulk:
         self._poll(event | (select.POLLIN if self._peer else 0), None, select.POLLIN & ~event if self._peer else 0)
 
     def _poll(self, events: int, timeout: int | None, unwanted: int) -> None:
+        bell = self._bell
+        assert bell is not None, "heed() comes first"
         poll = select.poll()
-        poll.register(self._bell.fd, select.POLLIN)
+        poll.register(bell.fd, select.POLLIN)
         if events:
-            poll.register(self._fd, events)
+            poll.register(self.fd, events)
         for fd, found in poll.poll(timeout):
-            if fd == self._bell.fd:
+            if fd == bell.fd:
                 raise _Stopped
             if found & unwanted:
                 raise ChannelBroken("it spoke first")
 
 
 async def in_thread(work: Callable[[Doorbell], ResultT], limiter: trio.CapacityLimiter | None = None) -> ResultT:
-    """Run `work` in a thread and return its result; it makes a `Bulk` of the bell that it is given.
+    """Run `work` in a thread and return its result; its `Bulk` heeds the bell that it is given.
 
     A cancellation stops it at its next piece, and is raised once it has ended.
 

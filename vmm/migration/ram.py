@@ -1,4 +1,4 @@
-"""The content of a guest's RAM as records of a stream, and back. The guest stands still.
+"""A guest's RAM as records of a stream, and back.
 
 Both directions run in a thread of their own; what they report is read on the loop.
 """
@@ -8,75 +8,121 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, final
 
-import attrs
-
 from vmm.errors import MigrationRefused, StreamCorrupt
+from vmm.kvm.page_map import PageMap
+from vmm.migration.page_chunks import PageIntake
 from vmm.migration.status import MigrationRamStats
-from vmm.migration.stream_records import CONTENT_SIZE, PAGE_SIZE, RamContent
+from vmm.migration.stream_records import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmm.capabilities import MayWriteGuestMemory
+    from vmm.facets import DirtyPages
     from vmm.kvm.memory import GuestMemory
-    from vmm.migration.stream_records import RamExtents, RamInPlace, RamMapped
+    from vmm.migration.page_chunks import PageSink
+    from vmm.migration.pump import Bulk
+    from vmm.migration.ram_records import RamPages
+    from vmm.migration.stream import StreamReader
+    from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped
+
+_PROTECT: Final = 1 << 18
+"""Pages that are protected at once before they are read, and that one piece lies within: 1 GiB."""
 
 
 @final
-class RamReader:
-    """A guest's RAM on its way out."""
+class RamSender:
+    """A guest's RAM on its way out, in passes: the first over all of it, each further one over what was written since.
 
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
+    Made on the loop, used by one thread at a time; `statistics` may be called from any.
+
+    Args:
+        log: what the guest writes meanwhile; None where it stands until all has gone.
+    """
+
+    def __init__(self, memory: GuestMemory, log: DirtyPages | None) -> None:
+        self.memory: Final = memory
+        self._log: Final = log
         self._begun: Final = time.monotonic()
         self.extents: Final = tuple((region.address, region.size) for region in memory.regions)
-        self._sent = 0  # bytes of content
-        self._passed = 0  # bytes of RAM that are behind, whether they were sent or are zero
+        self.todo: Final = PageMap(memory.size // PAGE_SIZE)
+        """Pages that have to go, for the first time or again."""
+        self._untouched = 0
+        self.passes = 0
+        self.dirty_rate = 0
+        """Pages a second that were written during the last pass."""
+        self._data_pages = self._zero_pages = self._bytes = 0
+        self._live_bytes: int | None = None
+        self._left = self.todo.pages
 
-    def records(self) -> Iterator[RamContent]:
-        """Yield all that is not zero, in ascending order. The data are views of the guest's RAM."""
-        runs: list[tuple[int, int]] = []
-        size = 0
-        for address, length in self._memory.data_runs():
-            if size + length > CONTENT_SIZE:
-                yield self._record(runs)
-                runs, size = [], 0
-            runs.append((address, length))
-            size += length
-        if runs:
-            yield self._record(runs)
-        self._passed = self._memory.size
+    @property
+    def is_live(self) -> bool:
+        """Whether the guest may run meanwhile."""
+        return self._log is not None
 
-    def _record(self, runs: list[tuple[int, int]]) -> RamContent:
-        self._sent += sum(size for _, size in runs)
-        address, size = runs[-1]
-        self._passed = self._size_below(address + size)
-        return RamContent(tuple(runs), tuple(self._memory.view(*run) for run in runs))
+    def begin(self) -> None:
+        """Begin the first pass. Raises `KvmCallFailed`."""
+        if self._log is not None:
+            self._log.start()
+        self.todo.merge(self.memory.touched())
+        self._left = len(self.todo)
+        self._untouched = self.todo.pages - self._left
 
-    def _size_below(self, address: int) -> int:
-        return sum(min(size, max(0, address - start)) for start, size in self.extents)
+    def stop(self) -> None:
+        """Collect no more what is written. Idempotent."""
+        if self._log is not None:
+            self._log.stop()
 
-    def statistics_in_place(self, transferred: int) -> MigrationRamStats:
-        """Return the same for RAM that stays where it is, now that all else is written."""
-        self._passed = self._memory.size
-        return attrs.evolve(self.statistics(transferred), duplicate=0)
+    def collect(self) -> int:
+        """Add what was written since the last pass began to what has to go; return how many pages that are now."""
+        if self._log is not None:
+            self._log.collect(self.todo)
+        self._left = len(self.todo)
+        return self._left
 
-    def statistics(self, transferred: int) -> MigrationRamStats:
-        """Return what `query-migrate` shows. `transferred`: bytes on the channel so far, not those of RAM alone."""
+    def pages(self, sink: PageSink) -> Iterator[None]:
+        """Send all that has to go, in pieces; pause after each. Raises as `PageSink.send`."""
+        self.passes += 1
+        for region in self.memory.regions:
+            first = region.offset // PAGE_SIZE
+            end = first + region.size // PAGE_SIZE
+            window = first
+            while (first := self.todo.first(first, end)) < end:
+                if first >= window:
+                    window = min(end, first + _PROTECT)
+                    if self._log is not None:
+                        self._log.protect(first, window - first)
+                first = sink.send(self.todo, region, first, window)
+                self._note(sink)
+                yield
+
+    def stands(self) -> None:
+        """Note that the guest stands from here on."""
+        if self._live_bytes is None:
+            self._live_bytes = self._bytes
+
+    def _note(self, sink: PageSink) -> None:
+        sent = sink.data_pages + sink.zero_pages - self._data_pages - self._zero_pages
+        self._left = max(0, self._left - sent)
+        self._data_pages, self._zero_pages, self._bytes = sink.data_pages, sink.zero_pages, sink.bytes
+
+    def statistics(self) -> MigrationRamStats:
+        """Return what `query-migrate` shows. Transferred are the bytes on the channels, not those of RAM alone."""
         seconds = max(time.monotonic() - self._begun, 1e-6)
-        pages = self._sent // PAGE_SIZE
+        live = self._bytes if self._live_bytes is None else self._live_bytes
         return MigrationRamStats(
-            transferred=transferred,
-            precopy_bytes=0,
-            downtime_bytes=transferred,
-            remaining=self._memory.size - self._passed,
-            total=self._memory.size,
-            duplicate=(self._passed - self._sent) // PAGE_SIZE,
-            normal=pages,
-            normal_bytes=self._sent,
-            mbps=round(transferred * 8 / 1e6 / seconds, 3),
-            pages_per_second=round(pages / seconds),
-            dirty_sync_count=1,
+            transferred=self._bytes,
+            precopy_bytes=live if self.is_live else 0,
+            downtime_bytes=self._bytes - (live if self.is_live else 0),
+            remaining=self._left * PAGE_SIZE,
+            total=self.memory.size,
+            duplicate=self._zero_pages + self._untouched,
+            normal=self._data_pages,
+            normal_bytes=self._data_pages * PAGE_SIZE,
+            mbps=round(self._bytes * 8 / 1e6 / seconds, 3),
+            pages_per_second=round(self._data_pages / seconds),
+            dirty_pages_rate=self.dirty_rate,
+            dirty_sync_count=self.passes,
             page_size=PAGE_SIZE,
         )
 
@@ -92,6 +138,7 @@ class RamWriter:
         self._expected: Final = tuple((region.address, region.size) for region in memory.regions)
         self._listed: list[tuple[int, int]] = []
         self._in_place = False
+        self._pages: Final = PageIntake(memory, store=may is not None)
 
     def list_extents(self, record: RamExtents) -> None:
         """Check extents before any content comes. Raises `StreamCorrupt` unless they are this machine's RAM."""
@@ -141,12 +188,17 @@ class RamWriter:
         for (address, _), data in zip(record.runs, record.data, strict=True):
             self._may.place(address, data)
 
+    def take_pages(self, record: RamPages, reader: StreamReader, bulk: Bulk) -> None:
+        """Take in pages that follow their record; see `PageIntake.take`."""
+        self._pages.take(record, reader, bulk)
+
     def require_complete(self) -> None:
-        """Raise `StreamCorrupt` unless all of RAM was among the extents."""
+        """Raise `StreamCorrupt` unless all of RAM was among the extents, and is undamaged."""
         if tuple(self._listed) != (() if self._in_place else self._expected):
             raise StreamCorrupt(
                 reason=f"its RAM is {_describe(self._listed)}, this machine has {_describe(self._expected)}"
             )
+        self._pages.require_whole()
 
 
 def _both() -> StreamCorrupt:

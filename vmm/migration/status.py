@@ -189,7 +189,8 @@ class MigrationProgress:
 
     def __init__(self, side: Side, observer: Callable[[MigrationStatus], None], clock: Callable[[], float]) -> None:
         self.side: Final = side
-        self.ram = MigrationRamStats()
+        self._ram = MigrationRamStats()
+        self._meter: Callable[[], MigrationRamStats] | None = None
         self.expected_downtime = 0
         """Milliseconds; what `query-migrate` tells while the downtime is not known."""
         self.addresses: tuple[SocketAddress, ...] = ()
@@ -215,6 +216,19 @@ class MigrationProgress:
     def status(self) -> MigrationStatus:
         """The present status."""
         return self._status
+
+    @property
+    def ram(self) -> MigrationRamStats:
+        """What was sent of RAM."""
+        return self._ram if self._meter is None else self._meter()
+
+    @ram.setter
+    def ram(self, statistics: MigrationRamStats) -> None:
+        self._ram, self._meter = statistics, None
+
+    def follow_ram(self, meter: Callable[[], MigrationRamStats]) -> None:
+        """From now until the end, ask `meter` what was sent of RAM."""
+        self._meter = meter
 
     @property
     def under_way(self) -> bool:
@@ -306,6 +320,7 @@ class MigrationProgress:
             self._setup_done = self._clock()
         if status in IDLE:
             self._over = self._clock()
+            self.ram = self.ram
         self._status = status
         self._observer(status)
 

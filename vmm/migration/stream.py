@@ -3,7 +3,7 @@
     preamble   8 bytes magic, u16 format version, u16 zero
     record 0   header: machine name, digest of the recipe
     record 1   recipe, where it travels with the state
-    …          device sections; RAM extents; where the content of RAM is in the stream, it, after its extents
+    …          device sections; RAM extents; where RAM is in the stream, it, after its extents
     last       end: number of records, checksum over their headers
 
 A record is a header of 20 bytes and a payload; all integers are little-endian:
@@ -17,7 +17,11 @@ and raises nothing but `StreamCorrupt`. The content of RAM is not limited by the
 them, ascending, so that no more of it can come than they have. Whether they are RAM is for the reader's caller to check
 before it feeds more.
 
-Both classes are pure: `vmm.migration.stream_io` moves the bytes.
+Format version 1 has all of RAM in records of content, once. Version 2 has it in pages, which may come again while the
+guest runs; their bytes follow their record and are not part of it, so that they can go straight from and to the guest's
+memory. docs/stream.md has all of it.
+
+Both classes are pure: others move the bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
+from vmm.migration.ram_records import RamPages, RamPass
 from vmm.migration.section_payload import Misshapen
 from vmm.migration.stream_records import (
     End,
@@ -40,6 +45,7 @@ from vmm.migration.stream_records import (
     Recipe,
     Section,
 )
+from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -49,6 +55,8 @@ if TYPE_CHECKING:
 
 MAGIC: Final = b"\x89TVMM\r\n\x1a"
 FORMAT_VERSION: Final = 1
+PAGES_VERSION: Final = 2
+"""Of a stream with terms and pages."""
 SECTIONS_LIMIT: Final = 4096
 STREAM_LIMIT: Final = 256 << 20  # bytes of a whole stream but RAM content, unless a reader is told otherwise
 UNKNOWN_LIMIT: Final = 16 << 20  # bytes of payload in a record that is skipped
@@ -62,7 +70,8 @@ _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
 
 _KINDS: Final[tuple[type[Record], ...]] = (
-    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, Home, End,
+    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, Home, Terms, RamPages,
+    RamPass, End,
 )  # fmt: skip
 _HEADER_NUMBER: Final = 0
 _RECIPE_NUMBER: Final = 1
@@ -86,8 +95,8 @@ class StreamWriter:
     for a whole machine's 20 KiB is part of the guest's pause.
     """
 
-    def __init__(self, machine: str, recipe_digest: bytes = b"") -> None:
-        preamble = _PREAMBLE.pack(MAGIC, FORMAT_VERSION, 0)
+    def __init__(self, machine: str, recipe_digest: bytes = b"", *, version: int = FORMAT_VERSION) -> None:
+        preamble = _PREAMBLE.pack(MAGIC, version, 0)
         self._buffers: list[bytes | memoryview] = [preamble]
         self._checksum = crc32(preamble)
         self._number = 0
@@ -129,6 +138,22 @@ class StreamWriter:
     def home(self, commands: Iterable[Mapping[str, Any]]) -> None:
         """Add what a reader in another place leaves out. Raises `MigrationRefused` where it does not fit."""
         self._add(Home(tuple(commands)), SKIPPABLE)
+
+    def terms(self, terms: Terms) -> None:
+        """Add the terms, after the section PROCESSOR."""
+        self._add(terms)
+
+    def ram_pass(self, number: int) -> None:
+        """Begin a pass over RAM."""
+        self._add(RamPass(number))
+
+    def ram_pages(self, table: bytes | memoryview) -> bytes:
+        """Add pages whose table this is; return the head that goes before it. Both are the caller's to send, and the
+        content after them; what was added before must have been taken."""
+        assert not self._buffers, "what comes before the pages has been sent"
+        head = _encode_head(RamPages.TYPE, self._number, len(table), crc32(table))
+        self._count(head)
+        return head
 
     def ram_content(self, content: RamContent) -> None:
         """Add content of RAM that lies in the extents before it and after all content before it.
@@ -184,6 +209,7 @@ class StreamReader:
         self._buffer = bytearray()
         self._offset = 0  # of the buffer's first byte in the stream
         self._checksum = 0
+        self._version = FORMAT_VERSION
         self._number = -1  # of the record that comes next; -1 before the preamble
         self._head: tuple[int, int, int] | None = None  # type, payload bytes, CRC of the record that is coming in
         self._names: Final[set[str]] = set()
@@ -191,6 +217,7 @@ class StreamReader:
         self._mapped = False  # whether its pages have fixed places
         self._content = 0  # bytes of records with RAM content so far, which the limit does not count
         self._contents = 0  # such records
+        self._pending = 0  # bytes that follow the last record and are not part of one
         self._ended = False
         self._failure: StreamCorrupt | None = None
 
@@ -199,8 +226,39 @@ class StreamReader:
         """Whether the end record was read."""
         return self._ended
 
+    @property
+    def version(self) -> int:
+        """Format version, once the preamble was read."""
+        return self._version
+
+    @property
+    def content(self) -> int:
+        """Bytes of pages that come next, before another record: those of the last record that `feed` returned."""
+        return self._pending
+
+    @property
+    def offset(self) -> int:
+        """Of the first byte that belongs to nothing yet."""
+        return self._offset
+
+    def take_content(self) -> bytes:
+        """Return what `feed` has got of the pages that come next."""
+        data = bytes(self._buffer[: self._pending])
+        del self._buffer[: len(data)]
+        self.pass_content(len(data))
+        return data
+
+    def pass_content(self, size: int) -> None:
+        """Note that `size` bytes of them went elsewhere."""
+        assert size <= self._pending
+        self._pending -= size
+        self._offset += size
+        self._content += size
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[Record]:
         """Take in the next bytes; return the records that they complete, the end record included.
+
+        After a `RamPages` with content it returns no more until that has been taken, or passed by.
 
         Raises:
             StreamCorrupt: the bytes are no such stream. It names the record, its offset, and what was expected.
@@ -229,6 +287,8 @@ class StreamReader:
         length = self._offset + len(self._buffer)
         if self._number < 0:
             expected = f"the preamble of {_PREAMBLE.size} bytes"
+        elif self._pending:
+            expected = f"{self._pending} bytes of pages at offset {self._offset}, after record {self._number - 1}"
         elif self._head is None:
             expected = f"record {self._number} at offset {self._offset}, after which an end record"
         else:
@@ -242,14 +302,15 @@ class StreamReader:
         records: list[Record] = []
         at = 0
         try:
-            while (size := self._next(at, records)) is not None:
+            while not self._pending and (size := self._next(at, records)) is not None:
                 at += size
         finally:
             self._offset += at
             del self._buffer[:at]
         if self.jump is not None:
             return records
-        under_way = 0 if self._head is not None and self._head[0] == RamContent.TYPE else len(self._buffer)
+        ram = self._pending or (self._head is not None and self._head[0] == RamContent.TYPE)
+        under_way = 0 if ram else len(self._buffer)
         if self._offset + under_way - self._content > self._limit:
             raise StreamCorrupt(reason=f"it has more than {self._limit} bytes, the most that is read here")
         if self._ended and self._buffer:
@@ -282,9 +343,11 @@ class StreamReader:
             self._checksum = crc32(view[at:start], self._checksum)
         if record is not None:
             records.append(record)
-        if kind == RamContent.TYPE:
+        if kind in (RamContent.TYPE, RamPages.TYPE, RamPass.TYPE):
             self._content += HEAD_SIZE + size
             self._contents += 1
+        if isinstance(record, RamPages):
+            self._pending = record.content
         self._head = None
         self._number += 1
         return HEAD_SIZE + size
@@ -293,8 +356,11 @@ class StreamReader:
         magic, version, zero = _PREAMBLE.unpack_from(self._buffer)
         if magic != MAGIC:
             raise StreamCorrupt(reason=f"it begins with {magic.hex()}, expected {MAGIC.hex()}")
-        if version != FORMAT_VERSION:
-            raise StreamCorrupt(reason=f"it has format version {version}, version {FORMAT_VERSION} is read here")
+        if not FORMAT_VERSION <= version <= PAGES_VERSION:
+            raise StreamCorrupt(
+                reason=f"it has format version {version}; versions {FORMAT_VERSION} to {PAGES_VERSION} are read here"
+            )
+        self._version = version
         if zero:
             raise StreamCorrupt(reason=f"its bytes 10 and 11 are {zero:#06x}, expected 0")
         self._checksum = crc32(self._buffer[: _PREAMBLE.size])
@@ -324,6 +390,10 @@ class StreamReader:
             raise self._corrupt(at, f"{self._noun(kind)}, expected the header as record 0 and nowhere else")
         if kind == Recipe.TYPE and self._number != _RECIPE_NUMBER:
             raise self._corrupt(at, "recipe, expected as record 1 or not at all")
+        if kind in (Terms.TYPE, RamPages.TYPE, RamPass.TYPE) and self._version < PAGES_VERSION:
+            raise self._corrupt(at, f"{self._noun(kind)}, which format version {self._version} has not")
+        if kind in (RamPages.TYPE, RamPass.TYPE) and not self._ram.listed:
+            raise self._corrupt(at, f"{self._noun(kind)}, expected after the RAM extents")
         if self._number - self._contents > 3 * SECTIONS_LIMIT:
             raise self._corrupt(at, f"at most {3 * SECTIONS_LIMIT} records are read")
 
@@ -378,6 +448,11 @@ class RamOrder:
         self._extents: list[tuple[int, int]] = []
         self._listed = 0  # end of the last extent
         self._at = 0  # end of the last run of content
+
+    @property
+    def listed(self) -> bool:
+        """Whether there were extents whose content is in the stream."""
+        return self._listed > 0
 
     def take(self, record: RamExtents | RamContent) -> None:
         """Follow one record. Raises `Misshapen` where it is out of place."""

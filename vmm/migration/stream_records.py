@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, final
 import attrs
 
 from vmm.errors import MigrationRefused, OptionInvalid, StateRejected
+from vmm.migration.ram_records import RamPages, RamPass
 from vmm.migration.section_payload import Misshapen, StateValue, canonical, decode_state, encode_state, parse_canonical
+from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -439,7 +441,19 @@ class End:
 
 
 Record: TypeAlias = (
-    Header | Recipe | Section | RamExtents | RamContent | RamInPlace | RamMapped | RamMappedSums | Home | End
+    Header
+    | Recipe
+    | Section
+    | RamExtents
+    | RamContent
+    | RamInPlace
+    | RamMapped
+    | RamMappedSums
+    | Home
+    | Terms
+    | RamPages
+    | RamPass
+    | End
 )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.kvm._kvm import CData
     from vmm.kvm.cpuid import CpuidEntry
+    from vmm.kvm.dirty_log import DirtyLog
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
@@ -104,6 +105,9 @@ class Accelerator(Protocol):
     ) -> Processors:
         """Make a vCPU for each of `leaves`, its answers to CPUID; its accesses go to `ports` and `mmio`."""
 
+    def dirty_log(self, memory: GuestMemory) -> DirtyLog | None:
+        """Return what finds out what the guest writes; None where it executes nothing, and stands all the time."""
+
     def time_ns(self) -> int:
         """Return Unix time in ns, as the machine's devices know it."""
 
@@ -154,6 +158,12 @@ class KvmAccelerator:
     ) -> Processors:
         """Make them of KVM's vCPUs."""
         return KvmProcessors.make(self.vm, leaves, ports, mmio, stack)
+
+    def dirty_log(self, memory: GuestMemory) -> DirtyLog:
+        """Return KVM's."""
+        from vmm.kvm.dirty_log import DirtyLog  # Most machines are never copied.
+
+        return DirtyLog(self.vm, memory)
 
     def time_ns(self) -> int:
         """Return the host's time."""

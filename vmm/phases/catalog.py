@@ -174,6 +174,14 @@ class MigrationChanged:
 
 @final
 @attrs.frozen(kw_only=True)
+class MigrationPass:
+    """A pass over the guest's RAM begins (with migration capability `events`)."""
+
+    number: int = attrs.field(metadata={"wire": "pass"})
+
+
+@final
+@attrs.frozen(kw_only=True)
 class JobStatusChange:
     """A job has entered a status."""
 
@@ -192,6 +200,7 @@ EVENTS: Final = (
     Event("VCPU_FAILED", VcpuFailed),
     Event("DEVICE_DELETED", DeviceDeleted),
     Event("MIGRATION", MigrationChanged),
+    Event("MIGRATION_PASS", MigrationPass),
     Event("JOB_STATUS_CHANGE", JobStatusChange),
 )
 

@@ -1,4 +1,4 @@
-"""A migration that copies the guest: it stands while its state and its RAM are sent, or saved, and is whole afterwards.
+"""A migration that copies the guest: its RAM while it runs, what is left of it and its state while it stands.
 
 The phases are those of a live update, `migrating` and `quiesced`, without the change of owner: what goes is a copy, and
 the two sides agree by words which of the two runs (`vmm.migration.words`).
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayCancelMigration, MaySaveState
+from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState
 from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import ExecAddress, FileAddress
 from vmm.migration.connect import close_descriptors, connect_channel
 from vmm.migration.connection import Connection
 from vmm.migration.outflow import Outflow
-from vmm.migration.status import MigrationStatus
+from vmm.migration.precopy import Precopy
+from vmm.migration.ram import RamSender
+from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import IDENTITY_SIZE, Section
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migrating import WITHHELD, MigratingGrants
@@ -35,11 +37,10 @@ if TYPE_CHECKING:
     from vmm.migration.address import ChannelAddress
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Residents, Turn
+    from vmm.phases.migration_state import MigrationState
     from vmm.phases.running import Run
     from vmm.phases.tls_objects import Tls
     from vmm.recipe import Recipe
-
-"""The section that says how the guest was when it was stopped: what a live update sends as a message."""
 
 _CONNECTING: Final = 10.0
 """Seconds for the channel to be connected."""
@@ -108,6 +109,30 @@ class Canceller:
 
 
 @final
+class Watch:
+    """Hears from the thread that sends how it goes, and tells whoever asks."""
+
+    def __init__(self, progress: MigrationProgress, migration: MigrationState) -> None:
+        self._progress: Final = progress
+        self._migration: Final = migration
+        self._loop: Final = trio.lowlevel.current_trio_token()
+        self.hurries = False
+        """Whether the passes are to end now."""
+        progress.expected_downtime = int(migration.parameters.values["downtime-limit"])
+
+    def passed(self, number: int) -> None:
+        """Tell that pass `number` begins."""
+        self._loop.run_sync_soon(self._migration.tell_pass, number)
+
+    def expects(self, downtime: float) -> None:
+        """Note the pause that is expected, in ms."""
+        self._progress.expected_downtime = round(downtime)
+
+    def after_pass(self, sent: int, dirtied: int, seconds: float) -> None:
+        """Note that another pass is needed."""
+
+
+@final
 @attrs.frozen(eq=False)
 class _Copy:
     """A migration under way."""
@@ -117,6 +142,7 @@ class _Copy:
     canceller: Canceller
     left: tuple[str, bytes] | None
     """Where RAM stays, and what marks it; None where it is copied."""
+    precopy: Precopy
 
 
 @final
@@ -169,21 +195,32 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     tls = _tls(run, plan)
     with closing(await plan.open(running.residents, two_way=two_way, tls=tls)) as flow:
         async with running.child("migrating") as phase:
+            log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
 
             def grants(mint: Mint) -> MigratingGrants:
-                may = mint(MayCancelMigration, canceller)
-                return MigratingGrants(cancel_migration=may, send_descriptors=None)
+                return MigratingGrants(
+                    cancel_migration=mint(MayCancelMigration, canceller),
+                    send_descriptors=None,
+                    read_dirty_log=None if log is None else mint(MayReadDirtyLog, log),
+                )
 
             running.tree.move(turn)
             progress = migration.begin("source")
-            async with phase.window(grants, withholds=WITHHELD):
+            async with phase.window(grants, withholds=WITHHELD) as window:
+                ram = RamSender(run.machine.memory, window.grants.read_dirty_log)
+                progress.follow_ram(ram.statistics)
+                precopy = Precopy(ram, migration.parameters.values, Watch(progress, migration))
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
                         await _announce(run, flow)
-                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left))
+                        if ram.is_live and migration.parameters["mode"] == "normal":
+                            await flow.precopy(precopy)
+                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left, precopy))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                finally:
+                    ram.stop()
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if pause is not None:
         return Gone(pause, progress, run.machine.memory)
@@ -285,11 +322,12 @@ async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
     progress = copy.progress
     sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
 
-    def report(statistics: Any) -> None:
-        # From the thread that sends; whole, so that the loop sees all of it or nothing.
-        progress.ram = statistics
-
-    await copy.flow.send(sections, may.ram(), report, copy.left)
+    if copy.left is None:
+        await copy.flow.send(sections, copy.precopy)
+    else:
+        ram = may.ram()
+        transferred = await copy.flow.leave(sections, ram, *copy.left)
+        progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
     with trio.move_on_after(_ANSWERING) as patience:
         await copy.flow.wait_loaded()

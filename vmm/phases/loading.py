@@ -55,7 +55,7 @@ async def read_state(
                 sums.append(record)
         return False
 
-    await flow.read(take)
+    await flow.read(take, ram)
     ram.require_complete()
     if len(maps) != len(sums):
         raise StreamCorrupt(reason=f"it has {len(maps)} maps of RAM and {len(sums)} records of their checksums")

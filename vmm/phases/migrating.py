@@ -18,6 +18,7 @@ from vmm.capabilities import (
     MayCreateBackend,
     MayOpenHostFile,
     MayPlugDevice,
+    MayReadDirtyLog,
     MaySendDescriptors,
     MaySetMigrationCap,
     MayStartMigration,
@@ -110,6 +111,8 @@ class MigratingGrants:
     cancel_migration: MayCancelMigration
     send_descriptors: MaySendDescriptors | None
     """None where the guest is copied."""
+    read_dirty_log: MayReadDirtyLog | None = None
+    """None where its RAM is not copied while it runs."""
 
 
 @final

@@ -141,6 +141,11 @@ class MigrationState:
         else:
             self.failed(progress, str(error))
 
+    def tell_pass(self, number: int) -> None:
+        """Tell that a pass over the guest's RAM begins."""
+        if self.capabilities["events"]:
+            self._events.emit("MIGRATION_PASS", {"pass": number})
+
     def failed(self, progress: MigrationProgress, reason: str) -> None:
         """Note that a migration has failed and all of it is undone."""
         progress.fail(reason)

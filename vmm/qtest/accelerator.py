@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vmm.capabilities import MayDeclareState
     from vmm.hw.boot.plan import CpuStart
     from vmm.kvm.cpuid import CpuidEntry
+    from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
 
 _SECOND: Final = 1_000_000_000  # ns
@@ -47,6 +48,9 @@ class QtestAccelerator:
     ) -> IdleProcessors:
         """Make vCPUs that access nothing."""
         return IdleProcessors(len(leaves), QtestSection(self.clock, self.lines))
+
+    def dirty_log(self, memory: GuestMemory) -> None:
+        """Return None: no guest writes."""
 
     def time_ns(self) -> int:
         """Return Unix time in ns, which moves with the virtual clock alone."""

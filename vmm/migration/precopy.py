@@ -1,0 +1,132 @@
+"""Precopy: pass after pass over the guest's RAM while it runs, until what is left goes within the guest's pause."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, Protocol, final
+
+from vmm.kvm.memory import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from vmm.migration.page_chunks import PageSink
+    from vmm.migration.pump import Bulk
+    from vmm.migration.ram import RamSender
+    from vmm.migration.stream import StreamWriter
+
+_BURST: Final = 0.05
+"""Seconds by which a limited rate may be exceeded, and afterwards has to be waited for."""
+_MEASURED: Final = 4 << 20
+"""Bytes that a pass must have had for its bandwidth to be believed."""
+
+
+class Watcher(Protocol):
+    """Hears how it goes. Called in the thread."""
+
+    def passed(self, number: int) -> None:
+        """Pass `number` begins."""
+
+    def expects(self, downtime: float) -> None:
+        """What is left would take a pause of `downtime` ms."""
+
+    def after_pass(self, sent: int, dirtied: int, seconds: float) -> None:
+        """A pass of `sent` bytes has taken `seconds`, and `dirtied` bytes have been written meanwhile."""
+
+    @property
+    def hurries(self) -> bool:
+        """Whether the passes are to end now, whatever is left."""
+
+
+@final
+class Precopy:
+    """The passes of one migration, run in a thread.
+
+    Args:
+        parameters: QEMU's migration parameters, read again and again: they may be changed meanwhile.
+    """
+
+    def __init__(self, ram: RamSender, parameters: Mapping[str, Any], watcher: Watcher) -> None:
+        self.ram: Final = ram
+        self._parameters: Final = parameters
+        self._watcher: Final = watcher
+        self._bandwidth: float | None = None  # bytes a second
+
+    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
+        """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
+
+        Raises:
+            ChannelBroken, HostFileRefused: it cannot go there.
+            KvmCallFailed: what the guest writes cannot be known.
+        """
+        self.ram.begin()
+        writer.ram_extents(self.ram.extents, in_stream=True)
+        while not self._one_pass(writer, bulk, sink):
+            pass
+
+    def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
+        """Send what is left, with no limit to the rate. The guest stands."""
+        self.ram.stands()
+        if self.ram.passes:
+            self.ram.collect()
+        else:
+            self.ram.begin()
+            writer.ram_extents(self.ram.extents, in_stream=True)
+        self._begin_pass(writer, bulk)
+        for _ in self.ram.pages(sink):
+            pass
+        sink.flush()
+
+    def _begin_pass(self, writer: StreamWriter, bulk: Bulk) -> None:
+        number = self.ram.passes + 1
+        writer.ram_pass(number)
+        bulk.write(writer.take())
+        self._watcher.passed(number)
+
+    def _one_pass(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> bool:
+        """Return whether it was the last with the guest running."""
+        self._begin_pass(writer, bulk)
+        begun, before = time.monotonic(), sink.bytes
+        limiter = _Limiter(before)
+        for _ in self.ram.pages(sink):
+            if self._watcher.hurries:
+                break
+            limiter.wait(bulk, sink.bytes, int(self._parameters["max-bandwidth"]))
+        sink.flush()
+        seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
+        if sent >= _MEASURED or self._bandwidth is None:
+            self._bandwidth = sent / seconds
+        left = self.ram.collect() * PAGE_SIZE
+        self.ram.dirty_rate = round(left / PAGE_SIZE / seconds)
+        expected = left / self._rate() * 1000
+        self._watcher.expects(expected)
+        if self._watcher.hurries or expected <= int(self._parameters["downtime-limit"]):
+            return True
+        self._watcher.after_pass(sent, left, seconds)
+        return False
+
+    def _rate(self) -> float:
+        """Return at how many bytes a second the rest is expected to go."""
+        return max(float(self._parameters["avail-switchover-bandwidth"]) or self._bandwidth or 0.0, 1.0)
+
+
+@final
+class _Limiter:
+    """Holds a rate, by waiting where it was exceeded."""
+
+    def __init__(self, sent: int) -> None:
+        self._since = time.monotonic()
+        self._sent = sent
+
+    def wait(self, bulk: Bulk, sent: int, limit: int) -> None:
+        """Wait until `sent` bytes may have been sent at `limit` bytes a second; 0 is no limit."""
+        if not limit:
+            return
+        now = time.monotonic()
+        ahead = (sent - self._sent) / limit - (now - self._since)
+        if ahead > _BURST:
+            bulk.wait(ahead)
+        elif ahead < 0:
+            # What was not used is not saved up.
+            self._since, self._sent = now, sent
