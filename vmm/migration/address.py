@@ -61,9 +61,10 @@ class InetAddress:
     ipv6: bool | None = None
     """Whether addresses of that family are used; both None is both, one true is that one."""
     keep_alive: bool | None = None
-    """Whether the kernel asks a silent peer whether it lives; None is no."""
+    """Whether the kernel asks a silent peer whether it lives; None is yes, within the bounds of
+    `vmm.migration.silence`, and true is within the host's."""
     keep_alive_count: U32 | None = None
-    """Questions without an answer after which it does not; None or 0 is what the host has set."""
+    """Questions without an answer after which it does not; None or 0 leaves it at those bounds."""
     keep_alive_idle: U32 | None = None
     """Seconds of silence before the first; likewise."""
     keep_alive_interval: U32 | None = None

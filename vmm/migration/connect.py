@@ -17,6 +17,7 @@ from vmm.errors import HostFileRefused
 from vmm.host_tcp import TcpPlace
 from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress, VsockAddress
 from vmm.migration.connection import Connection
+from vmm.migration.silence import bound_silence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +56,9 @@ def _place(address: InetAddress, last_port: int | None = None) -> TcpPlace:
     )
 
 
-def _keep_alive(sock: socket.socket, address: InetAddress) -> socket.socket:
+def _patient(sock: socket.socket, address: InetAddress) -> socket.socket:
+    """Set how long a peer may be silent: as `address` says, and else as every channel has it."""
+    bound_silence(sock, ask=address.keep_alive is not False)
     for option, value in (
         (socket.TCP_KEEPCNT, address.keep_alive_count),
         (socket.TCP_KEEPIDLE, address.keep_alive_idle),
@@ -73,7 +76,7 @@ async def connect(address: SocketAddress, *, within: float) -> trio.socket.Socke
         HostFileRefused: nobody listens there, or not within `within` seconds.
     """
     if isinstance(address, InetAddress):
-        return trio.socket.from_stdlib_socket(_keep_alive(await _place(address).connect(within), address))
+        return trio.socket.from_stdlib_socket(_patient(await _place(address).connect(within), address))
     try:
         with trio.fail_after(within):
             match address:
@@ -114,10 +117,12 @@ def _number(address: DescriptorAddress) -> int:
 def _copy(address: DescriptorAddress) -> socket.socket:
     copy = hostio.dup(_number(address))
     try:
-        return socket.socket(fileno=copy)
+        sock = socket.socket(fileno=copy)
     except OSError:
         os.close(copy)
         raise
+    bound_silence(sock)
+    return sock
 
 
 def _listens(sock: socket.socket) -> bool:
@@ -141,6 +146,7 @@ def open_descriptor(address: DescriptorAddress) -> Connection | None:
     if _listens(sock):
         sock.close()
         return None
+    bound_silence(sock)
     return Connection(trio.socket.from_stdlib_socket(sock))
 
 
@@ -191,6 +197,8 @@ class Listener:
     async def accept(self) -> trio.socket.SocketType:
         """Wait for the next connection."""
         sock, _ = await self.sock.accept()
+        if isinstance(self.address, DescriptorAddress):
+            bound_silence(sock)  # it may have been connected before the listener came here, of which it has the rest
         return sock
 
     def close(self) -> None:
@@ -210,7 +218,7 @@ async def listen(address: SocketAddress) -> Listener:
     """
     if isinstance(address, InetAddress):
         place = _place(address, address.to)
-        sock = _keep_alive(await place.listen(), address)
+        sock = _patient(await place.listen(), address)
         host, port = sock.getsockname()[:2]
         return Listener(trio.socket.from_stdlib_socket(sock), InetAddress(host, str(port)))
     try:

@@ -12,6 +12,7 @@ import trio
 from vmm.errors import StreamCorrupt, VmmError
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamPages
+from vmm.migration.silence import silence
 from vmm.migration.stream import PAGES_VERSION, StreamReader
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, Header, Recipe, Section, recipe_digest
 from vmm.migration.terms import Terms
@@ -135,7 +136,9 @@ class Inflow:
             try:
                 await in_thread(work)
             except ChannelBroken as error:
-                raise StreamCorrupt(reason="the connection broke before its end record") from error
+                what = silence(error.__cause__)
+                reason = f"the source {what}" if what else "the connection broke before its end record"
+                raise StreamCorrupt(reason=reason) from error
 
     async def invite(self) -> None:
         """Say that the machine is here, and that its state may come, to whoever can hear it."""

@@ -10,6 +10,7 @@ import trio
 from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, StreamCorrupt
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
+from vmm.migration.silence import silence
 from vmm.migration.stream import PAGES_VERSION, StreamWriter
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
@@ -130,7 +131,9 @@ class Outflow:
         try:
             async with self._connection.explained():
                 await in_thread(lambda bell: work(self._bulk.heed(bell)))
-        except ChannelBroken:
+        except ChannelBroken as error:
+            if what := silence(error.__cause__):
+                raise MigrationPeerGone(peer="destination", what=what, outcome=_OUTCOME) from error
             # Whoever refuses says why before it closes.
             await self._hear("refused")
 

@@ -16,6 +16,7 @@ import trio
 from vmm.errors import HostFileRefused, VmmError
 from vmm.hw.doorbell import open_doorbell
 from vmm.kvm._pages import lib
+from vmm.migration.silence import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ ENDED: Final[int] = lib.TV_ENDED
 """What a step of `Bulk.read_by` returns where nothing comes any more."""
 
 _IOV_MAX: Final = 1024  # pieces of one writev; Source: sysconf(3)
-_BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH)
+_BROKEN: Final = (errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, *SILENT)
 
 
 class ChannelBroken(Exception):
@@ -126,7 +127,8 @@ class Bulk:
         while (result := step()) == 0:
             self._wait(event)
         if result < 0 and result != ENDED:
-            raise self._failure(action, OSError(-result, os.strerror(-result)))
+            error = OSError(-result, os.strerror(-result))
+            raise self._failure(action, error) from error
         return result
 
     def _failure(self, action: str, error: OSError) -> Exception:

@@ -18,6 +18,7 @@ import attrs
 import trio
 
 from vmm.errors import MigrationPeerGone, StreamCorrupt
+from vmm.migration.silence import silence
 
 if TYPE_CHECKING:
     from trio.abc import ReceiveStream, SendStream
@@ -54,21 +55,25 @@ async def hear(channel: ReceiveStream, peer: str, outcome: str) -> Word:
     """Wait for a word of `peer`. `outcome` is what its silence leads to, for the text of the error.
 
     Raises:
-        MigrationPeerGone: it closed the connection instead.
+        MigrationPeerGone: it closed the connection instead, or does not answer any more.
         StreamCorrupt: it said something else.
     """
     line = b""
     while not line.endswith(b"\n"):
         try:
             data = await channel.receive_some(_LIMIT)
-        except trio.BrokenResourceError:
-            data = b""
+        except trio.BrokenResourceError as error:
+            raise _gone(peer, outcome, silence(error.__cause__)) from error
         if not data:
-            raise MigrationPeerGone(peer=peer, what="closed the connection", outcome=outcome)
+            raise _gone(peer, outcome)
         line += data
         if len(line) > _LIMIT:
             raise StreamCorrupt(reason=f"the {peer} says more than {_LIMIT} bytes where a word was expected")
     return _parse(line, peer)
+
+
+def _gone(peer: str, outcome: str, what: str | None = None) -> MigrationPeerGone:
+    return MigrationPeerGone(peer=peer, what=what or "closed the connection", outcome=outcome)
 
 
 def _parse(line: bytes, peer: str) -> Word:
