@@ -92,6 +92,16 @@ def test_a_limit_goes_by_the_rate_and_not_by_the_amount() -> None:
     assert given == [75]
 
 
+def test_a_limit_is_looked_at_again_when_its_period_is_over() -> None:
+    policy, given = convergence("dirty-limit", vcpu_dirty_limit=10, x_vcpu_dirty_limit_period=1000)
+    passes(policy, 2, dirtied=100)
+    assert given == [90]
+    passes(policy, 3, dirtied=5, seconds=0.3)
+    assert given == [90]
+    passes(policy, 1, dirtied=9, seconds=0.3)  # 24 MiB in 1.2 s
+    assert given == [90, 95]
+
+
 def test_a_limit_does_not_exceed_the_most_there_may_be() -> None:
     policy, given = convergence("dirty-limit", max_cpu_throttle=60)
     passes(policy, 2, dirtied=10_000)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import attrs
 import pytest
+import trio
 
 from tests.qmp.kit import HALT, Machine, flat_guest, machine
 from vmm.migration.capability_table import SUPPORTED
@@ -464,7 +465,10 @@ async def test_a_guest_is_handed_over_by_migrate_and_migrate_incoming(tmp_path: 
             await source.qmp.execute("migrate", channels=channels)
             await heir.event("RESUME")
             assert (await heir.qmp.execute("query-status"))["running"]
-            assert (await heir.qmp.execute("query-migrate"))["status"] == "completed"
+            with trio.fail_after(30):
+                while (info := await heir.qmp.execute("query-migrate"))["status"] == "active":  # noqa: ASYNC110
+                    await trio.sleep(0.01)  # the guest comes first
+            assert info["status"] == "completed"
             await source.until_phase("postmigrate")
             assert (await source.quit()).status == 0
             async with heir.session() as session:

@@ -40,7 +40,9 @@ MigrationCapability = Literal[
 """In the order of QEMU's enumeration, which is the order of `query-migrate-capabilities`."""
 
 MIGRATION_CAPABILITIES: Final[tuple[str, ...]] = get_args(MigrationCapability)
-SUPPORTED: Final = frozenset({"background-snapshot", "events", "mapped-ram", "return-path", "x-ignore-shared"})
+SUPPORTED: Final = frozenset(
+    {"auto-converge", "dirty-limit", "background-snapshot", "events", "mapped-ram", "return-path", "x-ignore-shared"}
+)
 """What can be turned on. The others are known by name, are off, and can be set to off."""
 
 

@@ -22,7 +22,8 @@ class Convergence:
     With `auto-converge` the guest is slowed down step by step, as long as it writes more than
     `throttle-trigger-threshold` percent of what is sent. With `dirty-limit` it is slowed down, from the same moment on,
     to the share of the time in which it would have written `vcpu-dirty-limit` for each vCPU: by what all of them
-    together wrote in the last pass, since it is not known which of them wrote what.
+    together wrote in the last passes, since it is not known which of them wrote what. It is looked at again when they
+    have taken `x-vcpu-dirty-limit-period`.
 
     Args:
         parameters: QEMU's migration parameters, looked at after each pass.
@@ -39,6 +40,8 @@ class Convergence:
         self._vcpus: Final = vcpus
         self._throttle: Final = throttle
         self._strikes = 0
+        self._dirtied = 0
+        self._seconds = 0.0
         self.percent = 0
         """What was given to `throttle` last."""
 
@@ -46,17 +49,22 @@ class Convergence:
         """Take the figures of a pass: what was sent, what was written meanwhile, how long it took."""
         if self._mode is None:
             return
+        self._dirtied += dirtied_bytes
+        self._seconds += seconds
         bearable = sent_bytes * int(self._parameters["throttle-trigger-threshold"]) / 100
         if self._mode == "dirty-limit" and self.percent:
-            self._limit(dirtied_bytes / seconds)
+            if self._seconds * 1000 >= int(self._parameters["x-vcpu-dirty-limit-period"]):
+                self._limit()
         elif dirtied_bytes > bearable:
             self._strikes += 1
             if self._strikes >= _PATIENCE:
                 self._strikes = 0
                 if self._mode == "dirty-limit":
-                    self._limit(dirtied_bytes / seconds)
+                    self._limit()
                 else:
                     self._slow_down(bearable / dirtied_bytes)
+        else:
+            self._dirtied, self._seconds = 0, 0.0
 
     def _slow_down(self, ideal: float) -> None:
         """Take the next step; `ideal` is the part of the present rate of writing that would be bearable."""
@@ -73,8 +81,10 @@ class Convergence:
             step = min(step, round(runs - runs * ideal))
         self._set(min(self.percent + step, last))
 
-    def _limit(self, rate: float) -> None:
-        """Make of the present rate of writing, in bytes a second, the one that is allowed."""
+    def _limit(self) -> None:
+        """Make of the rate of writing since the last look the one that is allowed."""
+        rate = self._dirtied / self._seconds
+        self._dirtied, self._seconds = 0, 0.0
         allowed = int(self._parameters["vcpu-dirty-limit"]) * self._vcpus * _MIB
         runs = (100 - self.percent) * (allowed / rate if rate else 100)
         self._set(max(0, min(round(100 - runs), int(self._parameters["max-cpu-throttle"]))))

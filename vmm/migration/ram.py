@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from vmm.migration.stream import StreamReader
     from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped
 
-_PROTECT: Final = 1 << 18
-"""Pages that are protected at once before they are read, and that one piece lies within: 1 GiB."""
+_PROTECT: Final = 1 << 14
+"""Pages that are protected at once before they are read, and that one piece lies within: 64 MiB."""
 
 
 @final

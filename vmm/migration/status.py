@@ -7,7 +7,7 @@ fill_destination_migration_info).
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal, cast, final
+from typing import TYPE_CHECKING, Final, Literal, Protocol, cast, final
 
 import attrs
 
@@ -157,6 +157,8 @@ class MigrationInfo:
     expected_downtime: int | None = None
     downtime: int | None = None
     setup_time: int | None = None
+    cpu_throttle_percentage: int | None = None
+    """The share of the time in which the guest is kept from running, so that it writes less."""
     error_desc: str | None = None
     blocked_reasons: list[str] | None = None
     socket_address: list[SocketAddress] | None = None
@@ -176,6 +178,14 @@ class MigrationInfo:
         return json
 
 
+class Throttled(Protocol):
+    """Something by which a guest is slowed down."""
+
+    @property
+    def percent(self) -> int:
+        """The share of the time in which it does not run; 0 where it is not slowed down."""
+
+
 @final
 class MigrationProgress:
     """One side's migration, the last or the present one.
@@ -191,6 +201,8 @@ class MigrationProgress:
         self.side: Final = side
         self._ram = MigrationRamStats()
         self._meter: Callable[[], MigrationRamStats] | None = None
+        self.throttle: Throttled | None = None
+        """What the guest is slowed down by, if it is."""
         self.expected_downtime = 0
         """Milliseconds; what `query-migrate` tells while the downtime is not known."""
         self.addresses: tuple[SocketAddress, ...] = ()
@@ -248,6 +260,7 @@ class MigrationProgress:
         self.ram = MigrationRamStats()
         self.addresses = tuple(addresses)
         self.step = None
+        self.throttle = None
         self.pause_stages = self.pause_before = None
         self._enter(_S.SETUP)
 
@@ -302,6 +315,7 @@ class MigrationProgress:
         completed = self._status is _S.COMPLETED
         return attrs.evolve(
             bare,
+            cpu_throttle_percentage=(self.throttle.percent or None) if self.throttle is not None else None,
             ram=self.ram,
             remaining=None if completed else self.ram.remaining,
             total_time=_milliseconds((self._clock() if self._over is None else self._over) - self._begun),

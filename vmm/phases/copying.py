@@ -18,6 +18,7 @@ from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import ExecAddress, FileAddress
 from vmm.migration.connect import close_descriptors, connect_channel
 from vmm.migration.connection import Connection
+from vmm.migration.convergence import Convergence
 from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
 from vmm.migration.ram import RamSender
@@ -28,6 +29,7 @@ from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
 from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
+from vmm.phases.throttle import Throttle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -112,8 +114,12 @@ class Canceller:
 class Watch:
     """Hears from the thread that sends how it goes, and tells whoever asks."""
 
-    def __init__(self, progress: MigrationProgress, migration: MigrationState) -> None:
+    def __init__(self, progress: MigrationProgress, migration: MigrationState, throttle: Throttle, vcpus: int) -> None:
         self._progress: Final = progress
+        modes = [mode for mode in ("auto-converge", "dirty-limit") if migration.capabilities[mode]]
+        self._convergence: Final = Convergence(
+            modes[0] if modes else None, migration.parameters.values, vcpus, throttle.set
+        )
         self._migration: Final = migration
         self._loop: Final = trio.lowlevel.current_trio_token()
         self.hurries = False
@@ -129,7 +135,8 @@ class Watch:
         self._progress.expected_downtime = round(downtime)
 
     def after_pass(self, sent: int, dirtied: int, seconds: float) -> None:
-        """Note that another pass is needed."""
+        """Note that another pass is needed: slow the guest down, where that is wanted."""
+        self._convergence.after_pass(sent, dirtied, seconds)
 
 
 @final
@@ -209,13 +216,17 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
             async with phase.window(grants, withholds=WITHHELD) as window:
                 ram = RamSender(run.machine.memory, window.grants.read_dirty_log)
                 progress.follow_ram(ram.statistics)
-                precopy = Precopy(ram, migration.parameters.values, Watch(progress, migration))
+                throttle = Throttle(run.gang.vcpus)
+                progress.throttle = throttle
+                watch = Watch(progress, migration, throttle, len(run.gang.vcpus))
+                precopy = Precopy(ram, migration.parameters.values, watch)
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
                         await _announce(run, flow)
                         if ram.is_live and migration.parameters["mode"] == "normal":
-                            await flow.precopy(precopy)
+                            async with throttle.serving():
+                                await flow.precopy(precopy)
                         pause = await _copy(phase, run, _Copy(flow, progress, canceller, left, precopy))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))

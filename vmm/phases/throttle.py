@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final, final
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncGenerator, Sequence
 
     from vmm.phases.vcpus import GuestCpu
 
@@ -47,6 +48,14 @@ class Throttle:
         """Let every vCPU run freely from now on. On the loop."""
         self._percent = 0
         self._wake()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncGenerator[None, None]:
+        """Do it in the block; behind it nobody is held."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.serve)
+            yield
+            nursery.cancel_scope.cancel()
 
     async def serve(self) -> None:
         """Do it, until cancelled; afterwards nobody is held."""

@@ -1,0 +1,109 @@
+"""Guests that write faster than they are copied."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trio
+
+from tests.phases.copy_kit import HANGS, empty, in_status, outcome, parts, started
+from vmm.errors import MigrationRefused
+from vmm.guests.dirtier import DirtierReader
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmm.embedding import EmbeddedMachine
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+RATE = 12 << 20
+"""Bytes a second that are sent at most: a quarter of what the guest writes."""
+GUEST = {"kernel": "builtin:dirtier", "append": "region=2M pages=64 hz=200"}
+QUICK = {
+    "cpu-throttle-initial": 99, "throttle-trigger-threshold": 10, "max-bandwidth": RATE, "downtime-limit": 0,
+    "x-vcpu-dirty-limit-period": 1,
+}  # fmt: skip
+"""As long as there may be no pause at all, it does not end by itself."""
+
+
+async def throttled(source: EmbeddedMachine) -> int:
+    """Return the share of the time for which the guest is kept out, once it is."""
+    with trio.fail_after(HANGS):
+        while "cpu-throttle-percentage" not in (info := await source.execute("query-migrate")):
+            assert info["status"] == "active"
+            await trio.sleep(0.01)  # there is no event
+    return int(info["cpu-throttle-percentage"])
+
+
+async def begin(source: EmbeddedMachine, uri: str, capability: str) -> None:
+    """Migrate with a capability on."""
+    settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in QUICK.items()}
+    await source.execute("migrate-set-parameters", **settings)
+    await source.execute("migrate-set-capabilities", capabilities=[{"capability": capability, "state": True}])
+    await source.execute("migrate", uri=uri)
+
+
+async def written(machine: EmbeddedMachine, pages: int) -> None:
+    """Wait until the guest has written so many more pages, and verify all of them."""
+    reader = DirtierReader(parts(machine).memory.read)
+    with trio.fail_after(HANGS):
+        while (begun := reader.written()) is None:  # noqa: ASYNC110 - a guest does not tell
+            await trio.sleep(0.005)
+        while (reader.written() or 0) < begun + pages:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+    report = reader.look()
+    assert report is not None
+    assert report.intact, str(report)
+
+
+@pytest.mark.parametrize("capability", ["auto-converge", "dirty-limit"])
+async def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_has_gone(capability: str, tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    async with started(ticks=0, **GUEST) as source, empty() as destination:
+        await written(source, 600)
+        await destination.execute("migrate-incoming", uri=uri)
+        await begin(source, uri, capability)
+        assert await throttled(source) >= 75
+        await source.execute("migrate-set-parameters", downtime_limit=30)
+        info = await outcome(source)
+        assert info["status"] == "completed", info
+        assert "cpu-throttle-percentage" not in info
+        await in_status(destination, "running")
+        await written(destination, 600)
+
+
+async def test_a_guest_that_stays_is_no_longer_slowed_down(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    async with started(ticks=0, **GUEST) as source, empty() as destination:
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await begin(source, uri, "auto-converge")
+        assert await throttled(source) == 99
+        await source.execute("migrate_cancel")
+        assert "cpu-throttle-percentage" not in await outcome(source)
+        await written(source, 600)
+
+
+async def test_a_throttled_guest_can_be_stopped_at_once(tmp_path: Path) -> None:
+    uri = f"unix:{tmp_path}/there"
+    async with started(ticks=0, **GUEST) as source, empty() as destination:
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await begin(source, uri, "auto-converge")
+        await throttled(source)
+        await source.execute("stop")
+        assert (await outcome(source))["status"] == "completed"
+        await in_status(destination, "paused")
+        await destination.execute("cont")
+        await written(destination, 600)
+
+
+async def test_one_way_to_slow_a_guest_down_excludes_the_other() -> None:
+    async with started() as source:
+        both = [{"capability": name, "state": True} for name in ("auto-converge", "dirty-limit")]
+        with pytest.raises(MigrationRefused) as caught:
+            await source.execute("migrate-set-capabilities", capabilities=both)
+        assert str(caught.value) == (
+            "Migration capabilities 'dirty-limit' and 'auto-converge' exclude each other: both slow the guest down to "
+            "let the migration end; turn one of them off"
+        )
