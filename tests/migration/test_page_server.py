@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, final
 import pytest
 import trio
 
-from vmm.errors import MigrationPeerGone, StreamCorrupt
+from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt
 from vmm.hostio import create_ram
 from vmm.hw.doorbell import open_doorbell
 from vmm.kvm.faults import PagesFromLink
@@ -21,7 +21,7 @@ from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.page_server import LinkBroken, PageServer, Stopped
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -94,12 +94,14 @@ class Pair:
         self.target.close()
 
 
-async def serve(server: PageServer, pair: Pair, urgent: Pair | None = None) -> str:
+async def serve(
+    server: PageServer, pair: Pair, urgent: Pair | None = None, loaded: Callable[[], object] | None = None
+) -> str:
     """Run a server in a thread to its end; return how it ended."""
     with open_doorbell() as bell:
         try:
             rush = urgent.source.fileno() if urgent else None
-            await trio.to_thread.run_sync(server.run, pair.source.fileno(), rush, bell.fd)
+            await trio.to_thread.run_sync(server.run, pair.source.fileno(), rush, bell.fd, loaded)
         except LinkBroken as error:
             return str(error)
     return ""
@@ -138,8 +140,12 @@ async def test_a_thread_that_waits_with_the_interpreter_s_lock_is_served_by_othe
 
 async def asked_for(sock: socket.socket) -> Frame:
     """Read one frame of the destination."""
-    data = await trio.to_thread.run_sync(sock.recv, FRAME_SIZE, socket.MSG_WAITALL)
-    return Frame.decode(data, FrameKind.NEED)
+    kind = FrameKind.BEGIN
+    while kind is FrameKind.BEGIN:
+        data = await trio.to_thread.run_sync(sock.recv, FRAME_SIZE, socket.MSG_WAITALL)
+        frame = Frame.decode(data, FrameKind.BEGIN, FrameKind.NEED)
+        kind = frame.kind
+    return frame
 
 
 async def test_a_page_is_asked_for_once_and_again_after_a_break(source: GuestMemory, target: GuestMemory) -> None:
@@ -228,7 +234,10 @@ async def test_whoever_waits_goes_on_when_it_is_given_up(target: GuestMemory) ->
     [
         (b"x" * FRAME_SIZE, "a damaged frame of pages: 7878"),
         (Frame(FrameKind.NEED, PAGES, 1).encode(), f"the destination waits for page {PAGES} of {PAGES}"),
-        (Frame(FrameKind.PAGES, 1, 1).encode(), "a frame of pages of kind 1, expected NEED or GOT"),
+        (
+            Frame(FrameKind.PAGES, 1, 1).encode(),
+            "a frame of pages of kind 1, expected NEED or GOT or BEGIN or LOADED or REFUSED",
+        ),
         (Frame(FrameKind.GOT).encode(), "the destination has all pages before they were sent"),
         (b"", "the destination closed the connection"),
     ],
@@ -267,6 +276,64 @@ async def test_a_source_can_be_stopped(source: GuestMemory) -> None:
         bell.ring()
         with pytest.raises(Stopped):
             server.run(pair.source.fileno(), None, bell.fd)
+
+
+TWICE: Final = "the destination has loaded what it was not sent, or twice"
+
+
+async def test_nothing_is_sent_before_the_destination_can_take_it_and_the_guest_goes_once(source: GuestMemory) -> None:
+    server = PageServer(source, absent(), lambda: 0)
+    told: list[str] = []
+    with closing(Pair()) as pair, trio.fail_after(HANGS):
+
+        async def run() -> None:
+            assert await serve(server, pair, loaded=lambda: told.append("yours")) == TWICE
+            pair.cut()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            with pytest.raises(BlockingIOError):
+                pair.target.recv(1, socket.MSG_DONTWAIT)
+            pair.target.sendall(Frame(FrameKind.BEGIN).encode() + Frame(FrameKind.LOADED).encode())
+            kind = FrameKind.ZEROS
+            while kind is not FrameKind.YOURS:
+                head = await trio.to_thread.run_sync(pair.target.recv, FRAME_SIZE, socket.MSG_WAITALL)
+                frame = Frame.decode(head, FrameKind.PAGES, FrameKind.ZEROS, FrameKind.YOURS)
+                kind = frame.kind
+                size = frame.pages * (4 + PAGE_SIZE) if kind is FrameKind.PAGES else 0
+                await trio.to_thread.run_sync(pair.target.recv, size, socket.MSG_WAITALL)
+            assert told == ["yours"]
+            pair.target.sendall(Frame(FrameKind.LOADED).encode())
+            while await trio.to_thread.run_sync(pair.target.recv, 65536):
+                pass
+
+
+async def test_a_guest_that_is_gone_is_not_loaded_again(source: GuestMemory) -> None:
+    server = PageServer(source, absent(), lambda: 0)
+    with closing(Pair()) as pair, trio.fail_after(HANGS):
+        pair.target.sendall(Frame(FrameKind.LOADED).encode())
+        assert await serve(server, pair) == TWICE
+
+
+async def test_a_destination_that_refuses_says_why(source: GuestMemory) -> None:
+    server = PageServer(source, absent(), lambda: 0)
+    with closing(Pair()) as pair, open_doorbell() as bell:
+        pair.target.sendall(Frame(FrameKind.REFUSED, pages=7).encode() + b"no room")
+        with pytest.raises(MigrationRefused, match="Refused by the destination: no room"):
+            server.run(pair.source.fileno(), None, bell.fd, lambda: None)
+
+
+async def test_the_destination_hears_that_the_guest_is_its_own(target: GuestMemory) -> None:
+    with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
+        with trio.fail_after(HANGS):
+            assert Frame.decode(pair.source.recv(FRAME_SIZE), FrameKind.BEGIN)
+            link.say_loaded()
+            assert Frame.decode(pair.source.recv(FRAME_SIZE), FrameKind.LOADED)
+            pair.source.sendall(Frame(FrameKind.YOURS).encode())
+            assert await link.wait_ours() is None
+            pair.cut()
+            assert "closed the connection" in str(await link.wait_changed())
+            assert await link.wait_ours() is None
 
 
 def test_a_frame_of_another_kind_is_named() -> None:

@@ -12,7 +12,7 @@
 #define TL_MAGIC 0x43505654u /* "TVPC" */
 #define TL_MOST 64u          /* pages in one frame */
 
-enum { TL_PAGES = 1, TL_ZEROS = 2, TL_SENT = 3, TL_NEED = 4, TL_GOT = 5 };
+enum { TL_PAGES = 1, TL_ZEROS, TL_SENT, TL_NEED, TL_GOT, TL_RESUME, TL_HAVE, TL_BEGIN, TL_LOADED, TL_REFUSED, TL_YOURS };
 
 struct tl_frame {
     uint32_t magic, kind;
@@ -202,6 +202,11 @@ static int tl_take(tf_server *server, int fd, char *buffer)
         return error;
     if (!tl_is_whole(&frame))
         return -EBADMSG;
+    if (frame.kind == TL_YOURS) {
+        __atomic_store_n(&server->report.ours, 1, __ATOMIC_RELEASE);
+        tf_ring(server->bell);
+        return 0;
+    }
     if (frame.kind == TL_SENT) {
         if (__atomic_load_n(&server->report.passed, __ATOMIC_ACQUIRE) != server->plan.pages)
             return -EPROTO;
@@ -307,7 +312,14 @@ static tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here
         tf_free(server);
         return NULL;
     }
+    tl_say(server, TL_BEGIN, 0, 0);
     return server;
+}
+
+/* Says that the guest's state is in force here. */
+static void tf_say_loaded(tf_server *server)
+{
+    tl_say(server, TL_LOADED, 0, 0);
 }
 
 /* Has a server that rests go on over other connections. 0, or minus an errno. */

@@ -50,6 +50,7 @@ struct tf_report {
     int error;
     uint32_t found;
     uint64_t faults, moved, passed, asked;
+    int ours;
 };
 
 /* Who waits, and has waited, for pages that come over a connection. */

@@ -32,6 +32,7 @@ struct tf_report {
     uint64_t moved;     /* pages of content so far */
     uint64_t passed;    /* pages that are done with, also those that are zero */
     uint64_t asked;     /* pages that the other side was asked for */
+    int ours;           /* whether the other side has let the guest go */
 };
 
 int tf_probe(uint64_t *features);
@@ -41,6 +42,7 @@ int tf_begin_protection(tf_server *server);
 tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here, int link, int urgent, uint32_t cpus,
                          int bell, int *error);
 uint64_t tf_waited(tf_server *server, uint32_t thread);
+void tf_say_loaded(tf_server *server);
 int tf_relink(tf_server *server, int link, int urgent);
 void tf_here(tf_server *server, uint64_t *here);
 int tf_require(tf_server *server, uint64_t first, uint64_t count);

@@ -225,10 +225,25 @@ class PagesFromLink(_Server):
     async def wait_changed(self) -> MigrationPeerGone | None:
         """Wait until all pages are there (None), or the connection is broken, and then return how."""
         while (state := self._state()).state == lib.TF_RUNS:
-            await trio.lowlevel.wait_readable(self._bell)
-            with suppress(BlockingIOError):
-                os.eventfd_read(self._bell)
+            await self._wait_rung()
         return None if state.state == lib.TF_COMPLETE else self._failure(state)
+
+    def say_loaded(self) -> None:
+        """Say that the guest's state is in force here."""
+        lib.tf_say_loaded(self._server)
+
+    async def wait_ours(self) -> MigrationPeerGone | None:
+        """Wait until the source has let the guest go (None), or the connection is broken, and then return how."""
+        while not (state := self._state()).ours:
+            if state.state != lib.TF_RUNS:
+                return self._failure(state)
+            await self._wait_rung()
+        return None
+
+    async def _wait_rung(self) -> None:
+        await trio.lowlevel.wait_readable(self._bell)
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._bell)
 
     def relink(self, link: int, urgent: int | None) -> None:
         """Go on over another connection. What was asked for and has not come is asked for again. For a thread."""

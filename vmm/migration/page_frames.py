@@ -42,6 +42,14 @@ class FrameKind(IntEnum):
     """The source goes on after a break; 16 bytes that name the migration follow."""
     HAVE = 7
     """The pages that the destination has: a bitmap follows, whose CRC-32C is where that of checksums is."""
+    BEGIN = 8
+    """The destination has read all of the stream, and can take pages in."""
+    LOADED = 9
+    """The guest's state is in force at the destination."""
+    REFUSED = 10
+    """The destination does not take the guest: as many bytes of UTF-8 follow as there are `pages`, which say why."""
+    YOURS = 11
+    """The guest is the destination's."""
 
 
 @final

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, final
 
-from vmm.errors import StreamCorrupt
+from vmm.errors import MigrationRefused, StreamCorrupt
 from vmm.kvm._pages import ffi, lib
 from vmm.kvm.page_file import PAGE_SIZE, checksum
 from vmm.migration.page_frames import FRAME_SIZE, MOST_PAGES, Frame, FrameKind
@@ -24,6 +24,9 @@ _AHEAD: Final = 8
 """Pages that are sent with one that was asked for, at most: who waits in order finds them there."""
 _ZEROS: Final = 1 << 20
 """Pages in one frame of zeros, at most."""
+_REASON: Final = 4096
+"""Bytes of a reason that are read."""
+_SAID: Final = (FrameKind.NEED, FrameKind.GOT, FrameKind.BEGIN, FrameKind.LOADED, FrameKind.REFUSED)
 _BURST: Final = 1 << 20
 """Bytes by which a limited rate may be exceeded."""
 
@@ -49,6 +52,8 @@ class PageServer:
         self._memory: Final = memory
         self.todo = todo
         self._limit: Final = limit
+        self._begun = True  # whether pages can be taken in there
+        self._loaded: Callable[[], object] | None = None
         self._at = 0  # page after the one that was sent last
         self.requests = 0
         self.data_pages = 0
@@ -56,17 +61,22 @@ class PageServer:
         self.bytes = 0
         """That were sent so far."""
 
-    def run(self, link: int, urgent: int | None, bell: int) -> None:
+    def run(self, link: int, urgent: int | None, bell: int, loaded: Callable[[], object] | None = None) -> None:
         """Return once the destination has all pages.
 
         Args:
             link: a connected socket. What is asked for comes over it.
             urgent: another one, for what was asked for; None: the same.
             bell: an eventfd that ends this.
+            loaded: the destination has only got the stream. Called once the state is in force there; if it returns,
+                the guest is told to be the destination's.
 
         Raises:
             LinkBroken, Stopped: it can be begun anew.
+            MigrationRefused: the destination does not take the guest.
         """
+        self._begun = loaded is None
+        self._loaded = loaded
         with socket.socket(fileno=os.dup(link)) as main:
             rush = main if urgent is None else socket.socket(fileno=os.dup(urgent))
             try:
@@ -84,14 +94,16 @@ class PageServer:
         begun, sent = time.monotonic(), 0
         told = False
         while True:
+            ahead = 0.0
             if not asked:
                 limit = self._limit()
                 ahead = (sent - _BURST) / limit - (time.monotonic() - begun) if limit else 0.0
-                idle = told or ahead > 0
-                _wait(main, select.POLLIN, bell, None if told else max(ahead, 0.0) if idle else 0.0)
+                _wait(main, select.POLLIN, bell, None if told or not self._begun else max(ahead, 0.0))
             for frame in incoming.frames():
+                if self._has_heard(frame, main, bell):
+                    continue
                 if frame.kind is FrameKind.GOT:
-                    if not told:
+                    if not told or self._loaded is not None:
                         raise StreamCorrupt(reason="the destination has all pages before they were sent")
                     return
                 if frame.page + frame.pages > self.todo.pages:
@@ -103,7 +115,7 @@ class PageServer:
                 # One that has gone already is on its way.
                 if page in self.todo:
                     self._send(rush, bell, page, page + _AHEAD)
-            elif limit and ahead > 0:
+            elif ahead > 0 or not self._begun:
                 continue
             elif not told:
                 first = self._next()
@@ -112,6 +124,23 @@ class PageServer:
                     told = True
                 else:
                     sent += self._send(main, bell, first, first + MOST_PAGES)
+
+    def _has_heard(self, frame: Frame, main: socket.socket, bell: int) -> bool:
+        """Go by what is said of the guest; return whether it was that."""
+        if frame.kind is FrameKind.BEGIN:
+            self._begun = True
+        elif frame.kind is FrameKind.LOADED:
+            if self._loaded is None or not self._begun:
+                raise StreamCorrupt(reason="the destination has loaded what it was not sent, or twice")
+            self._loaded()
+            self._loaded = None
+            _send_all(main, [Frame(FrameKind.YOURS).encode()], bell)
+        elif frame.kind is FrameKind.REFUSED and self._loaded is not None:
+            text = receive_exactly(main, min(frame.pages, _REASON), bell).decode(errors="replace")
+            raise MigrationRefused(reason=f"Refused by the destination: {text}")
+        else:
+            return False
+        return True
 
     def _next(self) -> int | None:
         """Return the page to go on with: after the one that was sent last, whoever wanted that."""
@@ -157,19 +186,17 @@ class _Incoming:
     def frames(self) -> list[Frame]:
         """Return those that are complete. Does not wait."""
         try:
-            data = self._sock.recv(64 * FRAME_SIZE, socket.MSG_DONTWAIT)
+            # One at a time: what is refused is followed by a text, which is not for here.
+            data = self._sock.recv(FRAME_SIZE - len(self._data), socket.MSG_DONTWAIT)
         except BlockingIOError:
             return []
         if not data:
             raise LinkBroken("the destination closed the connection")
         self._data += data
-        whole = len(self._data) // FRAME_SIZE * FRAME_SIZE
-        found = [
-            Frame.decode(self._data[at : at + FRAME_SIZE], FrameKind.NEED, FrameKind.GOT)
-            for at in range(0, whole, FRAME_SIZE)
-        ]
-        self._data = self._data[whole:]
-        return found
+        if len(self._data) < FRAME_SIZE:
+            return []
+        data, self._data = self._data, b""
+        return [Frame.decode(data, *_SAID)]
 
 
 def _send_all(sock: socket.socket, pieces: Sequence[bytes | memoryview], bell: int) -> int:
