@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vmm.errors import StreamCorrupt
 from vmm.hostio import create_ram
 from vmm.kvm.memory import PAGE_SIZE, GuestMemory
-from vmm.kvm.page_file import all_pages
+from vmm.kvm.page_map import PageMap
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.mapped_ram import MappedReader
 from vmm.migration.section_payload import Misshapen
@@ -142,8 +142,11 @@ async def written(memory: GuestMemory, path: Path) -> tuple[RamMapped, RamMapped
     """Save memory in a file; return the records."""
     with closing(MappedFile(os.open(path, os.O_RDWR | os.O_CREAT))) as file:
         file.begin("vm", [], {}, [], memory)
-        await file.ram.save(all_pages(100), 100, lambda: None)
-        assert file.ram.statistics(1).remaining == 0
+        every = PageMap(100)
+        every.set_all()
+        reports: list[int] = []
+        await file.ram.save(every, lambda: reports.append(file.ram.statistics().remaining), lambda: 1 << 40)
+        assert reports == [0]
         sums = file.ram.finish()
         file.finish([])
         return file.ram.record, sums

@@ -63,6 +63,7 @@ class PageFile:
             HostFileRefused: the file cannot be written.
         """
         tally = ffi.new("struct tm_tally *")
+        wanted = ffi.cast("uint64_t *", wanted)  # another module's, and the same to C
         error = lib.tm_save(memory.hva(0), self.fd, self.offset, wanted, self.listed, self.sums, first, count, tally)
         if error:
             raise _unwritten(self.fd, -error)

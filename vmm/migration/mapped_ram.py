@@ -9,43 +9,47 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 import trio
 
 from vmm import hostio
 from vmm.errors import HostFileRefused, StreamCorrupt
-from vmm.kvm.page_file import PAGE_SIZE, PIECE_PAGES, PageFile, Tally, checksum, path_of
+from vmm.kvm.page_file import PAGE_SIZE, PIECE_PAGES, PageFile, checksum, path_of
 from vmm.migration.status import MigrationRamStats
 from vmm.migration.stream_records import RamMapped, RamMappedSums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from vmm.capabilities import MayWriteGuestMemory
-    from vmm.kvm._kvm import CData
     from vmm.kvm.memory import GuestMemory
+    from vmm.kvm.page_map import PageMap
 
 _THREADS: Final = 4
 """At most. Each keeps one CPU busy, with checksums and copies."""
 
 
-async def in_pieces(pages: int, work: Callable[[int, int], object]) -> None:
-    """Call `work` with first page and number of each piece of `pages` pages, in several threads at a time.
+async def in_pieces(pages: int, work: Callable[[int, int], Awaitable[object]]) -> None:
+    """Call `work` with first page and number of each piece of `pages` pages, several at a time: each has a thread.
 
-    A cancellation takes effect once the pieces under way are done. Raises, in a group, what `work` raises.
+    Raises, in a group, what `work` raises.
     """
     pieces = iter(range(0, pages, PIECE_PAGES))
-    threads = trio.CapacityLimiter(_THREADS)
 
     async def worker() -> None:
         for first in pieces:
-            count = min(PIECE_PAGES, pages - first)
-            await trio.to_thread.run_sync(work, first, count, limiter=threads)
+            await work(first, min(PIECE_PAGES, pages - first))
 
     async with trio.open_nursery() as nursery:
         for _ in range(min(_THREADS, os.cpu_count() or 1)):
             nursery.start_soon(worker)
+
+
+def in_thread(work: Callable[[int, int], object]) -> Callable[[int, int], Awaitable[object]]:
+    """Return what calls `work`, which takes long, in a thread."""
+    return lambda first, count: trio.to_thread.run_sync(work, first, count)
 
 
 @final
@@ -65,27 +69,44 @@ class MappedWriter:
         extents = tuple((region.address, region.size) for region in memory.regions)
         self.record: Final = RamMapped.after(written, extents, start)
         self.file: Final = PageFile(fd, start + self.record.area, self.record.pages)
-        self._data = self._zero = self._left = 0
+        self.passes = 0
+        self.dirty_rate = 0
+        """Pages a second that were written during the last pass."""
+        self._data = self._zero = self._left = self._live = 0
 
-    async def save(self, wanted: CData, pages: int, report: Callable[[], object]) -> None:
-        """Write the pages whose bit is set in `wanted`, `pages` of them. `report` is called now and then, on the loop.
+    async def save(self, wanted: PageMap, report: Callable[[], object], limit: Callable[[], int] = lambda: 0) -> None:
+        """Write these pages.
+
+        Args:
+            report: called now and then, on the loop.
+            limit: bytes a second, 0 for no limit; it may change.
 
         Raises:
             HostFileRefused: the file cannot be written; in a group.
         """
-        self._left = pages
+        self._left = len(wanted)
+        if not self.passes:
+            self._zero = self.record.pages - self._left  # nobody ever touched them
+        self.passes += 1
+        begun, before = trio.current_time(), self._data
 
-        def piece(first: int, count: int) -> None:
-            tally = self.file.save(self._memory, wanted, first, count)
-            trio.from_thread.run_sync(note, tally)
-
-        def note(tally: Tally) -> None:
+        async def piece(first: int, count: int) -> None:
+            if not wanted.count(first, first + count):
+                return
+            tally = await trio.to_thread.run_sync(self.file.save, self._memory, wanted.words, first, count)
             self._data += tally.data
             self._zero += tally.zero
             self._left -= tally.data + tally.zero
             report()
+            if rate := limit():
+                ahead = (self._data - before) * PAGE_SIZE / rate - (trio.current_time() - begun)
+                await trio.sleep(max(ahead, 0.0))
 
         await in_pieces(self.record.pages, piece)
+
+    def stands(self) -> None:
+        """Note that the guest stands from here on."""
+        self._live = self._data
 
     def note(self, data: int, zero: int) -> None:
         """Note how many pages somebody else has written here, and found to be zero, all in all."""
@@ -109,14 +130,19 @@ class MappedWriter:
         present = int.from_bytes(bitmap, "little").bit_count()
         return RamMappedSums(present, checksum(bitmap), checksum(sums))
 
-    def statistics(self, passes: int) -> MigrationRamStats:
+    @property
+    def bytes(self) -> int:
+        """What was written so far of RAM."""
+        return self._data * PAGE_SIZE
+
+    def statistics(self) -> MigrationRamStats:
         """Return what `query-migrate` shows."""
         seconds = max(time.monotonic() - self._begun, 1e-6)
         size = self._data * PAGE_SIZE
         return MigrationRamStats(
             transferred=size,
-            precopy_bytes=0,
-            downtime_bytes=size,
+            precopy_bytes=self._live * PAGE_SIZE,
+            downtime_bytes=size - self._live * PAGE_SIZE,
             remaining=self._left * PAGE_SIZE,
             total=self._memory.size,
             duplicate=self._zero,
@@ -124,7 +150,8 @@ class MappedWriter:
             normal_bytes=size,
             mbps=round(size * 8 / 1e6 / seconds, 3),
             pages_per_second=round(self._data / seconds),
-            dirty_sync_count=passes,
+            dirty_pages_rate=self.dirty_rate,
+            dirty_sync_count=self.passes,
             page_size=PAGE_SIZE,
         )
 
@@ -193,12 +220,12 @@ class MappedReader:
 
     async def look(self) -> None:
         """Read every page and compare its checksum; put it nowhere. Raises `GuestPageLost`, in a group."""
-        await in_pieces(self._record.pages, lambda first, count: self.file.check(self._memory, first, count))
+        await in_pieces(self._record.pages, in_thread(partial(self.file.check, self._memory)))
 
     async def load(self, may: MayWriteGuestMemory) -> None:
         """Put all of it in place, into RAM that is made zero first. Raises `GuestPageLost`, in a group."""
         await trio.to_thread.run_sync(may.clear)
-        await in_pieces(self._record.pages, lambda first, count: may.load_pages(self.file, first, count))
+        await in_pieces(self._record.pages, in_thread(partial(may.load_pages, self.file)))
 
     async def come(self, may: MayWriteGuestMemory) -> None:
         """Have it come in as it is used, into RAM that is made zero first. Raises `PageFaultsUnavailable`."""

@@ -1,6 +1,7 @@
 """A guest that is saved in a file, its RAM at fixed places there (migration capability mapped-ram).
 
-Either it stands at the end and is whole here, as after any migration that copied it; or, with background-snapshot, it
+Either it stands at the end and is whole here, as after any migration that copied it: what it has written meanwhile was
+written again, in its place. Or, with background-snapshot, it
 stands for a moment only, and goes on while its RAM, as it was in that moment, is written.
 """
 
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayCancelMigration, MaySaveState
+from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState
 from vmm.errors import MigrationRefused, VmmError, leaves
 from vmm.kvm.faults import KEPT_FEATURES, KeptPages, require_features
-from vmm.kvm.page_file import all_pages
+from vmm.kvm.page_map import PageMap
 from vmm.migration.address import FileAddress
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.status import MigrationStatus
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 _LOOK: Final = 0.1
 """Seconds between two looks at how far a snapshot is."""
+
+_MEASURED: Final = 4 << 20
+"""Bytes that a pass must have had for its bandwidth to be believed."""
 
 _KEEPING: Final = "keep the guest's RAM as it is while the guest runs"
 
@@ -82,14 +86,18 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
     canceller = Canceller()
     with closing(MappedFile(plan.open_file())) as file:
         async with running.child("migrating") as phase:
+            live = machine.accelerator.dirty_log(machine.memory) if run.gang.running and not background else None
 
             def grants(mint: Mint) -> MigratingGrants:
-                may = mint(MayCancelMigration, canceller)
-                return MigratingGrants(cancel_migration=may, send_descriptors=None)
+                return MigratingGrants(
+                    cancel_migration=mint(MayCancelMigration, canceller),
+                    send_descriptors=None,
+                    read_dirty_log=None if live is None else mint(MayReadDirtyLog, live),
+                )
 
             running.tree.move(turn)
             progress = migration.begin("source")
-            async with phase.window(grants, withholds=WITHHELD):
+            async with phase.window(grants, withholds=WITHHELD) as window:
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
@@ -98,10 +106,14 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
                         if background:
                             await save.while_it_runs()
                         else:
-                            gone = Gone(await save.to_the_end(), progress, machine.memory)
+                            pause = await save.to_the_end(window.grants.read_dirty_log)
+                            gone = Gone(pause, progress, machine.memory)
                         saved = True
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
+                finally:
+                    if live is not None:
+                        live.stop()
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if saved:
         if background:
@@ -136,18 +148,51 @@ class _Save:
     progress: MigrationProgress
     canceller: Canceller
 
-    async def to_the_end(self) -> Pause:
-        """Stop the guest and save it. Raises `VmmError`: then it is as it was before."""
-        machine, progress = self.run.machine, self.progress
+    async def to_the_end(self, log: MayReadDirtyLog | None) -> Pause:
+        """Save the guest; it stands at last. Raises `VmmError`: then it is as it was before.
+
+        Args:
+            log: to save it while it runs, as far as that goes; None: it stands meanwhile.
+        """
+        progress, ram = self.progress, self.file.ram
+        todo = PageMap(ram.record.pages)
+        if log is None:
+            todo.merge(self.run.machine.memory.touched())
+        else:
+            await self._in_passes(log, todo)
         async with self._standing() as (may, pause):
             sections = _sections(may, pause)
-            pages = machine.memory.size // 4096
-            await self.file.ram.save(all_pages(pages), pages, self._report)
+            ram.stands()
+            if log is not None:
+                log.collect(todo)
+            await ram.save(todo, self._report)
             progress.advance(MigrationStatus.DEVICE)
             await trio.to_thread.run_sync(self.file.finish, sections)
             self.canceller.let_go = True
             self.run.here = False
         return pause
+
+    async def _in_passes(self, log: MayReadDirtyLog, todo: PageMap) -> None:
+        """Save the guest while it runs, until what it has written since goes within the downtime limit: `todo`."""
+        ram, migration = self.file.ram, self.run.machine.made.migration
+        settings = migration.parameters.values
+        await trio.to_thread.run_sync(log.start)
+        todo.merge(self.run.machine.memory.touched())
+        rate = 1.0
+        while True:
+            migration.tell_pass(ram.passes + 1)
+            begun, before = trio.current_time(), ram.bytes
+            await trio.to_thread.run_sync(log.protect, 0, todo.pages)
+            await ram.save(todo, self._report, lambda: int(settings["max-bandwidth"]))
+            seconds = max(trio.current_time() - begun, 1e-6)
+            todo.clear()
+            await trio.to_thread.run_sync(log.collect, todo)
+            ram.dirty_rate = round(len(todo) / seconds)
+            if ram.passes == 1 or ram.bytes - before >= _MEASURED:
+                rate = max((ram.bytes - before) / seconds, 1.0)
+            self.progress.expected_downtime = round(len(todo) * 4096 / rate * 1000)
+            if self.progress.expected_downtime <= int(settings["downtime-limit"]):
+                return
 
     async def while_it_runs(self) -> None:
         """Stop the guest for a moment, and save it as it is in that moment. Raises `VmmError`: it runs all the same."""
@@ -208,7 +253,7 @@ class _Save:
                     run.status.stands("postmigrate")
 
     def _report(self) -> None:
-        self.progress.ram = self.file.ram.statistics(1)
+        self.progress.ram = self.file.ram.statistics()
 
     async def _watch(self, kept: KeptPages) -> None:
         while True:
