@@ -96,7 +96,7 @@ async def test_a_guest_is_saved_while_it_runs_and_what_it_writes_again_goes_to_i
                 if seen[-1] == 2:
                     # It would never go within such a limit.
                     await source.execute("migrate-set-parameters", downtime_limit=2000, max_bandwidth=1 << 40)
-                if event["data"] == {"status": "completed"}:
+                if event.get("data") == {"status": "completed"}:
                     break
         info = await outcome(source)
         assert seen.index(1) < seen.index(2) < seen.index("STOP")

@@ -175,7 +175,7 @@ class _Save:
     async def _in_passes(self, log: MayReadDirtyLog, todo: PageMap) -> None:
         """Save the guest while it runs, until what it has written since goes within the downtime limit: `todo`."""
         ram, migration = self.file.ram, self.run.machine.made.migration
-        settings = migration.parameters.values
+        settings = migration.parameters  # which may change meanwhile
         await trio.to_thread.run_sync(log.start)
         todo.merge(self.run.machine.memory.touched())
         rate = 1.0
