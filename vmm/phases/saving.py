@@ -166,6 +166,7 @@ class _Save:
             if log is not None:
                 log.collect(todo)
             await ram.save(todo, self._report)
+            self._report()
             progress.advance(MigrationStatus.DEVICE)
             await trio.to_thread.run_sync(self.file.finish, sections)
             self.canceller.let_go = True
