@@ -184,7 +184,7 @@ class _Save:
             migration.tell_pass(ram.passes + 1)
             begun, before = trio.current_time(), ram.bytes
             await trio.to_thread.run_sync(log.protect, 0, todo.pages)
-            await ram.save(todo, self._report, lambda: int(settings["max-bandwidth"]))
+            await ram.save(todo, self._report, lambda: int(settings.values["max-bandwidth"]))
             seconds = max(trio.current_time() - begun, 1e-6)
             todo.clear()
             await trio.to_thread.run_sync(log.collect, todo)
@@ -192,7 +192,7 @@ class _Save:
             if ram.passes == 1 or ram.bytes - before >= _MEASURED:
                 rate = max((ram.bytes - before) / seconds, 1.0)
             self.progress.expected_downtime = round(len(todo) * 4096 / rate * 1000)
-            if self.progress.expected_downtime <= int(settings["downtime-limit"]):
+            if self.progress.expected_downtime <= int(settings.values["downtime-limit"]):
                 return
 
     async def while_it_runs(self) -> None:
