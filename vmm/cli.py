@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "restore", help="start a machine from a file in which it was saved", allow_abbrev=False,
         description="Start the machine in FILE, with the monitors that the options say; FILE stays as it is.",
     )  # fmt: skip
+    stream = commands.add_parser(
+        "stream", help="show or compare files in which guests were saved", allow_abbrev=False,
+    )  # fmt: skip
     demo = commands.add_parser("demo", help="start a guest and update it live before your eyes", allow_abbrev=False)
     # Only the options of the command that is given: of them all there are a hundred, and each takes its time.
     match given[0] if given else "":
@@ -69,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             restore.add_argument("--whole", action="store_true", help="load all of its RAM before the guest runs")
             _add_run(restore)
+        case "stream":
+            from vmm.cli_stream import add_stream_options
+
+            add_stream_options(stream)
         case "demo":
             demo.add_argument("--plain", action="store_true", help="no colours")
     options = parser.parse_args(given)
@@ -94,6 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from vmm.cli_resume import restore_machine
 
                 return restore_machine(options.file, options, whole=options.whole)
+            case "stream":
+                from vmm.cli_stream import run_stream
+
+                return run_stream(options)
             case "demo":
                 from vmm.cli_demo import run_demo
 
