@@ -685,8 +685,8 @@ def test_every_command_has_a_signature_a_word_about_itself_and_a_phase(command: 
     assert phases_granting(command.signature.needs), "no phase grants all that it needs"
 
 
-OTHER_READERS: Final = {"device-list-properties"}
-"""Named by QEMU."""
+OTHER_READERS: Final = {"device-list-properties", "x-query-snapshots"}
+"""Named by QEMU, and as what QEMU has not."""
 
 
 def test_what_begins_with_query_reads_and_nothing_else_does() -> None:
@@ -707,6 +707,7 @@ def test_what_moves_the_machine_on_says_where_to_and_posts_a_turn() -> None:
         "x-exit-preconfig": "devices",
         "finish-machine-init": "running",
         "migrate": "migrating",
+        "snapshot-save": "migrating",
     }
 
 
@@ -766,12 +767,15 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
                 "x-allow-difference",
                 "job-cancel",
                 "job-dismiss",
+                "snapshot-save",
+                "snapshot-delete",
             ),
         }
         assert admitted(table, ADMIN) == {command.name for command in COMMANDS}
         beyond_a_recipe = {command.name for command in COMMANDS} - admitted(table, REPLAY)
         assert beyond_a_recipe == {
             *("migrate", "loadvm", "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource", "calc-dirty-rate"),
+            *("snapshot-save", "snapshot-load", "snapshot-delete"),
         }
 
 

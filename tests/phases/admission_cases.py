@@ -197,6 +197,7 @@ _QUERIES: Final = (
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
     "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences", "query-kvm",
     "query-machines", "query-target", "query-jobs", "query-dirty-rate",
+    "x-query-snapshots",
 )  # fmt: skip
 _PLAIN: Final = (
     *_QUERIES, "query-cpus-fast", "query-cpu-definitions", "x-cpr-abandon",
@@ -309,6 +310,7 @@ CASES: Final = (
         "object-add", {"qom-type": "memory-backend-memfd", "id": "r9", "size": 1 << 20},
         lambda state, grant: "r9" not in state.memories, lambda state, grant: state.memories.add("r9"),
     ),
+    Case("object-add", {"qom-type": "snapshot-directory", "id": "s", "path": "/nowhere"}, _never, well_formed=True),
     Case("object-add", {"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20}, _never),
     Case(
         "object-add", {"qom-type": "memory-backend-file", "id": "m", "size": 1 << 20, "mem-path": "/", "share": False},
@@ -401,6 +403,11 @@ CASES: Final = (
     Case("migrate-incoming", {"uri": "file:@nowhere"}, _never),
     Case("loadvm", {"name": "@nowhere"}, _never),
     Case("loadvm", {}, _never),
+    *(
+        Case(f"snapshot-{what}", {"job-id": "j", "tag": "t", "vmstate": "none", "devices": []}, _never)
+        for what in ("save", "load")
+    ),
+    Case("snapshot-delete", {"job-id": "j", "tag": "t", "devices": ["none"]}, _never),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
     # One that is under way is in the way of the next.

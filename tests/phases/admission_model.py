@@ -116,9 +116,9 @@ def _but(phase: str, why: str, *, more: str = "", less: str = "") -> Deviation:
 
 DEVIATIONS: Final = (
     _but(
-        "boot", "what RAM is made of is there before the machine, so that it can be checked when that is defined; and "
-        "credentials for TLS, since a machine may come over it",
-        more="create-backend:chardev,monitor,memory,tls", less="create-backend:chardev,monitor",
+        "boot", "what RAM is made of is there before the machine, so that it can be checked when that is defined; "
+        "credentials for TLS, since a machine may come over it; and where snapshots are is no part of it",
+        more="create-backend:chardev,monitor,memory,snapshots,tls", less="create-backend:chardev,monitor",
     ),
     _but("boot", "a job that has concluded is dismissed in whatever phase", more="dismiss-job"),
     _but(
@@ -191,7 +191,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
             "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences",
             "query-cpu-definitions", "query-cpu-model-expansion", "query-kvm", "query-machines",
             "query-current-machine", "query-target", "query-hotpluggable-cpus", "query-memory-size-summary",
-            "query-accelerators", "query-jobs", "device-list-properties", "query-dirty-rate",
+            "query-accelerators", "query-jobs", "device-list-properties", "query-dirty-rate", "x-query-snapshots",
         ),
         ("may-query",),
     ),
@@ -222,6 +222,8 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "job-dismiss": ("may-dismiss-job",),
     "loadvm": ("may-restore-guest", "may-open-host-file"),
     **dict.fromkeys(("x-cpr-check", "x-cpr-undo", "x-cpr-forget", "calc-dirty-rate"), ("may-start-migration",)),
+    **dict.fromkeys(("snapshot-save", "snapshot-delete"), ("may-start-migration", "may-query")),
+    "snapshot-load": ("may-restore-guest", "may-start-migration", "may-query"),
     "x-cpr-abandon": ("may-listen",),
     "x-allow-difference": ("may-listen",),
     "x-allow-resource": ("may-open-host-file", "may-listen"),
@@ -230,7 +232,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
 
 OBJECTS: Final[Mapping[str, str]] = {
     "monitor-qmp": "monitor", "monitor-websocket": "monitor", "rng-builtin": "rng", "rng-random": "rng",
-    "memory-backend-file": "memory", "memory-backend-memfd": "memory",
+    "memory-backend-file": "memory", "memory-backend-memfd": "memory", "snapshot-directory": "snapshots",
     "tls-creds-x509": "tls",
 }  # fmt: skip
 """Type of an object -> what `object-add` must be allowed to create."""

@@ -229,7 +229,7 @@ EXTENSIONS: Final = frozenset(
     {
         "accel-set", "cpu-model-set", "finish-machine-init", "machine-set", "query-machine-phase", "query-monitors",
         "query-nursery-tree", "x-exit-precreate", "loadvm", "query-differences", "x-allow-difference", "x-cpr-abandon",
-        "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource",
+        "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource", "x-query-snapshots",
     }
 )  # fmt: skip
 """The commands that QEMU has not."""

@@ -204,7 +204,7 @@ def precreate(directory: Path) -> list[Step]:
         wrong(
             "object-add", "'qom-type' does not accept \"rng\"; "
             "it accepts 'memory-backend-file', 'memory-backend-memfd', 'monitor-qmp', 'monitor-websocket', 'qtest', "
-            "'rng-builtin', 'rng-random', 'tls-creds-x509'",
+            "'rng-builtin', 'rng-random', 'snapshot-directory', 'tls-creds-x509'",
             qom_type="rng", id="r",
         ),
         bad(
@@ -393,6 +393,20 @@ def running() -> list[Step]:
             "migrate", "Cannot connect to /x: No such file or directory", uri="unix:/x",
         ),
         bad("loadvm", "Cannot read /x: No such file or directory", name="/x"),
+        *(
+            bad(
+                f"snapshot-{what}", "Snapshot directory 'v' does not exist; there are: none", job_id="j", tag="t",
+                vmstate="v", devices=[],
+            )
+            for what in ("save", "load")
+        ),
+        bad(
+            "snapshot-delete", "Snapshot directory 'v' does not exist; there are: none", job_id="j", tag="t",
+            devices=["v"],
+        ),
+        wrong("snapshot-delete", "'devices' is missing", job_id="j", tag="t"),
+        good("x-query-snapshots", lambda v: v == []),
+        wrong("x-query-snapshots", NONE_TAKEN, x=1),
         lacks(
             "machine-set", "may-configure-machine:machine", PHASE, "precreate (reached by a start without a machine)",
         ),
@@ -489,6 +503,8 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     elsewhere |= {"x-cpr-check", "x-cpr-abandon", "x-cpr-undo", "x-cpr-forget", "loadvm"}
     # And these with a tap (tests/phases/test_netdev).
     elsewhere |= {"netdev_add", "netdev_del"}
+    # And these in a machine that runs (tests/phases/test_snapshots).
+    elsewhere |= {"snapshot-save", "snapshot-load", "snapshot-delete"}
     names = {command.name for command in COMMANDS}
     assert names - answered - elsewhere == set()
     assert names - refused == set()

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from vmm.phases.start import Start
 
 
-_FAMILIES: Final = frozenset({"chardev", "monitor", "memory", "tls"})
-"""Of the back ends that this phase makes."""
+_FAMILIES: Final = frozenset({"chardev", "monitor", "memory", "snapshots", "tls"})
+"""Of the back ends that this phase makes: what needs no machine."""
 
 
 @final

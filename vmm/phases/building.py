@@ -11,6 +11,7 @@ import trio
 from vmm.errors import InvalidState
 from vmm.nursery_tree import Turn
 from vmm.phases.config import GoOn
+from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.stream_port import Admission
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from vmm.migration.channel import Channel
     from vmm.nursery_tree import Inbox
     from vmm.phases.incoming_port import IncomingPort
-    from vmm.phases.migration_state import Wishes
 
 
 @final
@@ -28,6 +28,8 @@ class SavedState:
     """A file with a state stream, open. Owns the descriptor until somebody takes it."""
 
     file: int
+    wishes: Wishes = NO_WISHES
+    """With a job, that it is loaded is the job's outcome; without, the command's."""
 
     def take(self) -> int:
         """Hand the descriptor over."""

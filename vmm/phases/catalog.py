@@ -28,6 +28,7 @@ _MIGRATION: Final = "vmm.phases.commands_migration"
 _DIRTY_RATE: Final = "vmm.phases.commands_dirty_rate"
 _JOBS: Final = "vmm.phases.commands_jobs"
 _UPDATE: Final = "vmm.phases.commands_update"
+_SNAPSHOTS: Final = "vmm.phases.commands_snapshots"
 
 _DEVICES: Final = "vmm.phases.commands_devices"
 _OBJECTS: Final = "vmm.phases.commands_objects"
@@ -103,6 +104,10 @@ COMMANDS: Final = (
     Command("query-jobs", f"{_JOBS}:query_jobs"),
     Command("job-cancel", f"{_JOBS}:job_cancel"),
     Command("job-dismiss", f"{_JOBS}:job_dismiss"),
+    Command("snapshot-save", f"{_SNAPSHOTS}:snapshot_save", moves_to="migrating"),
+    Command("snapshot-load", f"{_SNAPSHOTS}:snapshot_load"),
+    Command("snapshot-delete", f"{_SNAPSHOTS}:snapshot_delete"),
+    Command("x-query-snapshots", f"{_SNAPSHOTS}:x_query_snapshots"),
     Command("x-cpr-check", f"{_UPDATE}:x_cpr_check"),
     Command("x-cpr-abandon", f"{_UPDATE}:x_cpr_abandon"),
     Command("x-cpr-undo", f"{_UPDATE}:x_cpr_undo"),

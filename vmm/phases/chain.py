@@ -88,7 +88,8 @@ def chain() -> tuple[PhaseFacts, ...]:
     append: Final = "may-append-recipe"
     return (
         PhaseFacts(
-            "boot", "no-machine", BootGrants, scopes={"may-create-backend": ("chardev", "memory", "monitor", "tls")},
+            "boot", "no-machine", BootGrants,
+            scopes={"may-create-backend": ("chardev", "memory", "monitor", "snapshots", "tls")},
             left_by="the end of the process",
         ),
         PhaseFacts(

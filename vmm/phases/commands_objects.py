@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, fin
 
 import attrs
 
-from vmm import hostio
+from vmm import host_dirs, hostio
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
 from vmm.errors import BackendInUse, InvalidState, NameTaken, OptionInvalid
 from vmm.monitor.command import ForEach
@@ -136,6 +136,16 @@ class MemoryBackendFile(_Object):
 
 @final
 @attrs.frozen(kw_only=True)
+class SnapshotDirectory(_Object):
+    """Where snapshots are, a file each; an extension."""
+
+    qom_type: Literal["snapshot-directory"]
+    path: str
+    """A directory that is there."""
+
+
+@final
+@attrs.frozen(kw_only=True)
 class TlsCredsX509(_Object):
     """Certificates and a key for TLS. It is this process's: it goes neither into a recipe nor to a successor."""
 
@@ -159,6 +169,7 @@ ObjectAdd: TypeAlias = Annotated[
     | Qtest
     | RngBuiltin
     | RngRandom
+    | SnapshotDirectory
     | TlsCredsX509,
     Union("qom-type"),
 ]
@@ -174,6 +185,7 @@ BY_TYPE: Final = ForEach(
         "qtest": "monitor",
         "rng-builtin": "rng",
         "rng-random": "rng",
+        "snapshot-directory": "snapshots",
         "tls-creds-x509": "tls",
     },
 )
@@ -197,6 +209,8 @@ async def object_add(
             await _add_rng(may, host, machine, args)
         case MemoryBackendMemfd() | MemoryBackendFile():
             await _add_memory(may, host, machine, args)
+        case SnapshotDirectory():
+            await _add_snapshots(may, host, machine, args)
         case TlsCredsX509():
             from vmm.phases.tls_objects import open_credentials  # OpenSSL, which few machines need.
 
@@ -206,7 +220,7 @@ async def object_add(
 def _require_free(stores: BootStores, name: str) -> None:
     if name in stores.monitors:
         raise NameTaken(what="Monitor", name=name)
-    if name in stores.rngs or name in stores.memories or name in stores.tls:
+    if name in stores.rngs or name in stores.memories or name in stores.snapshots or name in stores.tls:
         raise NameTaken(what="Object", name=name)
 
 
@@ -312,13 +326,33 @@ async def _add_memory(
     machine.recorder.record_options("object-add", args)
 
 
+async def _add_snapshots(may: MayCreateBackend, host: HostSource, machine: Host, args: SnapshotDirectory) -> None:
+    from vmm.backends import snapshots  # Likewise.
+
+    name = f"object/{args.id}/directory"
+    fd = host_dirs.adopt_directory(host.obtain(name, lambda: hostio.open_directory(args.path)), name)
+    directory = snapshots.SnapshotDirectory(fd, args.path)
+    try:
+        directory.sweep()
+        await may.adopt("snapshots", args.id, directory)
+    except BaseException:
+        directory.close()
+        raise
+    machine.recorder.record_options("object-add", args)
+
+
 async def object_del(may: MayCreateBackend, caller: Caller, query: MayQuery, args: Id) -> None:
     """End an object that nothing uses. A session cannot end its own monitor."""
     machine = query.view(Host)
     if caller.name.startswith(f"{args.id}/"):
         raise BackendInUse(what="Monitor", name=args.id, user="this session; use another one")
     stores = machine.stores
-    families: dict[str, dict[str, Any]] = {"rng": stores.rngs, "memory": stores.memories, "tls": stores.tls}
+    families: dict[str, dict[str, Any]] = {
+        "rng": stores.rngs,
+        "memory": stores.memories,
+        "snapshots": stores.snapshots,
+        "tls": stores.tls,
+    }
     family = next((name for name, objects in families.items() if args.id in objects), "monitor")
     await may.dismiss(family, args.id)
     machine.recorder.forget("object-add", "id", args.id)

@@ -62,6 +62,8 @@ class CopyPlan:
     start_command: Callable[[bool], Connection] | None = None
     """Of an `ExecAddress`: starts the command, which can answer if the argument says so."""
     wishes: Wishes = NO_WISHES
+    finish: Callable[[], None] | None = None
+    """Of a snapshot, after which the guest goes on here: gives the file its name, once all is in it. For a thread."""
     _closed: bool = False
 
     async def open(self, residents: Residents, *, two_way: bool, tls: Tls | None) -> Outflow:
@@ -163,8 +165,8 @@ class Gone:
 
 
 def travelling(recipe: Recipe) -> Recipe:
-    """Return what of a machine's recipe is the machine's: all but its monitors and qtest, and their chardevs."""
-    monitors = [step for step in recipe if step.execute == "object-add" and _is_monitor(step.arguments)]
+    """Return what of a machine's recipe is the machine's: no monitors, qtest, or their chardevs, nor its snapshots."""
+    monitors = [step for step in recipe if step.execute == "object-add" and _stays(step.arguments)]
     chardevs = {step.arguments.get("chardev") for step in monitors} - {None}
     return attrs.evolve(
         recipe,
@@ -182,9 +184,9 @@ def staying(recipe: Recipe) -> Recipe:
     return attrs.evolve(recipe, steps=tuple(step for step in recipe if step not in goes))
 
 
-def _is_monitor(arguments: Mapping[str, Any]) -> bool:
+def _stays(arguments: Mapping[str, Any]) -> bool:
     kind = str(arguments.get("qom-type"))
-    return kind.startswith("monitor-") or kind == "qtest"
+    return kind.startswith("monitor-") or kind in ("qtest", "snapshot-directory")
 
 
 async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:

@@ -16,20 +16,18 @@ if TYPE_CHECKING:
 
     from vmm.migration.dirty_rate import Measurement
     from vmm.nursery_tree import Inbox
-    from vmm.phases.building import SavedState
     from vmm.phases.copying import CopyPlan
     from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.predecessor import Predecessor
-    from vmm.phases.running import Run
+    from vmm.phases.running import Plan, Run
+    from vmm.phases.snapshots import DeletePlan, SavePlan
 
 
 @final
 class Departure:
     """The facet of `may-start-migration`."""
 
-    def __init__(
-        self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState], run: Run, rates: DirtyRates
-    ) -> None:
+    def __init__(self, inbox: Inbox[Plan], run: Run, rates: DirtyRates) -> None:
         self._inbox = inbox
         self._run = run
         self._rates = rates
@@ -44,7 +42,7 @@ class Departure:
         """Begin to measure how fast the guest writes. Raises as `DirtyRates.begin`."""
         self._rates.begin(wanted)
 
-    def start(self, plan: TransferPlan | ExecPlan | CopyPlan) -> Awaitable[None]:
+    def start(self, plan: TransferPlan | ExecPlan | CopyPlan | SavePlan | DeletePlan) -> Awaitable[None]:
         """Post `plan`, whose descriptors are closed if it is not carried out.
 
         Raises:

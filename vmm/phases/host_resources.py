@@ -39,6 +39,7 @@ _OBJECTS: Final[Mapping[str, tuple[str, str, tuple[str, ...]]]] = {
     "monitor-websocket": ("monitor", "", ()),
     "qtest": ("monitor", "log", ("log",)),
     "tls-creds-x509": ("object", "", ("dir",)),
+    "snapshot-directory": ("object", "directory", ("path",)),
 }
 """Type of an object -> how the name of its resource begins, and the same."""
 

@@ -20,23 +20,30 @@ if TYPE_CHECKING:
     from vmm.errors import VmmError
     from vmm.migration.status import Side
     from vmm.monitor.events import EventHub
-    from vmm.phases.jobs import Job, Jobs
+    from vmm.phases.jobs import Job, Jobs, JobType
 
 _INCOMING: Final = (
     "for what comes in",
     "cancel it where it comes from; a live update that is only awaited is given up by x-cpr-abandon",
 )
-"""Why the job of an incoming migration cannot be cancelled, and what to do instead."""
+_LOADING: Final = (
+    "while a snapshot is put in the guest's place",
+    "load another one once it is over",
+)
+"""Why a job cannot be cancelled that brings a guest here, and what to do instead."""
 
 
 @final
 @attrs.frozen
 class Wishes:
-    """What was asked of one migration besides where it goes: settings for its time alone, and a job's name."""
+    """What was asked of one migration besides where it goes: settings for its time alone, and a job."""
 
     capabilities: Mapping[str, bool] = attrs.Factory(dict)
     parameters: Mapping[str, Any] = attrs.Factory(dict)
     job: str | None = None
+    """The job's name."""
+    kind: JobType = "migrate"
+    """What is asked for, where it is a job."""
 
 
 NO_WISHES: Final = Wishes()
@@ -163,8 +170,9 @@ class MigrationState:
         self.capabilities.lend(wishes.capabilities)
         self.parameters.lend(wishes.parameters)
         if wishes.job is not None:
-            no_cancel = _INCOMING if side == "target" else None
-            self._job = self._jobs.create(wishes.job, "migrate", progress=self._progress, no_cancel=no_cancel)
+            incoming = _LOADING if wishes.kind == "snapshot-load" else _INCOMING
+            no_cancel = incoming if side == "target" else None
+            self._job = self._jobs.create(wishes.job, wishes.kind, progress=self._progress, no_cancel=no_cancel)
 
     def _take_back(self, status: MigrationStatus | None) -> None:
         """Take back what was granted; `status` is that of the end, None if there was no beginning."""
@@ -179,7 +187,7 @@ class MigrationState:
             job.succeed()
         else:
             error = self.progress.info().error_desc if self.progress is not None else None
-            job.fail(error or "The migration was cancelled")
+            job.fail(error or f"The {'migration' if job.kind == 'migrate' else 'snapshot'} was cancelled")
         self._job = None
 
     def _progress(self) -> tuple[int, int]:

@@ -80,6 +80,7 @@ async def _take_back(host: Host, recipe: Recipe, renamed: Mapping[str, str]) -> 
     for command, family, there in (
         ("object-add", "monitor", stores.monitors),
         ("object-add", "memory", stores.memories),
+        ("object-add", "snapshots", stores.snapshots),
         ("chardev-add", "chardev", stores.chardevs),
     ):
         for name in {str(step.arguments.get("id")) for step in recipe if step.execute == command} & there.keys():

@@ -34,6 +34,8 @@ from vmm.phases.run_state import NEEDS_RESET
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmm.capabilities import Mint
     from vmm.nursery_tree import Phase
     from vmm.phases.building import SavedState
@@ -55,8 +57,11 @@ class RestoringGrants:
     write_guest_memory: MayWriteGuestMemory
 
 
-async def run_restoring(running: Phase, run: Run, saved: SavedState) -> None:
+async def run_restoring(running: Phase, run: Run, saved: SavedState, begun: Callable[[], None]) -> None:
     """Load what is in the file, and run the guest again if it ran.
+
+    Args:
+        begun: called once the file is this phase's, and whatever comes is in `query-migrate`.
 
     Raises:
         VmmError: the file is none that this machine can go on from, and the guest goes on as it was. Or it was so, and
@@ -77,6 +82,7 @@ async def run_restoring(running: Phase, run: Run, saved: SavedState) -> None:
         async with phase.window(grants, withholds=WITHHELD) as window:
             try:
                 with closing(Inflow(Connection(saved.take()))) as flow:
+                    begun()
                     record, processor = await flow.read_head()
                     recipe = Recipe.from_json("of the file", [dict(command) for command in record.commands])
                     made.incoming.streams.require_same(checked(recipe, made.host.table), processor.state, machine.cpu)
@@ -87,12 +93,13 @@ async def run_restoring(running: Phase, run: Run, saved: SavedState) -> None:
                     flow.rewind()
                     async with run.control:
                         await _replace(run, flow, window.grants)
-                progress.advance(MigrationStatus.COMPLETED)
             except* VmmError as group:
                 failure = next(error for error in leaves(group) if isinstance(error, VmmError))
-                made.migration.failed(progress, str(failure))
+    # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if failure is not None:
+        made.migration.failed(progress, str(failure))
         raise failure
+    progress.advance(MigrationStatus.COMPLETED)
 
 
 async def _replace(run: Run, flow: Inflow, grants: RestoringGrants) -> None:

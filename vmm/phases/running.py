@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import asynccontextmanager, closing
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import attrs
 import trio
@@ -35,6 +35,7 @@ from vmm.phases.postmigrate import run_postmigrate
 from vmm.phases.restoring import run_restoring
 from vmm.phases.run_state import NEEDS_RESET, RunStateName
 from vmm.phases.session_moves import go_on
+from vmm.phases.snapshots import DeletePlan, SavePlan, run_snapshot
 from vmm.phases.vcpus import VcpuGang
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ if TYPE_CHECKING:
     from vmm.phases.machine import Machine
     from vmm.phases.quiesced import Pause
     from vmm.phases.vcpus import GuestCpu
+
+
+Plan: TypeAlias = TransferPlan | ExecPlan | CopyPlan | SavedState | SavePlan | DeletePlan
+"""What this phase is asked for that opens another one, or has the guest stand."""
 
 
 @final
@@ -180,13 +185,13 @@ class Run:
 class _Restoration:
     """The facet of `may-restore-guest`."""
 
-    def __init__(self, inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState]) -> None:
+    def __init__(self, inbox: Inbox[Plan]) -> None:
         self._inbox = inbox
 
     def decide(self, saved: object) -> Awaitable[None]:
         """Post what is to be put in the guest's place; settles once it is."""
         assert isinstance(saved, SavedState)
-        own = SavedState(saved.take())
+        own = SavedState(saved.take(), saved.wishes)
         turn = self._inbox.post(own)
         turn.on_settled(own.close)
         return turn
@@ -306,7 +311,7 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
     """
     machine = run.machine
     made = machine.made
-    inbox: Inbox[TransferPlan | ExecPlan | CopyPlan | SavedState] = Inbox("running")
+    inbox: Inbox[Plan] = Inbox("running")
     left: Gone | None = None
     rates = DirtyRates(
         machine.memory, machine.accelerator.vm, made.migration.note_rate, made.host.complain, phase.residents
@@ -344,15 +349,18 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                     await run.all_pages()
                     await phase.tree.drain(turn, "migrating")
                     if isinstance(plan, SavedState):
-                        await run_restoring(phase, run, plan)
-                        run.see_pages_come(phase)
-                        turn.succeed()
+                        await _restore(phase, run, plan, turn)
+                        continue
+                    if isinstance(plan, DeletePlan):
+                        await plan.carry_out(made.host.jobs, turn)
                         continue
                     with made.migration.attempt("source", plan.wishes):
                         if isinstance(plan, CopyPlan):
                             copy = _way_of(run, plan)
                             left = await copy(phase, run, plan, turn)
                             gone = left is not None
+                        elif isinstance(plan, SavePlan):
+                            await run_snapshot(phase, run, plan, turn)
                         elif isinstance(plan, ExecPlan):
                             run.leaves = gone = await run_executing(phase, run, plan, turn)
                         else:
@@ -367,3 +375,17 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
                     go_on(made.host.stores.moving, phase.tree.deferral)
         inbox.close()
     return left
+
+
+async def _restore(phase: Phase, run: Run, saved: SavedState, turn: Turn[Plan]) -> None:
+    """Put what was saved in the guest's place. Where that is a job, it has the outcome once it has begun."""
+    is_job = saved.wishes.job is not None
+    with run.machine.made.migration.attempt("target", saved.wishes):
+        try:
+            await run_restoring(phase, run, saved, turn.succeed if is_job else lambda: None)
+        except VmmError:
+            if not turn.settled:
+                raise
+            return
+    run.see_pages_come(phase)
+    turn.succeed()

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState
-from vmm.errors import MigrationRefused, VmmError, leaves
+from vmm.errors import MigrationRefused, PageFaultsUnavailable, VmmError, leaves
 from vmm.kvm.faults import KEPT_FEATURES, KeptPages, require_features
 from vmm.kvm.page_map import PageMap
 from vmm.migration.address import FileAddress
@@ -103,7 +103,11 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
                         progress.advance(MigrationStatus.ACTIVE)
                         await _begin(run, file)
                         save = _Save(phase, run, file, progress, canceller)
-                        if background:
+                        if plan.finish is not None:
+                            await save.as_it_can_be()
+                            with trio.CancelScope(shield=True):  # it is on its disk: what is left is its name
+                                await trio.to_thread.run_sync(plan.finish)
+                        elif background:
                             await save.while_it_runs()
                         else:
                             pause = await save.to_the_end(window.grants.read_dirty_log)
@@ -116,7 +120,7 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
                         live.stop()
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if saved:
-        if background:
+        if gone is None:
             progress.advance(MigrationStatus.COMPLETED)
     elif failure is not None:
         migration.failed(progress, str(failure))
@@ -195,6 +199,26 @@ class _Save:
             if self.progress.expected_downtime <= int(settings.values["downtime-limit"]):
                 return
 
+    async def as_it_can_be(self) -> None:
+        """Save the guest while it runs, and else while it stands. Raises `VmmError`."""
+        try:
+            await self.while_it_runs()
+        except PageFaultsUnavailable as error:
+            self.run.machine.made.host.complain(f"{error}; it stands while it is saved")
+            await self.while_it_stands()
+
+    async def while_it_stands(self) -> None:
+        """Stop the guest for as long as its RAM is written, and save it. Raises `VmmError`: it runs all the same."""
+        ram = self.file.ram
+        todo = PageMap(ram.record.pages)
+        async with self._standing() as (may, pause):
+            sections = _sections(may, pause)
+            ram.stands()
+            todo.merge(self.run.machine.memory.touched())
+            await ram.save(todo, self._report)
+        self._report()
+        await self._rest(sections)
+
     async def while_it_runs(self) -> None:
         """Stop the guest for a moment, and save it as it is in that moment. Raises `VmmError`: it runs all the same."""
         machine = self.run.machine
@@ -210,6 +234,9 @@ class _Save:
             self._look_at(kept)
         if failure is not None:
             raise failure
+        await self._rest(sections)
+
+    async def _rest(self, sections: list[Section]) -> None:
         self.progress.advance(MigrationStatus.DEVICE)
         self.canceller.let_go = True
         with trio.CancelScope(shield=True):  # what is left is a few writes, and then it is there

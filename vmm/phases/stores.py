@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.backends.chardev import Chardev
     from vmm.backends.memory import MemoryBackend
     from vmm.backends.rng import Rng
+    from vmm.backends.snapshots import SnapshotDirectory
     from vmm.backends.tap import Tap
     from vmm.migration.registry import StateRegistry
     from vmm.migration.tls_creds import TlsCredentials
@@ -96,6 +97,7 @@ class BootStores:
         self.monitors: Final[dict[str, tuple[Monitor | WebSocketBackend | QtestBackend, Resident]]] = {}
         self.rngs: Final[dict[str, HeldRng]] = {}
         self.memories: Final[dict[str, HeldMemory]] = {}
+        self.snapshots: Final[dict[str, tuple[SnapshotDirectory, Resident]]] = {}
         self.netdevs: Final[dict[str, tuple[Tap, Resident]]] = {}
         self.tls: Final[dict[str, tuple[TlsCredentials, Resident]]] = {}
         self._sent: frozenset[str] = frozenset()
@@ -110,7 +112,7 @@ class BootStores:
         """Start `backend` and register it. Raises `NameTaken` before anything was started."""
         stores: Mapping[str, Mapping[str, object]] = {
             "chardev": self.chardevs, "monitor": self.monitors, "rng": self.rngs, "memory": self.memories,
-            "netdev": self.netdevs, "tls": self.tls,
+            "netdev": self.netdevs, "snapshots": self.snapshots, "tls": self.tls,
         }  # fmt: skip
         if name in stores[family]:
             raise NameTaken(what=family.capitalize(), name=name)
@@ -125,6 +127,8 @@ class BootStores:
             self.netdevs[name] = (backend, resident)
         elif family == "tls":
             self.tls[name] = (backend, resident)
+        elif family == "snapshots":
+            self.snapshots[name] = (backend, resident)
         else:
             self.monitors[name] = (backend, resident)
 
@@ -148,6 +152,8 @@ class BootStores:
                 raise BackendInUse(what="Object", name=name, user="the machine, whose RAM it is")
             del self.memories[name]
             await memory.resident.leave()
+        elif family == "snapshots":
+            await self.snapshots.pop(name)[1].leave()
         elif family == "netdev":
             if name not in self.netdevs:
                 raise DeviceNotFound(what="Netdev", name=name, known=_known(self.netdevs))
@@ -160,7 +166,9 @@ class BootStores:
     async def _dismiss_monitor(self, name: str) -> None:
         if name not in self.monitors:
             raise BackendNotFound(
-                what="Object", name=name, known=_known({**self.monitors, **self.rngs, **self.memories, **self.tls})
+                what="Object",
+                name=name,
+                known=_known({**self.monitors, **self.rngs, **self.memories, **self.snapshots, **self.tls}),
             )
         monitor, resident = self.monitors.pop(name)
         await resident.leave()
@@ -206,14 +214,15 @@ class BootStores:
         held.chardev.set_free()
 
     def step_aside(self, recipe: Recipe, suffix: str) -> dict[str, str]:
-        """Rename chardevs, monitors and memory whose names `recipe` gives to others; return old -> new."""
+        """Rename chardevs, monitors, memory and snapshots whose names `recipe` gives to others; return old -> new."""
         wanted = {str(step.arguments.get("id")) for step in recipe if step.execute in ("chardev-add", "object-add")}
-        renamed = {name: f"{name}{suffix}" for name in wanted & {*self.chardevs, *self.monitors, *self.memories}}
+        there = {*self.chardevs, *self.monitors, *self.memories, *self.snapshots}
+        renamed = {name: f"{name}{suffix}" for name in wanted & there}
         self.rename(renamed)
         return renamed
 
     def rename(self, renamed: Mapping[str, str]) -> None:
-        """Give the chardevs, monitors and memory in `renamed` their new names."""
+        """Give the chardevs, monitors, memory and snapshots in `renamed` their new names."""
         for label in renamed.keys() & self.chardevs.keys():
             held = self.chardevs[renamed[label]] = self.chardevs.pop(label)
             held.chardev.label = renamed[label]
@@ -227,6 +236,8 @@ class BootStores:
                 clients.name = renamed[name]
         for name in renamed.keys() & self.memories.keys():
             self.memories[renamed[name]] = self.memories.pop(name)
+        for name in renamed.keys() & self.snapshots.keys():
+            self.snapshots[renamed[name]] = self.snapshots.pop(name)
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(MONITOR):
                 name = held.user.removeprefix(MONITOR)
@@ -352,6 +363,11 @@ class BootStores:
             f"object/{name}/{suffix}": fd
             for name, held in self.memories.items()
             for suffix, fd in held.memory.descriptors().items()
+        }
+        objects |= {
+            f"object/{name}/{suffix}": fd
+            for name, (directory, _) in self.snapshots.items()
+            for suffix, fd in directory.descriptors().items()
         }
         netdevs = {f"netdev/{name}": tap.fd for name, (tap, _) in self.netdevs.items()}
         sessions = {
