@@ -33,6 +33,7 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MaySetMigrationParam,
     MayStartMigration,
+    MaySwitchOver,
     Mint,
     Token,
 )
@@ -317,6 +318,7 @@ def test_grants_are_what_they_are_called() -> None:
         MayListen,
         MayStartMigration,
         MayCancelMigration,
+        MaySwitchOver,
     }
     assert [grant.name for grant in (OBSERVE, OPERATE, MIGRATE, ADMIN, REPLAY)] == [
         "observe",

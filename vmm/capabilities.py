@@ -29,6 +29,7 @@ from vmm.facets import (
     StateIndex,
     StateSink,
     StateSource,
+    Switchover,
 )
 
 if TYPE_CHECKING:
@@ -696,6 +697,18 @@ class MaySendDescriptors(Token[DescriptorSender]):
 
 
 @final
+class MaySwitchOver(Token[Switchover]):
+    """May let a migration go on that waits before its switchover."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-switch-over"
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self._reach().go_on()
+
+
+@final
 class MayReadDirtyLog(Token[DirtyPages]):
     """May find out what the guest writes; exists only while a migration is under way."""
 
@@ -757,8 +770,8 @@ KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayQuery, MayQuit, MayDismissJob, MayAddDescriptor, MayCreateBackend, MayOpenHostFile, MayAdoptDescriptor,
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
-    MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySendDescriptors,
-    MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
+    MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySwitchOver,
+    MaySendDescriptors, MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 
@@ -779,7 +792,15 @@ OPERATE: Final = Grant("operate", OBSERVE.kinds | {MayQuit, MayRunVcpus, MayResu
 MIGRATE: Final = Grant(
     "migrate",
     OPERATE.kinds
-    | {MayDismissJob, MaySetMigrationCap, MaySetMigrationParam, MayListen, MayStartMigration, MayCancelMigration},
+    | {
+        MayDismissJob,
+        MaySetMigrationCap,
+        MaySetMigrationParam,
+        MayListen,
+        MayStartMigration,
+        MayCancelMigration,
+        MaySwitchOver,
+    },
 )
 QTEST: Final = Grant("qtest", frozenset({MayInject}))
 ADMIN: Final = Grant("admin", frozenset(KINDS) - {MayAdoptDescriptor})

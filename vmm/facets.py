@@ -150,6 +150,14 @@ class DescriptorSender(Protocol):
         ...
 
 
+class Switchover(Protocol):
+    """A migration that may wait before its switchover."""
+
+    def go_on(self) -> None:
+        """Let it go on. Raises `InvalidState` where it does not wait."""
+        ...
+
+
 class DirtyPages(Protocol):
     """A log of the pages that are written; `vmm.kvm.dirty_log.DirtyLog` says what each does."""
 

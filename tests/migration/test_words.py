@@ -7,10 +7,12 @@ import trio
 import trio.testing
 
 from vmm.errors import MigrationPeerGone, StreamCorrupt
-from vmm.migration.words import Word, hear, say
+from vmm.migration.words import Ear, Word, say, written
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+EXPECTED = "expected one of ready, acknowledged, loaded, refused, yours"
 
 Pair = tuple[trio.SocketStream, trio.SocketStream]
 
@@ -27,36 +29,44 @@ async def pair() -> AsyncIterator[Pair]:
 )  # fmt: skip
 async def test_what_is_said_is_heard(word: Word, pair: Pair) -> None:
     await say(pair[0], word)
-    assert await hear(pair[1], "source", "nothing happens") == word
+    assert await Ear(pair[1], "source", "nothing happens").hear() == word
 
 
 async def test_a_reason_of_any_length_is_cut_to_what_a_line_holds(pair: Pair) -> None:
     await say(pair[0], Word("refused", "\N{SNOWMAN}" * 10_000))
-    assert await hear(pair[1], "source", "nothing happens") == Word("refused", "\N{SNOWMAN}" * 2048)
+    assert await Ear(pair[1], "source", "nothing happens").hear() == Word("refused", "\N{SNOWMAN}" * 2048)
 
 
 async def test_silence_is_told_with_what_it_leads_to(pair: Pair) -> None:
     await pair[0].aclose()
     with pytest.raises(MigrationPeerGone) as caught:
-        await hear(pair[1], "source", "nothing happens")
+        await Ear(pair[1], "source", "nothing happens").hear()
     assert str(caught.value) == "The source closed the connection; nothing happens"
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"ready\n", "the source says b'ready\\n', expected one of ready, loaded, refused, yours"),
-        (b"[]\n", "the source says b'[]\\n', expected one of ready, loaded, refused, yours"),
-        (b'{"word": 7}\n', "the source says b'{\"word\": 7}\\n', expected one of ready, loaded, refused, yours"),
+        (b"ready\n", f"the source says b'ready\\n', {EXPECTED}"),
+        (b"[]\n", f"the source says b'[]\\n', {EXPECTED}"),
+        (b'{"word": 7}\n', f"the source says b'{{\"word\": 7}}\\n', {EXPECTED}"),
         (
             b'{"word": "refused", "reason": 7}\n',
-            'the source says b\'{"word": "refused", "reason": 7}\\n\', expected one of ready, loaded, refused, yours',
+            f'the source says b\'{{"word": "refused", "reason": 7}}\\n\', {EXPECTED}',
         ),
-        (b"[" * 9000 + b"\n", "the source says b'" + "[" * 40 + "', expected one of ready, loaded, refused, yours"),
+        (b"[" * 9000 + b"\n", "the source says b'" + "[" * 40 + f"', {EXPECTED}"),
     ],
 )
 async def test_what_is_no_word_is_quoted(line: bytes, reason: str, pair: Pair) -> None:
     await pair[0].send_all(line)
     with pytest.raises(StreamCorrupt) as caught:
-        await hear(pair[1], "source", "nothing happens")
+        await Ear(pair[1], "source", "nothing happens").hear()
     assert str(caught.value) == f"State stream: {reason}"
+
+
+async def test_words_that_come_together_are_heard_one_by_one(pair: tuple[trio.SocketStream, trio.SocketStream]) -> None:
+    await pair[0].send_all(written(Word("ready")) + written(Word("acknowledged")) + written(Word("loaded"))[:5])
+    ear = Ear(pair[1], "source", "nothing happens")
+    assert [(await ear.hear()).name for _ in range(2)] == ["ready", "acknowledged"]
+    await pair[0].send_all(written(Word("loaded"))[5:])
+    assert (await ear.hear()).name == "loaded"

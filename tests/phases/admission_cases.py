@@ -410,6 +410,7 @@ CASES: Final = (
     Case("snapshot-delete", {"job-id": "j", "tag": "t", "devices": ["none"]}, _never),
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
+    Case("migrate-continue", {"state": "pre-switchover"}, _never),
     # One that is under way is in the way of the next.
     Case("calc-dirty-rate", {"calc-time": 50, "calc-time-unit": "millisecond"}, lambda state, grant: None),
     Case("calc-dirty-rate", {"calc-time": 0}, _never),

@@ -141,6 +141,7 @@ DEVIATIONS: Final = (
         "incoming", "a guest that is copied comes into RAM of this process; after a failure another may be awaited",
         more="write-guest-memory listen restore-guest",
     ),
+    _but("migrating", "a guest that is copied may wait before it goes", more="switch-over"),
     _but("incoming", "it is called off by what boot grants, as before", less="cancel-migration"),
     _but("running", "a machine with a guest awaits none", less="listen"),
     _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
@@ -157,6 +158,7 @@ ONLY: Final[Mapping[tuple[str, str], str]] = {
     ),
     ("migrating", "may-send-descriptors"): "updated",
     ("migrating", "may-read-dirty-log"): "copying",
+    ("migrating", "may-switch-over"): "copying",
     # After a live update the guest comes back by a hand-over only.
     ("postmigrate", "may-resume-here"): "copied",
 }  # fmt: skip
@@ -218,6 +220,7 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate": ("may-start-migration", "may-query"),
     "migrate-incoming": ("may-listen", "may-query"),
     "migrate_cancel": ("may-cancel-migration",),
+    "migrate-continue": ("may-switch-over",),
     "job-cancel": ("may-cancel-migration", "may-query"),
     "job-dismiss": ("may-dismiss-job",),
     "loadvm": ("may-restore-guest", "may-open-host-file"),
@@ -254,13 +257,13 @@ def needs_of(command: str, arguments: Mapping[str, object] = MappingProxyType({}
     return NEEDS[command]
 
 
-EVERY_TRAIT: Final = ("copied", "updated")
+EVERY_TRAIT: Final = ("copied", "copying", "updated")
 
 _OBSERVE: Final = frozenset({"may-query"})
 _OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-resume-here", "may-plug-device"}
 _MIGRATE: Final = _OPERATE | {
     "may-set-migration-cap", "may-set-migration-param", "may-listen", "may-start-migration", "may-cancel-migration",
-    "may-dismiss-job",
+    "may-dismiss-job", "may-switch-over",
 }  # fmt: skip
 _ALL: Final = frozenset(kind for kinds in GRANTED.values() for kind in kinds) - {"may-adopt-descriptor"}
 LENDABLE: Final[Mapping[str, frozenset[str]]] = {

@@ -12,7 +12,7 @@ import trio
 import vmm
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.stream import HEAD_SIZE
-from vmm.migration.words import Word, hear, say
+from vmm.migration.words import Ear, Word, say
 from vmm.phases.machine import Machine
 from vmm.phases.start import Start
 from vmm.recipe import Recipe
@@ -174,6 +174,7 @@ class Peer:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
+        self._ear = Ear(stream, "peer", "the test fails")
         self.seen = 0
 
     async def say(self, name: WordName, reason: str = "") -> None:
@@ -183,7 +184,7 @@ class Peer:
     async def hear(self) -> Word:
         """Hear one."""
         with trio.fail_after(HANGS):
-            return await hear(self._stream, "peer", "the test fails")
+            return await self._ear.hear()
 
     async def send(self, data: bytes) -> None:
         """Send bytes."""

@@ -130,7 +130,8 @@ async def test_a_destination_refuses_before_the_guest_has_been_stopped(tmp_path:
     [
         (
             b"HTTP/1.1 400\n",
-            "State stream: the destination says b'HTTP/1.1 400\\n', expected one of ready, loaded, refused, yours",
+            "State stream: the destination says b'HTTP/1.1 400\\n', "
+            "expected one of ready, acknowledged, loaded, refused, yours",
         ),
         (b'{"word": "yours"}\n', "State stream: the destination says 'yours', expected 'ready'"),
         (b'{"word": "loaded"}\n', "State stream: the destination says 'loaded', expected 'ready'"),

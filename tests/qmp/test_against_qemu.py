@@ -81,6 +81,7 @@ REQUESTS: Final[tuple[tuple[str, Mapping[str, Any]], ...]] = (
     ("calc-dirty-rate", {"calc-time": 1, "mode": "no-such"}),
     ("query-commands", {}),
     ("migrate_cancel", {}),
+    ("migrate-continue", {"state": "pre-switchover"}),
     # Run control.
     ("stop", {}),
     ("cont", {}),

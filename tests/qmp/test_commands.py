@@ -388,6 +388,10 @@ def running() -> list[Step]:
         bad("calc-dirty-rate", "calc-time: '0 ms' is not from 50 ms to 60 s", calc_time=0),
         wrong("calc-dirty-rate", "'calc-time' is missing"),
         good("migrate_cancel"),
+        lacks(
+            "migrate-continue", "may-switch-over", PHASE,
+            "migrating (reached by migrate)",
+        ),
         wrong("migrate", "'resume' must be a boolean, not 1", resume=1),
         bad(
             "migrate", "Cannot connect to /x: No such file or directory", uri="unix:/x",
@@ -499,8 +503,9 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     # The first four need descriptors (test_protocol), the others a migration (above, and test_migration_jobs).
     elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
     # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying,
-    # test_kept_process).
+    # test_switchover, test_kept_process).
     elsewhere |= {"x-cpr-check", "x-cpr-abandon", "x-cpr-undo", "x-cpr-forget", "loadvm"}
+    elsewhere |= {"migrate-continue"}
     # And these with a tap (tests/phases/test_netdev).
     elsewhere |= {"netdev_add", "netdev_del"}
     # And these in a machine that runs (tests/phases/test_snapshots).

@@ -41,7 +41,18 @@ MigrationCapability = Literal[
 
 MIGRATION_CAPABILITIES: Final[tuple[str, ...]] = get_args(MigrationCapability)
 SUPPORTED: Final = frozenset(
-    {"auto-converge", "dirty-limit", "background-snapshot", "events", "mapped-ram", "return-path", "x-ignore-shared"}
+    {
+        "auto-converge",
+        "background-snapshot",
+        "dirty-limit",
+        "events",
+        "mapped-ram",
+        "pause-before-switchover",
+        "return-path",
+        "switchover-ack",
+        "validate-uuid",
+        "x-ignore-shared",
+    }
 )
 """What can be turned on. The others are known by name, are off, and can be set to off."""
 

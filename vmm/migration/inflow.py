@@ -16,7 +16,7 @@ from vmm.migration.silence import silence
 from vmm.migration.stream import PAGES_VERSION, StreamReader
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, Header, Recipe, Section, recipe_digest
 from vmm.migration.terms import Terms
-from vmm.migration.words import Word, hear, say
+from vmm.migration.words import Ear, Word, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,6 +145,8 @@ class Inflow:
         if self._channel is not None:
             with suppress(trio.BrokenResourceError):  # what it has sent before it left is told by `read`
                 await say(self._channel, Word("ready"))
+                if self.terms.acknowledge:
+                    await say(self._channel, Word("acknowledged"))
 
     async def confirm(self) -> None:
         """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.
@@ -158,7 +160,7 @@ class Inflow:
         with suppress(trio.BrokenResourceError):  # what it has said before it left is told next
             await say(self._channel, Word("loaded"))
         async with self._connection.explained():
-            word = await hear(self._channel, "source", "the guest stays there")
+            word = await Ear(self._channel, "source", "the guest stays there").hear()
         if word.name != "yours":
             raise StreamCorrupt(reason=f"the source says {word.name!r}, expected 'yours'")
 

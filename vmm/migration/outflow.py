@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, final
 
+import attrs
 import trio
 
 from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, StreamCorrupt
@@ -14,7 +15,7 @@ from vmm.migration.silence import silence
 from vmm.migration.stream import PAGES_VERSION, StreamWriter
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
-from vmm.migration.words import Word, hear, say
+from vmm.migration.words import Ear, Word, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ class Outflow:
         self._connection = connection
         self._channel = connection.stream
         self._fd = connection.fd
+        self._ear = Ear(self._channel, "destination", _OUTCOME) if self._channel is not None else None
         self._bulk = Bulk(self._fd, peer=self._channel is not None)
         self._writer: StreamWriter | None = None
         self._sink: PageSink | None = None
@@ -48,6 +50,7 @@ class Outflow:
         name: str,
         recipe: Sequence[Mapping[str, Any]],
         processor: Mapping[str, StateValue],
+        terms: Terms,
         home: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Send what machine it is, and wait until the destination has made it, unless it cannot say so.
@@ -55,23 +58,33 @@ class Outflow:
         The guest may still run. There is no limit to the wait but a cancellation.
 
         Args:
+            terms: on which it goes; whether the destination is heard is the connection's to say.
             home: what of the machine is not the guest's. It goes into a file, to be had again from there, and nowhere
                 else.
 
         Raises:
             VmmError: the destination cannot have it, or is gone.
+            MigrationRefused: its word is wanted, and nobody hears it.
         """
+        answers = self._channel is not None
+        if terms.acknowledge and not answers:
+            raise MigrationRefused(
+                reason="migrate: with switchover-ack the destination says when the guest may be stopped, which cannot "
+                "be heard on this channel; use a socket, or turn switchover-ack off"
+            )
         self._writer = StreamWriter(name, recipe_digest(recipe), version=PAGES_VERSION)
         self._writer.recipe(recipe)
         self._writer.section(PROCESSOR, PROCESSOR_VERSION, processor)
-        self._writer.terms(Terms(answers=self._channel is not None))
+        self._writer.terms(attrs.evolve(terms, answers=answers))
         if self._connection.is_file:
             self._writer.home(home)
             return
         head = self._writer.take()
         await self._in_thread(lambda bulk: bulk.write(head))
-        if self._channel is not None:
+        if answers:
             await self._hear("ready")
+        if terms.acknowledge:
+            await self._hear("acknowledged")
 
     async def precopy(self, precopy: Precopy) -> None:
         """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`."""
@@ -158,9 +171,9 @@ class Outflow:
                 raise MigrationPeerGone(peer="destination", what="closed the connection", outcome=_OUTCOME) from error
 
     async def _hear(self, expected: str) -> None:
-        assert self._channel is not None
+        assert self._ear is not None, "nobody is heard on a channel of one direction"
         async with self._connection.explained():
-            word = await hear(self._channel, "destination", _OUTCOME)
+            word = await self._ear.hear()
         if word.name == "refused":
             raise MigrationRefused(reason=f"Refused by the destination: {word.reason}")
         if word.name != expected:

@@ -1,6 +1,7 @@
 """What the two sides of a migration say to each other, on the connection that the state takes.
 
-    destination   ready                  in answer to the recipe: the machine is here, and the guest may be stopped
+    destination   ready                  in answer to the recipe: the machine is here, and its RAM may come
+                  acknowledged           where the terms ask for it: the guest may be stopped
                   loaded                 in answer to the rest: all of it is in force, and the guest stands
                   refused, and why       at any time before; nothing of it is in force
     source        yours                  in answer to loaded: run it; from here on it does not run in the source
@@ -12,7 +13,7 @@ source says that only once it has let go of it.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final, Literal, final
+from typing import TYPE_CHECKING, Final, Literal, final, get_args
 
 import attrs
 import trio
@@ -23,9 +24,9 @@ from vmm.migration.silence import silence
 if TYPE_CHECKING:
     from trio.abc import ReceiveStream, SendStream
 
-WordName = Literal["ready", "loaded", "refused", "yours"]
+WordName = Literal["ready", "acknowledged", "loaded", "refused", "yours"]
 
-_NAMES: Final = ("ready", "loaded", "refused", "yours")
+_NAMES: Final[tuple[str, ...]] = get_args(WordName)
 _LIMIT: Final = 16384  # bytes of a line
 _REASON_LIMIT: Final = 2048  # characters; an escaped one has six bytes
 
@@ -51,25 +52,39 @@ def written(word: Word) -> bytes:
     return json.dumps(body).encode() + b"\n"
 
 
-async def hear(channel: ReceiveStream, peer: str, outcome: str) -> Word:
-    """Wait for a word of `peer`. `outcome` is what its silence leads to, for the text of the error.
+@final
+class Ear:
+    """Hears the words of `peer`, one by one.
 
-    Raises:
-        MigrationPeerGone: it closed the connection instead, or does not answer any more.
-        StreamCorrupt: it said something else.
+    Args:
+        outcome: what its silence leads to, for the text of the error.
     """
-    line = b""
-    while not line.endswith(b"\n"):
-        try:
-            data = await channel.receive_some(_LIMIT)
-        except trio.BrokenResourceError as error:
-            raise _gone(peer, outcome, silence(error.__cause__)) from error
-        if not data:
-            raise _gone(peer, outcome)
-        line += data
-        if len(line) > _LIMIT:
-            raise StreamCorrupt(reason=f"the {peer} says more than {_LIMIT} bytes where a word was expected")
-    return _parse(line, peer)
+
+    def __init__(self, channel: ReceiveStream, peer: str, outcome: str) -> None:
+        self._channel: Final = channel
+        self._peer: Final = peer
+        self._outcome: Final = outcome
+        self._heard = b""  # what came with the word before
+
+    async def hear(self) -> Word:
+        """Wait for the next word.
+
+        Raises:
+            MigrationPeerGone: it closed the connection instead, or does not answer any more.
+            StreamCorrupt: it said something else.
+        """
+        while b"\n" not in self._heard:
+            if len(self._heard) > _LIMIT:
+                raise StreamCorrupt(reason=f"the {self._peer} says more than {_LIMIT} bytes where a word was expected")
+            try:
+                data = await self._channel.receive_some(_LIMIT)
+            except trio.BrokenResourceError as error:
+                raise _gone(self._peer, self._outcome, silence(error.__cause__)) from error
+            if not data:
+                raise _gone(self._peer, self._outcome)
+            self._heard += data
+        line, _, self._heard = self._heard.partition(b"\n")
+        return _parse(line + b"\n", self._peer)
 
 
 def _gone(peer: str, outcome: str, what: str | None = None) -> MigrationPeerGone:

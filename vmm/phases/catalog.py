@@ -100,6 +100,7 @@ COMMANDS: Final = (
     Command("migrate", f"{_MIGRATION}:migrate", moves_to="migrating"),
     Command("migrate-incoming", f"{_MIGRATION}:migrate_incoming"),
     Command("loadvm", f"{_MIGRATION}:loadvm"),
+    Command("migrate-continue", f"{_MIGRATION}:migrate_continue"),
     Command("migrate_cancel", f"{_MIGRATION}:migrate_cancel"),
     Command("query-jobs", f"{_JOBS}:query_jobs"),
     Command("job-cancel", f"{_JOBS}:job_cancel"),

@@ -18,13 +18,14 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MaySetMigrationParam,
     MayStartMigration,
+    MaySwitchOver,
 )
-from vmm.errors import DescriptorError, MigrationRefused
+from vmm.errors import DescriptorError, MigrationRefused, OptionInvalid
 from vmm.migration.address import ChannelAddress, DescriptorAddress, ExecAddress, FileAddress, HostAddress
 from vmm.migration.capability_table import MigrationCapabilityStatus, SetMigrationCapabilities
 from vmm.migration.channel import Channel, Channels, MigrationChannel, incoming_channels, outgoing_channels
 from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParameters
-from vmm.migration.status import KeptProcess, MigrationInfo
+from vmm.migration.status import KeptProcess, MigrationInfo, StatusName
 from vmm.monitor.ports import Caller
 from vmm.phases.foundation import Host
 from vmm.phases.migration_state import MigrationState, Wishes
@@ -327,6 +328,24 @@ def loadvm(may: MayRestoreGuest, host: MayOpenHostFile, args: LoadVm) -> Awaitab
         return may.decide(saved)
     finally:
         saved.close()
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MigrateContinue:
+    """The arguments of `migrate-continue`."""
+
+    state: StatusName
+    """The state that the migration is in: `pre-switchover` is the only one in which it waits."""
+
+
+async def migrate_continue(may: MaySwitchOver, args: MigrateContinue) -> None:
+    """Let a migration go on that waits with its guest stopped (migration capability `pause-before-switchover`)."""
+    await trio.lowlevel.checkpoint()
+    if args.state != "pre-switchover":
+        wanted = "pre-switchover, the only state in which a migration waits"
+        raise OptionInvalid(option="migrate-continue: state", value=args.state, wanted=wanted)
+    may.go_on()
 
 
 async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState
-from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
+from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySwitchOver
+from vmm.errors import InvalidState, MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import ExecAddress, FileAddress
 from vmm.migration.connect import close_descriptors, connect_channel
 from vmm.migration.connection import Connection
@@ -24,6 +24,7 @@ from vmm.migration.precopy import Precopy
 from vmm.migration.ram import RamSender
 from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import IDENTITY_SIZE, Section
+from vmm.migration.terms import Terms
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.migration_state import NO_WISHES, Wishes
@@ -113,6 +114,30 @@ class Canceller:
 
 
 @final
+class _Gate:
+    """The facet of `may-switch-over`: where a migration waits with the guest stopped and its state not yet read."""
+
+    def __init__(self) -> None:
+        self._opened: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until somebody lets it go on."""
+        self._opened = trio.Event()
+        await self._opened.wait()
+        self._opened = None
+
+    def go_on(self) -> None:
+        """Let it go on. Raises `InvalidState` where it does not wait."""
+        if self._opened is None:
+            raise InvalidState(
+                what="migrate-continue",
+                state="while the migration does not wait",
+                instead="wait until query-migrate says pre-switchover, which it does with pause-before-switchover on",
+            )
+        self._opened.set()
+
+
+@final
 class Watch:
     """Hears from the thread that sends how it goes, and tells whoever asks."""
 
@@ -152,6 +177,8 @@ class _Copy:
     left: tuple[str, bytes] | None
     """Where RAM stays, and what marks it; None where it is copied."""
     precopy: Precopy
+    gate: _Gate | None
+    """Where it waits before the switchover; None where it does not."""
 
 
 @final
@@ -204,6 +231,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     tls = _tls(run, plan)
     with closing(await plan.open(running.residents, two_way=two_way, tls=tls)) as flow:
         async with running.child("migrating") as phase:
+            gate = _Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
 
             def grants(mint: Mint) -> MigratingGrants:
@@ -211,6 +239,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     cancel_migration=mint(MayCancelMigration, canceller),
                     send_descriptors=None,
                     read_dirty_log=None if log is None else mint(MayReadDirtyLog, log),
+                    switch_over=mint(MaySwitchOver, gate),
                 )
 
             running.tree.move(turn)
@@ -229,7 +258,8 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
                                 await flow.precopy(precopy)
-                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left, precopy))
+                        waits = gate if migration.capabilities["pause-before-switchover"] else None
+                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left, precopy, waits))
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
                 finally:
@@ -266,6 +296,9 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                 pause = Pause(ran, run.status.name, run.status.failure, machine.bells.pending())
                 if ran:
                     run.status.stands("finish-migrate")
+                if copy.gate is not None:
+                    progress.advance(MigrationStatus.PRE_SWITCHOVER)
+                    await copy.gate.wait()
                 host.stores.declare_ports(machine.state)
                 guest = StandingGuest(machine.state, machine.memory)
 
@@ -328,7 +361,8 @@ async def _announce(run: Run, flow: Outflow) -> None:
     host = run.machine.made.host
     made = host.recorder.recipe().ordered(rank)
     recipe, home = travelling(made).to_json(), staying(made).to_json()
-    await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), home)
+    terms = Terms(acknowledge=run.machine.made.migration.capabilities["switchover-ack"])
+    await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)
 
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:

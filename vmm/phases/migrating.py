@@ -22,6 +22,7 @@ from vmm.capabilities import (
     MaySendDescriptors,
     MaySetMigrationCap,
     MayStartMigration,
+    MaySwitchOver,
 )
 from vmm.cpr.berth import Berth
 from vmm.cpr.cell import OwnershipCell
@@ -113,6 +114,8 @@ class MigratingGrants:
     """None where the guest is copied."""
     read_dirty_log: MayReadDirtyLog | None = None
     """None where its RAM is not copied while it runs."""
+    switch_over: MaySwitchOver | None = None
+    """None where the guest is not copied."""
 
 
 @final
