@@ -17,15 +17,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Proto
 
 from vmm.errors import TokenOutOfScope, TokenRevoked
 from vmm.facets import (
+    BackendSink,
     Board,
     Cancellable,
+    Configurator,
     Departure,
     DescriptorSender,
+    DescriptorSets,
     DirtyPages,
     GuestRam,
+    JobKeeper,
     MemoryMap,
+    NumaNodes,
     OwnershipOffer,
+    RecipeSink,
     RunControl,
+    Settings,
     StateIndex,
     StateSink,
     StateSource,
@@ -201,14 +208,6 @@ class MayQuit(Token[Ender]):
         self._reach().end(cause)
 
 
-class JobKeeper(Protocol):
-    """The machine's jobs."""
-
-    def dismiss(self, name: str) -> None:
-        """Forget a job that has concluded."""
-        ...
-
-
 @final
 class MayDismissJob(Token[JobKeeper]):
     """May forget jobs that have concluded."""
@@ -219,18 +218,6 @@ class MayDismissJob(Token[JobKeeper]):
     def dismiss(self, name: str) -> None:
         """Forget job `name`. `BackendNotFound`, or `InvalidState` while it has not concluded."""
         self._reach().dismiss(name)
-
-
-class DescriptorSets(Protocol):
-    """The machine's descriptor sets, as of `add-fd`."""
-
-    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> tuple[int, int]:
-        """Take over `fd` into a set; return the set's number, and the one by which `fd` is known there."""
-        ...
-
-    def remove(self, fdset_id: int, fd: int | None) -> None:
-        """Close one descriptor of a set, or all."""
-        ...
 
 
 @final
@@ -247,18 +234,6 @@ class MayAddDescriptor(Token[DescriptorSets]):
     def remove(self, fdset_id: int, fd: int | None) -> None:
         """Close descriptor `fd` of a set, or the whole set."""
         self._reach().remove(fdset_id, fd)
-
-
-class BackendSink(Protocol):
-    """Registers back ends and runs their tasks in the residents of the phase that owns them."""
-
-    async def adopt(self, family: str, name: str, backend: Any) -> None:
-        """Start `backend` and register it. Raises `NameTaken` before anything was started."""
-        ...
-
-    async def dismiss(self, family: str, name: str) -> None:
-        """End the back end's task and forget it; returns when it has left. `BackendNotFound`, `BackendInUse`."""
-        ...
 
 
 @final
@@ -329,14 +304,6 @@ class MayAdoptDescriptor(_ObtainsDescriptors):
 # --- kinds of the phases that build a machine -----------------------------------------------------------------
 
 
-class Configurator(Protocol):
-    """Takes a decision that a phase waits for, and moves on with it."""
-
-    def decide(self, decision: object) -> Awaitable[None]:
-        """Post `decision`; what is returned settles when the next window has opened, or with what kept it shut."""
-        ...
-
-
 class _Decides(Token[Configurator]):
     __slots__ = ()
 
@@ -365,14 +332,6 @@ class MayOpenKvm(_Decides):
         return self._reach().decide(decision)
 
 
-class RecipeSink(Protocol):
-    """Takes commands that are to be carried out later, when the machine has got as far as they need."""
-
-    def append(self, command: str, arguments: Mapping[str, Any]) -> None:
-        """Note `command` with `arguments`, which have been checked for their form; raise what already rules it out."""
-        ...
-
-
 @final
 class MayAppendRecipe(Token[RecipeSink]):
     """May add commands to what is carried out later: `device_add` in preconfig, and what a destination overrides."""
@@ -385,14 +344,6 @@ class MayAppendRecipe(Token[RecipeSink]):
         self._reach(subject).append(command, arguments)
 
 
-class NumaNodes(Protocol):
-    """The machine's NUMA nodes, while they are made."""
-
-    def set(self, options: Any) -> None:
-        """Carry out one `set-numa-node`, whole or not at all. `OptionInvalid`, `Unsupported`."""
-        ...
-
-
 @final
 class MaySetNuma(Token[NumaNodes]):
     """May divide the machine's memory and vCPUs into NUMA nodes."""
@@ -403,14 +354,6 @@ class MaySetNuma(Token[NumaNodes]):
     def set(self, options: Any) -> None:
         """Make a node, set a distance, or place vCPUs."""
         self._reach().set(options)
-
-
-class Settings(Protocol):
-    """A table of settings that is changed as a whole or not at all."""
-
-    def update(self, changes: Mapping[str, Any]) -> None:
-        """Check all of `changes`, then apply them; `MigrationRefused` leaves everything as it was."""
-        ...
 
 
 @final

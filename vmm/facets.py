@@ -200,3 +200,67 @@ class OwnershipOffer(Protocol):
     def take_back(self) -> bool:
         """OFFERED -> SOURCE; False where the successor was quicker."""
         ...
+
+
+class JobKeeper(Protocol):
+    """The machine's jobs."""
+
+    def dismiss(self, name: str) -> None:
+        """Forget a job that has concluded."""
+        ...
+
+
+class DescriptorSets(Protocol):
+    """The machine's descriptor sets, as of `add-fd`."""
+
+    def add(self, fd: int, fdset_id: int | None, opaque: str | None) -> tuple[int, int]:
+        """Take over `fd` into a set; return the set's number, and the one by which `fd` is known there."""
+        ...
+
+    def remove(self, fdset_id: int, fd: int | None) -> None:
+        """Close one descriptor of a set, or all."""
+        ...
+
+
+class BackendSink(Protocol):
+    """Registers back ends and runs their tasks in the residents of the phase that owns them."""
+
+    async def adopt(self, family: str, name: str, backend: Any) -> None:
+        """Start `backend` and register it. Raises `NameTaken` before anything was started."""
+        ...
+
+    async def dismiss(self, family: str, name: str) -> None:
+        """End the back end's task and forget it; returns when it has left. `BackendNotFound`, `BackendInUse`."""
+        ...
+
+
+class Configurator(Protocol):
+    """Takes a decision that a phase waits for, and moves on with it."""
+
+    def decide(self, decision: object) -> Awaitable[None]:
+        """Post `decision`; what is returned settles when the next window has opened, or with what kept it shut."""
+        ...
+
+
+class RecipeSink(Protocol):
+    """Takes commands that are to be carried out later, when the machine has got as far as they need."""
+
+    def append(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Note `command` with `arguments`, which have been checked for their form; raise what already rules it out."""
+        ...
+
+
+class NumaNodes(Protocol):
+    """The machine's NUMA nodes, while they are made."""
+
+    def set(self, options: Any) -> None:
+        """Carry out one `set-numa-node`, whole or not at all. `OptionInvalid`, `Unsupported`."""
+        ...
+
+
+class Settings(Protocol):
+    """A table of settings that is changed as a whole or not at all."""
+
+    def update(self, changes: Mapping[str, Any]) -> None:
+        """Check all of `changes`, then apply them; `MigrationRefused` leaves everything as it was."""
+        ...
