@@ -1,0 +1,1 @@
+"""Hostile input, made by changing good input: `python -m tests.fuzz TARGET --minutes N`."""
