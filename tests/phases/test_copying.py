@@ -39,6 +39,7 @@ from vmm.errors import (
     Unsupported,
     VmmError,
 )
+from vmm.hw.codec import StateCodec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +62,23 @@ async def test_an_empty_process_becomes_the_machine_and_goes_on_with_its_guest(t
         assert destination.recipe.to_json() == source.recipe.to_json()
         assert (await outcome(destination))["status"] == "completed"
     assert os.listdir(tmp_path) == []
+
+
+async def test_nothing_is_compiled_while_the_guest_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_codec = StateCodec.of.__func__
+    compiled: list[tuple[str, str]] = []
+
+    def of(cls: type[StateCodec[Any]], kind: type, *rest: Any) -> StateCodec[Any]:
+        compiled.append((kind.__name__, source.path.rpartition("/")[2]))
+        codec: StateCodec[Any] = compile_codec(cls, kind, *rest)
+        return codec
+
+    monkeypatch.setattr(StateCodec, "of", classmethod(of))
+    async with started() as source, empty() as destination:
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await in_status(destination, "running")
+    assert len(compiled) > 10
+    assert [kind for kind, phase in compiled if phase in ("quiesced", "postmigrate")] == []
 
 
 async def test_monitors_and_qtest_stay_with_their_chardevs(tmp_path: Path) -> None:

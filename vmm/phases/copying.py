@@ -255,6 +255,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
                         await _announce(run, flow)
+                        run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
                                 await flow.precopy(precopy)

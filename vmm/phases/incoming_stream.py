@@ -164,6 +164,8 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
+    # Nothing is done for the first time while the guest stands.
+    await machine.rehearse_load()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory)
