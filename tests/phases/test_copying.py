@@ -65,13 +65,12 @@ async def test_an_empty_process_becomes_the_machine_and_goes_on_with_its_guest(t
 
 
 async def test_nothing_is_compiled_while_the_guest_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_codec = StateCodec.of.__func__
+    compile_codec = StateCodec.of
     compiled: list[tuple[str, str]] = []
 
     def of(cls: type[StateCodec[Any]], kind: type, *rest: Any) -> StateCodec[Any]:
         compiled.append((kind.__name__, source.path.rpartition("/")[2]))
-        codec: StateCodec[Any] = compile_codec(cls, kind, *rest)
-        return codec
+        return compile_codec(kind, *rest)
 
     monkeypatch.setattr(StateCodec, "of", classmethod(of))
     async with started() as source, empty() as destination:
