@@ -52,7 +52,7 @@ def test_others_are_refused_by_name_when_on_and_accepted_when_off(name: str) -> 
 def test_an_update_is_all_or_nothing() -> None:
     capabilities = MigrationCapabilities()
     with pytest.raises(Unsupported):
-        capabilities.update({"events": True, "multifd": True})
+        capabilities.update({"events": True, "xbzrle": True})
     assert not capabilities["events"]
 
 

@@ -77,7 +77,7 @@ def test_an_update_changes_what_it_names() -> None:
     assert (parameters.mode, parameters.downtime_limit, parameters["max-bandwidth"]) == ("cpr-transfer", 20, 0)
 
 
-@pytest.mark.parametrize("bad", [{"downtime-limit": -1}, {"multifd-channels": 4}, {"mode": "warp"}, {"warp": 9}])
+@pytest.mark.parametrize("bad", [{"downtime-limit": -1}, {"multifd-channels": 17}, {"mode": "warp"}, {"warp": 9}])
 def test_an_update_is_all_or_nothing(bad: dict[str, Any]) -> None:
     parameters = MigrationParameters()
     with pytest.raises((OptionInvalid, Unsupported)):
@@ -103,11 +103,11 @@ def test_an_update_is_all_or_nothing(bad: dict[str, Any]) -> None:
         ("announce-step", 10_001, "10001 is not an integer from 0 to 10000 ms"),
         ("max-bandwidth", 1 << 64, "18446744073709551616 is not an integer from 0 to 18446744073709551615 bytes/s"),
         ("x-checkpoint-delay", 1 << 32, "4294967296 is not an integer from 0 to 4294967295 ms"),
-        ("multifd-channels", 0, "0 is not an integer from 1 to 255"),
-        ("multifd-channels", 256, "256 is not an integer from 1 to 255"),
+        ("multifd-channels", 0, "0 is not an integer from 1 to 16"),
+        ("multifd-channels", 256, "256 is not an integer from 1 to 16"),
         ("xbzrle-cache-size", 4095, "4095 is not a power of two from 4096 to 9223372036854775808 bytes"),
         ("xbzrle-cache-size", 4097, "4097 is not a power of two from 4096 to 9223372036854775808 bytes"),
-        ("multifd-compression", "lz4", "'lz4' is not one of none, zlib, zstd, qatzip, qpl, uadk"),
+        ("multifd-compression", "lz4", "'lz4' is not one of none, zlib, zstd"),
         ("multifd-zlib-level", 10, "10 is not an integer from 0 to 9"),
         ("multifd-qatzip-level", 0, "0 is not an integer from 1 to 9"),
         ("multifd-zstd-level", 21, "21 is not an integer from 0 to 20"),
@@ -148,14 +148,9 @@ OTHERS: dict[str, Any] = {
     "announce-step": 101,
     "tls-authz": "authz0",
     "x-checkpoint-delay": 1,
-    "multifd-channels": 3,
     "xbzrle-cache-size": 4096,
     "max-postcopy-bandwidth": 1,
-    "multifd-compression": "zlib",
-    "multifd-zlib-level": 2,
     "multifd-qatzip-level": 2,
-    "multifd-zstd-level": 2,
-    "zero-page-detection": "legacy",
     "direct-io": True,
     "x-rdma-chunk-size": 2 << 20,
 }
@@ -183,6 +178,7 @@ def test_every_parameter_is_supported_or_refused() -> None:
         *("max-bandwidth", "avail-switchover-bandwidth", "downtime-limit", "mode", "cpr-exec-command"),
         *("migrate-sessions", "x-keep-source", "x-restore-on-demand", "tls-creds", "tls-hostname"),
         *("throttle-trigger-threshold", "cpu-throttle-initial", "cpu-throttle-increment", "cpu-throttle-tailslow"),
+        *("multifd-channels", "multifd-compression", "multifd-zlib-level", "multifd-zstd-level", "zero-page-detection"),
         *("max-cpu-throttle", "x-vcpu-dirty-limit-period", "vcpu-dirty-limit"),
     }
     lists = {"block-bitmap-mapping"}

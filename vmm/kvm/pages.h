@@ -37,6 +37,7 @@ struct tv_chunk {
     uint64_t first_bad;
     uint8_t head[...];
     uint64_t done;
+    struct tv_run run[...];
     ...;
 };
 uint64_t tv_chunk_gather(struct tv_chunk *chunk, uintptr_t base, uint64_t *map, uint64_t from, uint64_t end,

@@ -47,11 +47,13 @@ SUPPORTED: Final = frozenset(
         "dirty-limit",
         "events",
         "mapped-ram",
+        "multifd",
         "pause-before-switchover",
         "return-path",
         "switchover-ack",
         "validate-uuid",
         "x-ignore-shared",
+        "zero-copy-send",
     }
 )
 """What can be turned on. The others are known by name, are off, and can be set to off."""

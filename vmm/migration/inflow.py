@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 from collections import deque
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm.errors import StreamCorrupt, VmmError
+from vmm import hostio
+from vmm.errors import MigrationRefused, StreamCorrupt, VmmError
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamPages
 from vmm.migration.silence import silence
@@ -94,7 +96,20 @@ class Inflow:
         if not isinstance(terms, Terms):
             raise StreamCorrupt(reason="it does not say on what terms the guest comes")
         self.terms = terms
+        if terms.answers and self._channel is None:
+            raise MigrationRefused(
+                reason="The source waits for answers, and nothing that is said here gets there: turn migration "
+                "capability return-path on at both sides, or at none"
+            )
+        if not terms.answers:
+            self._channel = None
         return recipe, processor
+
+    async def hung_up(self) -> None:
+        """Return when the source has gone, or says no more, whatever of it is still unread."""
+        with closing(hostio.open_epoll()) as watch:
+            watch.register(self._fd, select.EPOLLRDHUP)
+            await trio.lowlevel.wait_readable(watch.fileno())
 
     async def read(self, take: Callable[[Record], bool], ram: RamWriter | None = None) -> None:
         """Call `take`, in a thread, for each record that comes, until it returns true or the stream has ended.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
 
 from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, StreamCorrupt
+from vmm.migration.multifd import MultifdSink
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.silence import silence
@@ -23,27 +24,32 @@ if TYPE_CHECKING:
 
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.connection import Connection
+    from vmm.migration.packing import Packing
     from vmm.migration.page_chunks import PageSink
     from vmm.migration.precopy import Precopy
     from vmm.migration.section_payload import StateValue
     from vmm.migration.stream_records import Section
 
-_OUTCOME = "the guest goes on in the source"
+_OUTCOME: Final = "the guest goes on in the source"
+_LAST_WORDS: Final = 2.0
+"""Seconds for a destination that has closed a channel to say why."""
 
 
 @final
 class Outflow:
     """One stream, and the connection that it goes over. Owns that."""
 
-    def __init__(self, connection: Connection) -> None:
-        """Write to a connection; to a file from its present position on."""
+    def __init__(self, connection: Connection, *, find_zeros: bool = True) -> None:
+        """Write to a connection; to a file from its present position on. `find_zeros`: see `ChannelSink`."""
         self._connection = connection
+        self._find_zeros = find_zeros
         self._channel = connection.stream
         self._fd = connection.fd
         self._ear = Ear(self._channel, "destination", _OUTCOME) if self._channel is not None else None
         self._bulk = Bulk(self._fd, peer=self._channel is not None)
         self._writer: StreamWriter | None = None
         self._sink: PageSink | None = None
+        self._multifd: MultifdSink | None = None
 
     async def announce(
         self,
@@ -86,6 +92,21 @@ class Outflow:
         if terms.acknowledge:
             await self._hear("acknowledged")
 
+    def send_pages_over(
+        self,
+        connections: Sequence[Connection],
+        memory: GuestMemory,
+        packings: Sequence[Packing | None],
+        *,
+        zero_copy: bool,
+    ) -> MultifdSink:
+        """Send all pages over further channels, which are this one's from now on; see `MultifdSink`."""
+        sink = MultifdSink(
+            memory, connections, self._bulk, find_zeros=self._find_zeros, packings=packings, zero_copy=zero_copy
+        )
+        self._sink = self._multifd = sink
+        return sink
+
     async def precopy(self, precopy: Precopy) -> None:
         """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`."""
         writer = self._announced()
@@ -105,6 +126,8 @@ class Outflow:
 
         def work(bulk: Bulk) -> None:
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
+            if self._multifd is not None:
+                self._multifd.finish()
             for section in sections:
                 writer.section(section.name, section.version, section.state)
             bulk.write(writer.finish())
@@ -137,18 +160,23 @@ class Outflow:
 
     def _pages(self, memory: GuestMemory) -> PageSink:
         if self._sink is None:
-            self._sink = ChannelSink(memory, self._announced(), self._bulk)
+            self._sink = ChannelSink(memory, self._announced(), self._bulk, find_zeros=self._find_zeros)
         return self._sink
 
     async def _in_thread(self, work: Callable[[Bulk], None]) -> None:
+        async def run() -> None:
+            await in_thread(lambda bell: work(self._bulk.heed(bell)))
+
         try:
             async with self._connection.explained():
-                await in_thread(lambda bell: work(self._bulk.heed(bell)))
+                await (run() if self._multifd is None else self._multifd.beside(run))
         except ChannelBroken as error:
             if what := silence(error.__cause__):
                 raise MigrationPeerGone(peer="destination", what=what, outcome=_OUTCOME) from error
-            # Whoever refuses says why before it closes.
-            await self._hear("refused")
+            # Whoever refuses says why before it closes; but a further channel may have broken alone.
+            with trio.move_on_after(_LAST_WORDS):
+                await self._hear("refused")
+            raise MigrationPeerGone(peer="destination", what="closed a channel", outcome=_OUTCOME) from error
 
     async def wait_loaded(self) -> None:
         """Wait until the destination has all of it in force; one that cannot say so, until it has taken all of it.
@@ -181,6 +209,8 @@ class Outflow:
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
+        if self._multifd is not None:
+            self._multifd.close()
         self._connection.close()
 
 

@@ -9,22 +9,29 @@ from vmm.errors import HostFileRefused, StreamCorrupt
 from vmm.kvm._pages import ffi, lib
 from vmm.kvm.memory import PAGE_SIZE
 from vmm.kvm.page_map import PageMap
-from vmm.migration.ram_records import RAW
+from vmm.migration.ram_records import RAW, TABLE
 
 if TYPE_CHECKING:
     from vmm.kvm.memory import GuestMemory, Region
+    from vmm.migration.multifd import ChannelWriter
+    from vmm.migration.multifd_intake import ChannelReader
+    from vmm.migration.packing import Packing
     from vmm.migration.pump import Bulk
     from vmm.migration.ram_records import RamPages
     from vmm.migration.stream import StreamReader, StreamWriter
+    from vmm.migration.zero_copy import ZeroCopy
 
 
 class PageSink(Protocol):
     """Where pages go: one channel, or several, or a file."""
 
-    data_pages: int
-    """Pages that were sent so far, their content with them."""
-    zero_pages: int
-    """Pages that were sent as zeros."""
+    @property
+    def data_pages(self) -> int:
+        """Pages that were sent so far, their content with them."""
+
+    @property
+    def zero_pages(self) -> int:
+        """Pages that were sent as zeros."""
 
     @property
     def bytes(self) -> int:
@@ -47,7 +54,20 @@ class PageSink(Protocol):
 class ChannelSink:
     """The stream's own channel."""
 
-    def __init__(self, memory: GuestMemory, writer: StreamWriter, bulk: Bulk, *, find_zeros: bool = True) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        writer: StreamWriter | ChannelWriter,
+        bulk: Bulk,
+        *,
+        find_zeros: bool = True,
+        packing: Packing | None = None,
+        zero_copy: ZeroCopy | None = None,
+    ) -> None:
+        """Send chunks as they are, or packed, or from where they lie; without `find_zeros` pages of zeros as any."""
+        self._memory: Final = memory
+        self._packing: Final = packing
+        self._zero_copy: Final = zero_copy
         self._base: Final = memory.hva(0)
         self._writer: Final = writer
         self._bulk: Final = bulk
@@ -75,12 +95,36 @@ class ChannelSink:
         size = chunk.table_size
         front = self._front
         head = lib.TV_HEAD_ROOM
+        packed = self._packed() if self._packing is not None else None
         front[:head] = self._writer.ram_pages(front[head : head + size])
-        self._bulk.write_by(lambda: int(lib.tv_chunk_write(chunk, self._bulk.fd, self._base)))
-        self._bulk.bytes += head + size + chunk.content
+        if packed is not None:
+            self._bulk.write([front[: head + size], packed])
+        elif self._zero_copy is not None:
+            self._bulk.write([front[: head + size]])
+            self._zero_copy.send(self._content())
+        else:
+            self._bulk.write_by(lambda: int(lib.tv_chunk_write(chunk, self._bulk.fd, self._base)))
+            self._bulk.bytes += head + size + chunk.content
         self.data_pages += chunk.data_pages
         self.zero_pages += chunk.zero_pages
         return after
+
+    def _content(self) -> list[memoryview]:
+        """Return the pages of the chunk as they lie there."""
+        runs = self._chunk.run[0 : self._chunk.runs]
+        return [self._memory.view(run.address, run.pages * PAGE_SIZE) for run in runs if run.kind == lib.TV_DATA]
+
+    def _packed(self) -> memoryview | None:
+        """Return them packed, and say so in the table; None if that is no gain."""
+        chunk, packing = self._chunk, self._packing
+        assert packing is not None
+        if not chunk.data_pages:
+            return None
+        packed = packing.pack(b"".join(self._content()))
+        if len(packed) >= chunk.content:
+            return None
+        TABLE.pack_into(self._front, lib.TV_HEAD_ROOM, chunk.runs, packing.method, len(packed))
+        return memoryview(packed)
 
     def flush(self) -> None:
         """Do nothing: what was sent has gone."""
@@ -94,8 +138,8 @@ class PageIntake:
     does not.
     """
 
-    def __init__(self, memory: GuestMemory, *, store: bool) -> None:
-        """With `store` off, what comes is only checked."""
+    def __init__(self, memory: GuestMemory, *, store: bool, packing: Packing | None = None) -> None:
+        """With `store` off, what comes is only checked. `packing` is how it may be packed."""
         pages = memory.size // PAGE_SIZE
         regions = [(region.address, region.offset // PAGE_SIZE, region.size // PAGE_SIZE) for region in memory.regions]
         self._memory: Final = memory
@@ -104,12 +148,15 @@ class PageIntake:
         self._count: Final = len(regions)
         self._chunk: Final = ffi.new("struct tv_chunk *")
         self._buffer: Final = ffi.new("uint8_t[]", lib.TV_CHUNK_PAGES * PAGE_SIZE)
+        self._packing: Final = packing
+        # What is packed may be a page larger, by the rules of the record.
+        self._packed: Final = ffi.new("uint8_t[]", (lib.TV_CHUNK_PAGES + 1) * PAGE_SIZE if packing is not None else 1)
         self.received: Final = PageMap(pages)
         """Pages that came, and are not zero."""
         self.suspects: Final = PageMap(pages)
         """Pages that came with a wrong checksum, and not again since."""
 
-    def take(self, record: RamPages, reader: StreamReader, bulk: Bulk) -> None:
+    def take(self, record: RamPages, reader: StreamReader | ChannelReader, bulk: Bulk) -> None:
         """Take in a record's pages, which follow it on `bulk`, but for what `reader` has got of them.
 
         Raises:
@@ -121,17 +168,24 @@ class PageIntake:
         wrong = lib.tv_chunk_parse(chunk, record.table, len(record.table), self._regions, self._count)
         if wrong != ffi.NULL:
             raise StreamCorrupt(reason=f"{where}: {ffi.string(wrong).decode()}")
-        if chunk.method != RAW:
-            raise StreamCorrupt(reason=f"{where} are packed, which those on this channel are not")
+        is_packed = chunk.method != RAW
+        if is_packed and (self._packing is None or self._packing.method != chunk.method):
+            raise StreamCorrupt(reason=f"{where} are packed in a way that its terms do not say")
+        target = self._packed if is_packed else buffer
         if ahead := reader.take_content():
-            ffi.memmove(buffer, ahead, len(ahead))
+            ffi.memmove(target, ahead, len(ahead))
             chunk.done = len(ahead)
         if reader.content:
-            complete = bulk.read_by(lambda: int(lib.tv_chunk_read(chunk, bulk.fd, buffer)))
+            complete = bulk.read_by(lambda: int(lib.tv_chunk_read(chunk, bulk.fd, target)))
             bulk.bytes += chunk.done - len(ahead)
             reader.pass_content(chunk.done - len(ahead))
             if not complete:
                 reader.close()  # which raises
+        if is_packed:
+            assert self._packing is not None
+            size = chunk.data_pages * PAGE_SIZE
+            content = memoryview(ffi.buffer(target, chunk.content))  # type: ignore[arg-type]
+            ffi.memmove(buffer, self._packing.unpack(content, size), size)
         lib.tv_chunk_verify(chunk, buffer, self.suspects.words)
         if not self._store:
             return

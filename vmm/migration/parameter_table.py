@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, final, get_args
 import attrs
 
 from vmm.errors import OptionInvalid, Unsupported
-from vmm.migration.parameter_arguments import MigrationMode, MultifdCompression, ParameterValues, ZeroPageDetection
+from vmm.migration.parameter_arguments import MigrationMode, ParameterValues, ZeroPageDetection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,6 +23,10 @@ _U8: Final = 0xFF
 _U32: Final = 0xFFFF_FFFF
 _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _MIB: Final = 1 << 20
+
+_MULTIFD_LIMIT: Final = 16
+_PACKED: Final = ("none", "zlib", "zstd")
+"""Of QEMU's ways to pack pages (`MultifdCompression`) those that there are here."""
 
 Kind = Literal["int", "bool", "str", "strings", "bitmaps"]
 
@@ -103,19 +107,19 @@ PARAMETERS: Final = (
     Parameter("avail-switchover-bandwidth", "int", 0, unit="bytes/s", supported=True),
     Parameter("downtime-limit", "int", 300, high=2_000_000, unit="ms", supported=True),
     Parameter("x-checkpoint-delay", "int", 20_000, high=_U32, unit="ms"),
-    Parameter("multifd-channels", "int", 2, low=1, high=_U8),
+    Parameter("multifd-channels", "int", 2, low=1, high=_MULTIFD_LIMIT, supported=True),
     Parameter("xbzrle-cache-size", "int", 64 * _MIB, low=_PAGE_SIZE, high=1 << 63, unit="bytes", power_of_two=True),
     Parameter("max-postcopy-bandwidth", "int", 0, unit="bytes/s"),
     Parameter("max-cpu-throttle", "int", 99, low=1, high=99, unit="percent", supported=True),
-    Parameter("multifd-compression", "str", "none", choices=get_args(MultifdCompression)),
-    Parameter("multifd-zlib-level", "int", 1, high=9),
+    Parameter("multifd-compression", "str", "none", choices=_PACKED, supported=True),
+    Parameter("multifd-zlib-level", "int", 1, high=9, supported=True),
     Parameter("multifd-qatzip-level", "int", 1, low=1, high=9),
-    Parameter("multifd-zstd-level", "int", 1, high=20),
+    Parameter("multifd-zstd-level", "int", 1, high=20, supported=True),
     Parameter("block-bitmap-mapping", "bitmaps", None),
     Parameter("x-vcpu-dirty-limit-period", "int", 1000, low=1, high=1000, unit="ms", supported=True),
     Parameter("vcpu-dirty-limit", "int", 1, low=1, unit="MB/s", supported=True),
     Parameter("mode", "str", "normal", choices=get_args(MigrationMode), supported=True),
-    Parameter("zero-page-detection", "str", "multifd", choices=get_args(ZeroPageDetection)),
+    Parameter("zero-page-detection", "str", "multifd", choices=get_args(ZeroPageDetection), supported=True),
     Parameter("direct-io", "bool", False),
     Parameter("x-rdma-chunk-size", "int", _MIB, low=_MIB, high=1024 * _MIB, unit="bytes", power_of_two=True),
     Parameter("cpr-exec-command", "strings", (), supported=True),

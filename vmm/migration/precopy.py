@@ -77,6 +77,7 @@ class Precopy:
         for _ in self.ram.pages(sink):
             pass
         sink.flush()
+        self.ram.note(sink)
 
     def _begin_pass(self, writer: StreamWriter, bulk: Bulk) -> None:
         number = self.ram.passes + 1
@@ -94,6 +95,7 @@ class Precopy:
                 break
             limiter.wait(bulk, sink.bytes, int(self._parameters["max-bandwidth"]))
         sink.flush()
+        self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
         if sent >= _MEASURED or self._bandwidth is None:
             self._bandwidth = sent / seconds

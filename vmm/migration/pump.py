@@ -77,7 +77,7 @@ class Bulk:
                 self._wait(select.POLLOUT)
                 continue
             except OSError as error:
-                raise self._failure("write", error) from error
+                raise self.failure("write", error) from error
             self.bytes += count
             while left and count >= len(left[0]):
                 count -= len(left.pop(0))
@@ -99,7 +99,7 @@ class Bulk:
                 self._wait(select.POLLIN)
                 continue
             except OSError as error:
-                raise self._failure("read", error) from error
+                raise self.failure("read", error) from error
             self.bytes += count
             return count
 
@@ -119,6 +119,10 @@ class Bulk:
         self._look(0)
         return self._move_by(step, select.POLLIN, "read") != ENDED
 
+    def wait_for(self, events: int) -> None:
+        """Wait until one of `events`, of poll(2), is there. In a thread that may be stopped."""
+        self._poll(events, None, 0)
+
     def wait(self, seconds: float) -> None:
         """Wait, unless the bell rings or the peer speaks. Raises as `write` does."""
         self._poll(select.POLLIN if self._peer else 0, round(seconds * 1000), select.POLLIN if self._peer else 0)
@@ -128,10 +132,11 @@ class Bulk:
             self._wait(event)
         if result < 0 and result != ENDED:
             error = OSError(-result, os.strerror(-result))
-            raise self._failure(action, error) from error
+            raise self.failure(action, error) from error
         return result
 
-    def _failure(self, action: str, error: OSError) -> Exception:
+    def failure(self, action: str, error: OSError) -> Exception:
+        """Return what is to be raised for `error` of the descriptor."""
         if self._peer and error.errno in _BROKEN:
             return ChannelBroken(os.strerror(error.errno or 0))
         return HostFileRefused(action=action, path=_path_of(self.fd), reason=os.strerror(error.errno or 0))

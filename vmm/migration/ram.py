@@ -106,7 +106,7 @@ class RamSender:
                     if self._log is not None:
                         self._log.protect(first, window - first)
                 first = sink.send(self.todo, region, first, window)
-                self._note(sink)
+                self.note(sink)
                 yield
 
     def stands(self) -> None:
@@ -114,7 +114,8 @@ class RamSender:
         if self._live_bytes is None:
             self._live_bytes = self._bytes
 
-    def _note(self, sink: PageSink) -> None:
+    def note(self, sink: PageSink) -> None:
+        """Note how much has gone."""
         sent = sink.data_pages + sink.zero_pages - self._data_pages - self._zero_pages
         self._left = max(0, self._left - sent)
         self._data_pages, self._zero_pages, self._bytes = sink.data_pages, sink.zero_pages, sink.bytes

@@ -13,18 +13,27 @@ from typing import TYPE_CHECKING, Final, final
 import trio
 
 from vmm import hostio
-from vmm.errors import OptionInvalid, TlsFailed
+from vmm.errors import MigrationPeerGone, OptionInvalid, TlsFailed
 from vmm.migration.connection import Connection
 from vmm.migration.pump import in_thread
+from vmm.migration.silence import silence
 from vmm.migration.tls_relay import Closed, Relay
 from vmm.migration.words import Word, written
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmm.errors import VmmError
-    from vmm.migration.tls_creds import TlsCredentials
+    from vmm.migration.tls_creds import Endpoint, TlsCredentials
 
 _LINGERING: Final = 10.0
 """Seconds for what is under way to be passed on once the channel is closed."""
+
+_OUTCOMES: Final[Mapping[Endpoint, str]] = {
+    "client": "the guest goes on in the source",
+    "server": "the guest stays there",
+}
+"""What the peer's silence leads to."""
 
 _HOSTNAME_MISMATCH: Final = (62, 64)
 _EXPIRED: Final = (9, 10)
@@ -89,7 +98,7 @@ class _Attendant:
         self._creds = creds
         self._peer = peer
         self._limit = trio.CancelScope()
-        self._failure: TlsFailed | None = None
+        self._failure: VmmError | None = None
         server = creds.endpoint == "server"
         to_plain = written(Word("refused", "it takes TLS alone; set migration parameter tls-creds")) if server else b""
         try:
@@ -113,6 +122,8 @@ class _Attendant:
         except Closed as closed:
             if isinstance(closed.reason, ssl.SSLError):
                 self._failure = self._explained(closed)
+            elif what := silence(closed.reason):
+                self._failure = MigrationPeerGone(peer=self._peer, what=what, outcome=_OUTCOMES[self._creds.endpoint])
         finally:
             # What makes the engine find an end comes last: then it is known why.
             self.relay.close()

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 from vmm.migration.pump import ChannelBroken
+from vmm.migration.silence import SILENT
 
 if TYPE_CHECKING:
     import trio
@@ -228,8 +229,10 @@ class Relay:
             count = os.readv(self._net, [self._buffer])
         except BlockingIOError:
             return
-        except OSError:  # the peer died
-            count = 0
+        except OSError as error:
+            if error.errno in SILENT:
+                raise Closed(error) from error
+            count = 0  # the peer died
         if count:
             self._arrived.write(memoryview(self._buffer)[:count])
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
@@ -26,6 +27,7 @@ from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import IDENTITY_SIZE, Section
 from vmm.migration.terms import Terms
 from vmm.phases.cpu_differences import cpu_to_json
+from vmm.phases.further_channels import plan_channels
 from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
@@ -67,8 +69,8 @@ class CopyPlan:
     """Of a snapshot, after which the guest goes on here: gives the file its name, once all is in it. For a thread."""
     _closed: bool = False
 
-    async def open(self, residents: Residents, *, two_way: bool, tls: Tls | None) -> Outflow:
-        """Connect.
+    async def open(self, residents: Residents, *, two_way: bool = False, tls: Tls | None) -> Connection:
+        """Connect. Again and again, if somebody listens there.
 
         Args:
             residents: of whom whoever serves the connection is one.
@@ -79,17 +81,20 @@ class CopyPlan:
             HostFileRefused: nobody listens there, the file cannot be written, or the command cannot be started.
             TlsFailed: there is no TLS with who listens there.
         """
+        connection = await self._connect(two_way=two_way, tls=tls)
+        return connection.serve(residents)
+
+    async def _connect(self, *, two_way: bool, tls: Tls | None) -> Connection:
         if isinstance(self.address, FileAddress):
             assert self.open_file is not None, "given by the command"
-            connection = Connection(self.open_file())
-        elif isinstance(self.address, ExecAddress):
+            return Connection(self.open_file())
+        if isinstance(self.address, ExecAddress):
             assert self.start_command is not None, "likewise"
-            connection = self.start_command(two_way)
-        else:
-            connection = await connect_channel(self.address, within=_CONNECTING)
-            if tls is not None:
-                connection = await tls.secure(connection, "destination", within=_CONNECTING)
-        return Outflow(connection.serve(residents))
+            return self.start_command(two_way)
+        connection = await connect_channel(self.address, within=_CONNECTING)
+        if tls is None:
+            return connection
+        return await tls.secure(connection, "destination", within=_CONNECTING)
 
     def close(self) -> None:
         """Close the descriptor; what was connected stays. Idempotent."""
@@ -229,7 +234,10 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     left = _left_in_place(run, plan)
     two_way = migration.capabilities["return-path"]
     tls = _tls(run, plan)
-    with closing(await plan.open(running.residents, two_way=two_way, tls=tls)) as flow:
+    further = None if left is not None else plan_channels(migration, plan.address, tls)
+    connection = await plan.open(running.residents, two_way=two_way, tls=tls)
+    find_zeros = migration.parameters["zero-page-detection"] != "none"
+    with closing(Outflow(connection, find_zeros=find_zeros)) as flow:
         async with running.child("migrating") as phase:
             gate = _Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
@@ -254,7 +262,10 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
-                        await _announce(run, flow)
+                        await _announce(run, flow, Terms() if further is None else further.terms())
+                        if further is not None:
+                            dial = partial(plan.open, running.residents, tls=tls)
+                            progress.follow_ram(await further.open(dial, flow, ram))
                         run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
@@ -356,13 +367,13 @@ def _take_back_ram(run: Run) -> None:
         run.machine.made.host.complain(f"{error}; what was saved of the guest must not be used")
 
 
-async def _announce(run: Run, flow: Outflow) -> None:
+async def _announce(run: Run, flow: Outflow, terms: Terms) -> None:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
     host = run.machine.made.host
     made = host.recorder.recipe().ordered(rank)
     recipe, home = travelling(made).to_json(), staying(made).to_json()
-    terms = Terms(acknowledge=run.machine.made.migration.capabilities["switchover-ack"])
+    terms = attrs.evolve(terms, acknowledge=run.machine.made.migration.capabilities["switchover-ack"])
     await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)
 
 

@@ -7,6 +7,7 @@ was until the state is in force.
 
 from __future__ import annotations
 
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -21,6 +22,8 @@ from vmm.capabilities import (
     MayWriteGuestMemory,
 )
 from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
+from vmm.migration.multifd_intake import MultifdIntake
+from vmm.migration.packing import packing
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Turn
 from vmm.phases.building import SavedState
@@ -164,11 +167,21 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
+    terms = arrival.flow.terms
+    packings = [packing(terms.compression) for _ in range(terms.multifd)]
+    if terms.multifd:
+        wait.require_listener()
     # Nothing is done for the first time while the guest stands.
     await machine.rehearse_load()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
-    pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory)
+    with ExitStack() as stack:
+        multifd: MultifdIntake | None = None
+        if terms.multifd:
+            channels = await wait.more_channels("multifd", terms.multifd)
+            multifd = MultifdIntake(machine.memory, channels, store=True, packings=packings)
+            stack.enter_context(closing(multifd))
+        pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory, multifd)
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
     machine.processors.let_time_stand(arrival.flow.from_file)
     grants.load_state.check(sections).apply()

@@ -9,6 +9,7 @@ import trio
 
 from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
+from vmm.migration.ram_records import RamPass
 from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped, RamMappedSums, Section
 from vmm.phases.quiesced import Pause
 
@@ -17,22 +18,26 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import MayWriteGuestMemory
     from vmm.migration.inflow import Inflow
+    from vmm.migration.multifd_intake import MultifdIntake
     from vmm.migration.stream_records import Record
     from vmm.phases.machine import Machine
 
 
 async def read_state(
-    flow: Inflow, machine: Machine, may_write: MayWriteGuestMemory | None
+    flow: Inflow, machine: Machine, may_write: MayWriteGuestMemory | None, multifd: MultifdIntake | None = None
 ) -> tuple[Pause, list[Section]]:
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
 
     Args:
+        multifd: the further channels that its terms promise.
         may_write: to put RAM in place as it comes. With None it is only looked at. RAM at fixed places of a file is put
             in place last, or with x-restore-on-demand comes when it is used.
 
     Raises:
         VmmError: it is damaged, cut off, or of no such machine.
     """
+    if flow.terms.multifd and multifd is None:
+        raise StreamCorrupt(reason="the guest's RAM is on further channels, which this stream has not")
     ram = RamWriter(may_write, machine.memory)
     sections: list[Section] = []
     maps: list[RamMapped] = []
@@ -53,9 +58,15 @@ async def read_state(
                 maps.append(record)
             case RamMappedSums():
                 sums.append(record)
+            case RamPass() if multifd is not None:
+                multifd.begins(record.number)
         return False
 
-    await flow.read(take, ram)
+    if multifd is None:
+        await flow.read(take, ram)
+    else:
+        await multifd.beside(lambda: flow.read(take, ram))
+        multifd.require_whole()
     ram.require_complete()
     if len(maps) != len(sums):
         raise StreamCorrupt(reason=f"it has {len(maps)} maps of RAM and {len(sums)} records of their checksums")

@@ -8,16 +8,18 @@ ways lead to.
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING, final
+from functools import partial
+from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
 
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.limits import CprLimits
-from vmm.errors import StreamCorrupt, VmmError, leaves
+from vmm.errors import MigrationRefused, StreamCorrupt, VmmError, leaves
 from vmm.migration.connect import Listener
 from vmm.migration.connection import Connection
+from vmm.migration.further import Gathering
 from vmm.migration.inflow import Inflow
 from vmm.phases.arriving import checked
 from vmm.phases.host import Inheritance
@@ -28,12 +30,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.capabilities import Mint
+    from vmm.migration.further import ChannelKind
     from vmm.migration.stream_records import Recipe as RecipeRecord
     from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase, Residents
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.tls_objects import Tls
+
+
+_GATHERING: Final = 60.0
+"""Seconds for all further channels of one kind to be there."""
 
 
 @final
@@ -53,6 +60,18 @@ class StreamArrival:
     recipe: Recipe
     cpu: object
     """What the source says of its processor, unchecked."""
+
+
+@final
+@attrs.frozen(eq=False)
+class _Admission:
+    """What it takes to admit a connection."""
+
+    host: Host
+    port: IncomingPort
+    residents: Residents
+    within: float
+    """Seconds that it has to say what it is."""
 
 
 @final
@@ -83,6 +102,10 @@ class StreamWait:
         self.scope = trio.CancelScope()
         """Of the task that awaits it."""
         self._tell = tell
+        self._further: Listener | None = None
+        """Where further channels of the migration that has come are awaited."""
+        self.gathering: Gathering | None = None
+        """Who knows them."""
 
     @property
     def others_may_come(self) -> bool:
@@ -119,9 +142,47 @@ class StreamWait:
             return await flow.read_head()
         with trio.move_on_after(within):
             head = await flow.read_head()
-            self.close()
+            if flow.terms.id:
+                self._further, self._origin = self._origin, None
+            else:
+                self.close()
             return head
         raise StreamCorrupt(reason=f"the source did not say what machine it is of within {within:g} s")
+
+    def expect_further(self, flow: Inflow, admission: _Admission) -> None:
+        """Note how further channels are admitted, of the migration whose head has come."""
+        listener = self._further
+        if listener is None:
+            return
+
+        async def accept() -> Connection:
+            return Connection(await listener.accept())
+
+        self.gathering = Gathering(
+            accept,
+            partial(self._admitted, admission),
+            admission.host.complain,
+            identity=flow.terms.id,
+            each=admission.within,
+            gone=flow.hung_up,
+        )
+
+    async def _admitted(self, admission: _Admission, connection: Connection) -> Connection:
+        secured = await self.secured(connection, admission.port.streams.tls(), admission.within)
+        return secured if secured is connection else secured.serve(admission.residents)
+
+    def require_listener(self) -> None:
+        """Raise `MigrationRefused` if no further channel can come."""
+        if self.gathering is None:
+            raise MigrationRefused(
+                reason="The source opens further channels, and nobody listens for them here: await it on tcp:, unix: "
+                "or vsock:, or turn off what needs them (multifd, postcopy-preempt)"
+            )
+
+    async def more_channels(self, kind: ChannelKind, count: int) -> list[Connection]:
+        """Wait for further channels of the migration that has come; they are the caller's. As `Gathering.gather`."""
+        assert self.gathering is not None, "see require_listener"
+        return await self.gathering.gather(kind, count, within=_GATHERING)
 
     def come(self, arrival: StreamArrival) -> None:
         """Note that its head is here."""
@@ -143,9 +204,10 @@ class StreamWait:
 
     def close(self) -> None:
         """Close what is still open. Idempotent."""
-        taken, self._origin = self._origin, None
-        if taken is not None:
-            taken.close()
+        for open_still in (self._origin, self._further):
+            if open_still is not None:
+                open_still.close()
+        self._origin = self._further = None
 
 
 async def run_stream_receive(
@@ -196,6 +258,7 @@ async def _serve(
             secured.serve(residents)
         flow = stack.enter_context(closing(Inflow(secured)))
         record, processor = await wait.read_head(flow, within)
+        wait.expect_further(flow, _Admission(host, port, residents, within))
     except VmmError as error:
         failure = error
     else:

@@ -77,7 +77,8 @@ class Tls:
         """
         if not connection.two_way:
             connection.close()
-            raise MigrationRefused(reason=_NO_SOCKET.format(command="migrate", what="a pipe or a file"))
+            command = "migrate" if peer == "destination" else "migrate-incoming"
+            raise MigrationRefused(reason=_NO_SOCKET.format(command=command, what="a pipe or a file"))
         return await secure(connection.release(), self.creds, peer, hostname=self.hostname, within=within)
 
 
