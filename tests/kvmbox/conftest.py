@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -10,7 +11,7 @@ from tests.kvmbox.guest import archive, write_archive
 from tests.kvmbox.stock_linux import StockLinux
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 
@@ -22,7 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 class MakeInitramfs(Protocol):
     """Writes an initramfs that loads `modules` and runs `script`, and returns its path."""
 
-    def __call__(self, script: str, modules: Iterable[str] = (), console: str = "ttyS0") -> Path: ...
+    def __call__(
+        self,
+        script: str,
+        modules: Iterable[str] = (),
+        console: str = "ttyS0",
+        programs: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Path: ...
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +55,12 @@ def initramfs(stock_linux: StockLinux, tmp_path_factory: pytest.TempPathFactory)
     """Makes initramfs archives; one of the same content is written once."""
     directory = tmp_path_factory.mktemp("initramfs")
 
-    def make(script: str, modules: Iterable[str] = (), console: str = "ttyS0") -> Path:
-        return write_archive(directory, archive(script, stock_linux, modules, console))
+    def make(
+        script: str,
+        modules: Iterable[str] = (),
+        console: str = "ttyS0",
+        programs: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Path:
+        return write_archive(directory, archive(script, stock_linux, modules, console, programs))
 
     return make

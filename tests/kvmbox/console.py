@@ -64,6 +64,12 @@ class SerialConsole:
         """Type `text`. Give `\\n` at the end of a line. Blocks while the guest's port takes no more."""
         await self._stream.send_all(text.encode())
 
+    async def go_on_in(self, other: SerialConsole) -> None:
+        """Take what is left of this port, whose VMM has ended, and go on with that of `other`."""
+        while data := await self._stream.receive_some():
+            self._unread += data
+        self._stream = other._stream
+
     async def _next_line(self, wanted: str = "a line") -> str:
         while b"\n" not in self._unread:
             data = await self._stream.receive_some()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from tests.kvmbox.box import IN_THE_BOX
@@ -16,7 +17,7 @@ from tests.kvmbox.cpio import Archive
 from tests.kvmbox.stock_linux import static_busybox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from tests.kvmbox.stock_linux import StockLinux
@@ -76,10 +77,17 @@ def command_line(*more: str, console: str = "ttyS0", quiet: bool = True) -> str:
     return " ".join([*words, *more])
 
 
-def archive(script: str, linux: StockLinux, modules: Iterable[str] = (), console: str = "ttyS0") -> bytes:
+def archive(
+    script: str,
+    linux: StockLinux,
+    modules: Iterable[str] = (),
+    console: str = "ttyS0",
+    programs: Mapping[str, bytes] = MappingProxyType({}),
+) -> bytes:
     """The initramfs that loads `modules` of `linux`, with what they depend on, and runs `script` with busybox's shell.
 
-    Busybox is its own `/bin`: every applet is a command. The same arguments give the same bytes.
+    Busybox is its own `/bin`: every applet is a command, and so are `programs`, which must need no library. The same
+    arguments give the same bytes.
     """
     made = Archive()
     for directory in ("bin", "dev", "modules", "proc", "sys", "tmp"):
@@ -88,6 +96,8 @@ def archive(script: str, linux: StockLinux, modules: Iterable[str] = (), console
     made.add_character_device("dev/console", 5, 1)
     made.add_file("bin/busybox", static_busybox().read_bytes(), 0o755)
     made.add_link("bin/sh", "busybox")
+    for name, content in programs.items():
+        made.add_file(f"bin/{name}", content, 0o755)
     loaded = linux.modules_in_order(modules)
     for name, content in loaded:
         made.add_file(f"modules/{name}.ko", content)

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
 import attrs
@@ -19,7 +20,7 @@ from tests.leaks import Held
 from vmm.qmp_client import qmp_session
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
     from tests.kvmbox.console import SerialConsole
@@ -33,6 +34,8 @@ START: Final = 120.0
 UPDATE: Final = 450.0
 """Seconds that a whole live update may take, the starts of two processes included."""
 
+OVER: Final = ("completed", "failed", "cancelled")
+
 LAST_WORDS: Final = 10.0
 """Seconds that a VMM has to end by itself, after a test has failed, before it is killed."""
 
@@ -43,7 +46,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 @final
 @attrs.define
 class LinuxMachine:
-    """A running machine. Its monitor's path stays, its processes change."""
+    """A running machine. Its processes change; its monitor's path stays, unless it is migrated."""
 
     qmp: Path
     pid: int
@@ -51,7 +54,11 @@ class LinuxMachine:
     console: SerialConsole
     log: Path
     """What all its processes wrote to standard output and standard error."""
-    _first: trio.Process
+    _started: list[trio.Process]
+    """Those that the test started itself."""
+    _ports: ConsoleSocket
+    _stack: AsyncExitStack
+    _moves: Iterator[int] = attrs.Factory(count)
 
     @classmethod
     @asynccontextmanager
@@ -59,14 +66,16 @@ class LinuxMachine:
         """A machine with `options`, whose files are in `directory`. At the end nothing of it is left."""
         _adopt_orphans()
         before = Held.now().children.keys()
+        started: list[trio.Process] = []
         log, qmp = directory / "vmm.log", directory / "qmp"
-        async with ConsoleSocket.listening(directory / "console") as socket:
+        async with ConsoleSocket.listening(directory / "console") as socket, AsyncExitStack() as stack:
             command = [*PROGRAM, "run", "-qmp", f"unix:{qmp}", "-serial", f"unix:{socket.path},server=off", *options]
             with log.open("wb") as file:
                 first = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            started.append(first)
             try:
                 async with socket.accepted(within=START) as console:
-                    machine = cls(qmp, first.pid, console, log, first)
+                    machine = cls(qmp, first.pid, console, log, started, socket, stack)
                     try:
                         yield machine
                     except BaseException as error:
@@ -77,8 +86,9 @@ class LinuxMachine:
                         raise
             finally:
                 with trio.CancelScope(shield=True):
-                    first.kill()
-                    await first.wait()
+                    for process in started:
+                        process.kill()
+                        await process.wait()
                     for successor in Held.now().children.keys() - before:
                         os.kill(successor, signal.SIGKILL)
                         await _exit_status(successor)
@@ -114,9 +124,71 @@ class LinuxMachine:
         assert told["old-pid"] == self.pid
         return told
 
+    async def save_and_resume(self) -> None:
+        """End the process by `trio-vmm save`, and go on in a new one by `trio-vmm resume`."""
+        state = self.log.with_name("state")
+        with self.log.open("ab") as file, trio.fail_after(UPDATE):
+            command = [*PROGRAM, "save", "--qmp", str(self.qmp), str(state)]
+            await trio.run_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file)
+            assert await self.ended() == 0
+            command = [*PROGRAM, "resume", str(state)]
+            resumed = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        self._started.append(resumed)
+        self.pid = resumed.pid
+        port = await self._stack.enter_async_context(self._ports.accepted(within=START))
+        await self.console.go_on_in(port)
+
+    async def migrate(self, *resources: str) -> dict[str, Any]:
+        """Move the guest over tcp to a new process, which may have `resources`; the old one ends. What it said last."""
+        there = self.qmp.with_name(f"{self.qmp.stem}-{next(self._moves)}")
+        allowed = [word for name in ("chardev/serial0", *resources) for word in ("-allow-resource", name)]
+        command = [*PROGRAM, "run", "-qmp", f"unix:{there}", "-incoming", "tcp:127.0.0.1:0", *allowed]
+        with self.log.open("ab") as file:
+            process = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        self._started.append(process)
+        with trio.fail_after(UPDATE):
+            async with session_once_there(there) as destination:
+                port = await port_of(destination)
+                async with self.monitor() as source:
+                    await source.execute("migrate", uri=f"tcp:127.0.0.1:{port}")
+                    info = await outcome(source)
+                    assert info["status"] == "completed", info
+                    await source.execute("quit")
+                assert await self.ended() == 0
+                await outcome(destination)
+        self.pid, self.qmp = process.pid, there
+        await self.console.go_on_in(await self._stack.enter_async_context(self._ports.accepted(within=START)))
+        return info
+
     async def ended(self) -> int:
         """The exit status of the present process, once it has ended."""
-        return await (self._first.wait() if self.pid == self._first.pid else _exit_status(self.pid))
+        for process in self._started:
+            if process.pid == self.pid:
+                return await process.wait()
+        return await _exit_status(self.pid)
+
+
+@asynccontextmanager
+async def session_once_there(path: Path) -> AsyncIterator[QmpClient]:
+    """A session with a process that is starting."""
+    while not await trio.Path(path).is_socket():  # noqa: ASYNC110 - nobody tells
+        await trio.sleep(0.1)
+    async with qmp_session(str(path)) as client:
+        yield client
+
+
+async def port_of(destination: QmpClient) -> str:
+    """Where a destination listens, once it does."""
+    while not (addresses := (await destination.execute("query-migrate")).get("socket-address")):  # noqa: ASYNC110
+        await trio.sleep(0.1)
+    return str(addresses[0]["port"])
+
+
+async def outcome(end: QmpClient) -> dict[str, Any]:
+    """What one end of a migration says of it once it is over."""
+    while (info := await end.execute("query-migrate"))["status"] not in OVER:  # noqa: ASYNC110
+        await trio.sleep(0.1)
+    return dict(info)
 
 
 async def ask(console: SerialConsole, command: str, within: float = 60) -> list[str]:

@@ -125,6 +125,28 @@ async def stands_and_goes_on(console: SerialConsole, monitor: QmpClient) -> None
     assert [line for line in since if not LATE.fullmatch(line)] == []
 
 
+async def end_counting(console: SerialConsole) -> None:
+    """Type the line that ends `COUNT`. Of what the shell has read of it when its time is up, it forgets."""
+    await console.send("enough\n")
+    await console.expect("^read [enough]*$", within=ANSWER)
+
+
+async def counts_through_a_save(machine: LinuxMachine) -> None:
+    """The machine is saved, its RAM where it is, and resumed."""
+    console, counted = machine.console, Counted()
+    await console.send(COUNT)
+    for saved in (False, True):
+        if saved:
+            await machine.save_and_resume()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(counted.read, console)
+            await counted.more(3)
+            nursery.cancel_scope.cancel()
+    found = [re.fullmatch(r"count (\d+) (\d+\.\d\d)", line) for line in counted.lines]
+    assert [match and int(match[1]) for match in found] == list(range(1, len(found) + 1)), counted.lines
+    await end_counting(console)
+
+
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_linux_counts_through_three_live_updates_and_reboots_in_the_last_process(
@@ -147,8 +169,7 @@ async def test_linux_counts_through_three_live_updates_and_reboots_in_the_last_p
                 await counted.more(3)
             nursery.cancel_scope.cancel()
         counted.check()
-        await console.send("enough\n")
-        await console.expect("^read enough$", within=ANSWER)
+        await end_counting(console)
 
         since = await ask(console, f"dmesg | tail -n +{int(messages) + 1}", within=ANSWER)
         assert [line for line in since if not LATE.fullmatch(line)] == []
@@ -165,11 +186,13 @@ async def test_linux_counts_through_three_live_updates_and_reboots_in_the_last_p
 
 
 @pytest.mark.usefixtures("no_leaks")
-async def test_linux_boots_by_pvh_resets_itself_and_turns_the_machine_off(
+async def test_linux_boots_by_pvh_resets_itself_is_saved_and_turns_the_machine_off(
     linux_vmlinux: Path, initramfs: MakeInitramfs, tmp_path: Path
 ) -> None:
+    ram = f"memory-backend-file,id=ram0,size=256M,mem-path={tmp_path}/ram,share=on"
+    in_file = ("-object", ram, "-machine", "memory-backend=ram0")
     async with (
-        LinuxMachine.running(tmp_path, *options(linux_vmlinux, initramfs(SHELL), 2)) as machine,
+        LinuxMachine.running(tmp_path, *options(linux_vmlinux, initramfs(SHELL), 2), *in_file) as machine,
         machine.monitor() as monitor,
     ):
         console = machine.console
@@ -182,9 +205,11 @@ async def test_linux_boots_by_pvh_resets_itself_and_turns_the_machine_off(
         assert event["data"] == {"guest": True, "reason": "guest-reset"}
         await boots_to_a_shell(console, 2)
         await stands_and_goes_on(console, monitor)
-        await console.send("poweroff -f\n")
-        with trio.fail_after(ANSWER):
-            event = await monitor.wait_event(lambda event: event["event"] == "SHUTDOWN")
+        await counts_through_a_save(machine)
+        async with machine.monitor() as monitor_again:
+            await console.send("poweroff -f\n")
+            with trio.fail_after(ANSWER):
+                event = await monitor_again.wait_event(lambda event: event["event"] == "SHUTDOWN")
             assert event["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert await machine.ended() == 0
         assert machine.log.read_text() == ""
