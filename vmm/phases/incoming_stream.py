@@ -120,6 +120,8 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
             # Nothing is read before there is somebody to read it.
             await machine.rest()
             host.stores.declare_ports(machine.state)
+            run = Run(machine)
+            await phase.residents.start("vcpus", run.gang.serve)
             copied: Copied | None = None
             while copied is None:
                 wait = port.streams.wait
@@ -127,12 +129,13 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                     again.awaited = trio.Event()
                     await again.awaited.wait()
                 else:
-                    copied = await _attempt(machine, wait, window.grants)
-        await run_running(phase, Run(machine), start=autostart.on, copied=copied)
+                    copied = await _attempt(run, wait, window.grants)
+        await run_running(phase, run, start=autostart.on, copied=copied)
 
 
-async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> Copied | None:
+async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied | None:
     """Load one stream. Return None if it was refused, and nothing of it is left; or raise, if the process ends so."""
+    machine = run.machine
     made = machine.made
     port, progress = made.incoming.streams, made.incoming.progress
     await wait.arrived.wait()
@@ -140,7 +143,7 @@ async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -
         return None  # whoever awaited it has said why
     failure: VmmError | None = None
     try:
-        pause = await _load(machine, wait, grants)
+        pause = await _load(run, wait, grants)
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
@@ -161,8 +164,8 @@ async def _attempt(machine: Machine, wait: StreamWait, grants: IncomingGrants) -
     return None
 
 
-async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> Pause:
-    made, arrival = machine.made, wait.arrival
+async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> Pause:
+    machine, made, arrival = run.machine, run.machine.made, wait.arrival
     assert arrival is not None
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
@@ -173,6 +176,7 @@ async def _load(machine: Machine, wait: StreamWait, grants: IncomingGrants) -> P
         wait.require_listener()
     # Nothing is done for the first time while the guest stands.
     await machine.rehearse_load()
+    await run.gang.stand_by()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     with ExitStack() as stack:

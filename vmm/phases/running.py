@@ -206,7 +206,7 @@ async def run_running(
     `copied` it is here already.
     """
     async with parent.child("running", machine_phase="machine-ready") as phase:
-        if loaded is None:
+        if loaded is None and copied is None:
             await phase.residents.start("vcpus", run.gang.serve)
         await phase.residents.start("guest requests", GuestRequests(run).serve)
         run.see_pages_come(phase)
@@ -214,7 +214,7 @@ async def run_running(
             await take_over(run, loaded)
             phase.tree.reserved_for = None
         elif copied is not None:
-            copied.take_up(run, start=start)
+            await copied.take_up(run, start=start)
         elif start:
             run.start_nowait()
         while (left := await stay_in_running(phase, run)) is not None:
@@ -248,13 +248,15 @@ class Copied:
     pause: Pause
     progress: MigrationProgress
 
-    def take_up(self, run: Run, *, start: bool) -> None:
+    async def take_up(self, run: Run, *, start: bool) -> None:
         """Go on where it stood; run it if it ran and `start` says so."""
         pause = self.pause
         run.machine.bells.forget()  # What a client of qtest did here before.
         if pause.runs and start:
             run.machine.processors.note_pause()
-            run.gang.start_nowait()
+            run.gang.start_now()
+        else:
+            await run.gang.stop()
         run.machine.wake()
         run.machine.bells.take_over(pause.wishes)
         if pause.runs and start:

@@ -85,9 +85,9 @@ class VcpuGang:
     async def stand_by(self) -> None:
         """Have each vCPU's thread wait just before the guest, so that `start_now` costs no more than to wake them.
 
-        Until then nothing of a vCPU is touched. `stop` calls it off.
+        Until then nothing of a vCPU is touched. `stop` calls it off. Without effect while they wait so.
         """
-        if all(vcpu.has_thread for vcpu in self.vcpus):
+        if self._gates is None and all(vcpu.has_thread for vcpu in self.vcpus):
             self._gates = StartingGates(len(self.vcpus))
             self._begin(self._gates)
             await self._gates.all_there()
