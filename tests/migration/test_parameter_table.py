@@ -199,6 +199,19 @@ def test_block_bitmap_mapping_is_shown_once_it_was_set() -> None:
     assert unstructure(parameters.query()) == DEFAULTS | {"block-bitmap-mapping": []}
 
 
+def test_whoever_looks_at_the_values_sees_them_change() -> None:
+    parameters = MigrationParameters()
+    values = parameters.values
+    parameters.update({"downtime-limit": 7})
+    assert values["downtime-limit"] == 7
+    parameters.lend({"downtime-limit": 8})
+    assert values["downtime-limit"] == 8
+    parameters.give_back()
+    assert values["downtime-limit"] == 7
+    assert dict(values) == {name: values[name] for name in values}
+    assert len(values) == len(dict(values))
+
+
 def test_two_machines_share_no_values() -> None:
     one, other = MigrationParameters(), MigrationParameters()
     one.update({"downtime-limit": 1})

@@ -8,15 +8,13 @@ Source: QEMU qapi/migration.json (MigrationParameters), migration/options.c (ran
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal, final, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal, final, get_args
 
 import attrs
 
 from vmm.errors import OptionInvalid, Unsupported
 from vmm.migration.parameter_arguments import MigrationMode, ParameterValues, ZeroPageDetection
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 _PAGE_SIZE: Final = 4096
 _U8: Final = 0xFF
@@ -131,6 +129,23 @@ PARAMETERS: Final = (
 
 
 @final
+class _Present(Mapping[str, Any]):
+    """A mapping that is another one at each look."""
+
+    def __init__(self, values: Callable[[], Mapping[str, Any]]) -> None:
+        self._values: Final = values
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+
+@final
 class MigrationParameters:
     """The values of all migration parameters."""
 
@@ -141,6 +156,7 @@ class MigrationParameters:
             for parameter in PARAMETERS
             if parameter.default is not None
         }
+        self._present: Final = _Present(lambda: self._values)
         self._former: Mapping[str, Any] = {}
         self._chosen: dict[str, Any] = {}
 
@@ -151,8 +167,8 @@ class MigrationParameters:
 
     @property
     def values(self) -> Mapping[str, Any]:
-        """Every value by wire name."""
-        return self._values
+        """Every value by wire name, as it is at each look, from whatever thread: it may change while one migrates."""
+        return self._present
 
     def inherit(self, changes: Mapping[str, Any]) -> None:
         """Set what a predecessor had set, but for what was set here itself; what is lent here stays until it is given
