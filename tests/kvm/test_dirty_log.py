@@ -249,6 +249,18 @@ def test_what_is_used_for_the_first_time_while_a_full_log_begins_is_not_forgotte
     memory.close()
 
 
+def test_what_is_used_for_the_first_time_just_before_it_is_protected_is_not_forgotten() -> None:
+    memory, vm, log = made(2 * CHUNK * PAGE_SIZE, BY_HAND | FULL)
+    os.pwrite(memory.fd, b"used", 3 * PAGE_SIZE)
+    log.start()
+    os.pwrite(memory.fd, b"new", 9 * PAGE_SIZE)  # as the guest does, and after its reader has looked what there is
+    log.protect(0, CHUNK)
+    assert 9 not in vm.written
+    assert pages_of(log, 2 * CHUNK) == {9}
+    assert pages_of(log, 2 * CHUNK) == set()
+    memory.close()
+
+
 # --- what this process writes -----------------------------------------------------------------------------
 
 

@@ -56,6 +56,8 @@ class DirtyLog:
         """What the log said when it was last read."""
         self._cleared: Final[set[int]] = set()
         """Chunks that have been taken out of the log since, as far as it said so."""
+        self._used: PageMap | None = None
+        """Of a log that began full, until it is read: what of RAM had been used as it began."""
 
     def start(self) -> None:
         """Begin: what is written from here on is collected. Raises `KvmCallFailed`."""
@@ -68,7 +70,8 @@ class DirtyLog:
         self._said.clear()
         if ways & lib.KVM_DIRTY_LOG_INITIALLY_SET:
             self._said.set_all()
-            self._skip_untouched()
+            self._used = self._memory.touched()
+            self._skip_untouched(self._used)
 
     def stop(self) -> None:
         """End. Without effect where it is off. Raises `KvmCallFailed`."""
@@ -90,6 +93,9 @@ class DirtyLog:
         self._cleared.clear()
         into.merge(self._said)
         self._memory.take_notes(into)
+        if self._used is not None:
+            into.merge(self._newly_used(self._used))
+            self._used = None
 
     def protect(self, first: int, pages: int) -> None:
         """Note that these pages are about to be read: what is written to them from here on is collected next.
@@ -117,19 +123,22 @@ class DirtyLog:
             if begin <= first < end:
                 self._vm.clear_dirty_log(slot, first - begin, min(CHUNK, end - first), self._at(first))
 
-    def _skip_untouched(self) -> None:
+    def _skip_untouched(self, used: PageMap) -> None:
         """Take those chunks out of a log that begins full of which no page was ever used: nobody will read them."""
-        before = self._memory.touched()
-        skipped = [
-            chunk for chunk in range(-(-before.pages // CHUNK)) if not before.count(chunk * CHUNK, (chunk + 1) * CHUNK)
-        ]
-        for chunk in skipped:
-            self._clear(chunk)
-        # What was used for the first time just before it was taken out must not be forgotten.
-        after = self._memory.touched()
-        for chunk in skipped:
-            for first, pages in after.runs(chunk * CHUNK, (chunk + 1) * CHUNK):
-                self._memory.note(first * PAGE_SIZE, pages * PAGE_SIZE)
+        for chunk in range(-(-used.pages // CHUNK)):
+            if not used.count(chunk * CHUNK, (chunk + 1) * CHUNK):
+                self._clear(chunk)
+
+    def _newly_used(self, before: PageMap) -> PageMap:
+        """Return what was used for the first time since `before`.
+
+        Some of it was used just before its chunk was taken out of the log, which forgot it then, and after whoever
+        reads it had looked what there is.
+        """
+        used = self._memory.touched()
+        for first, pages in before.runs():
+            used.discard(first, pages)
+        return used
 
     def _at(self, page: int) -> CData:
         return ffi.addressof(self._said.words, page // 64)

@@ -48,8 +48,6 @@ class RamSender:
         self.todo: Final = PageMap(memory.size // PAGE_SIZE)
         """Pages that have to go, for the first time or again."""
         self._untouched = 0
-        self._known: PageMap | None = None
-        """During the first pass: what of RAM had been used as it began."""
         self.passes = 0
         self.dirty_rate = 0
         """Pages a second that were written during the last pass."""
@@ -66,8 +64,7 @@ class RamSender:
         """Begin the first pass. Raises `KvmCallFailed`."""
         if self._log is not None:
             self._log.start()
-        self._known = self.memory.touched()
-        self.todo.merge(self._known)
+        self.todo.merge(self.memory.touched())
         self._left = len(self.todo)
         self._untouched = self.todo.pages - self._left
 
@@ -80,18 +77,8 @@ class RamSender:
         """Add what was written since the last pass began to what has to go; return how many pages that are now."""
         if self._log is not None:
             self._log.collect(self.todo)
-            self._add_new()
         self._left = len(self.todo)
         return self._left
-
-    def _add_new(self) -> None:
-        """Add what was used for the first time in the first pass: just before it was protected, the log forgot it."""
-        if self._known is not None:
-            used = self.memory.touched()
-            for first, pages in self._known.runs():
-                used.discard(first, pages)
-            self.todo.merge(used)
-            self._known = None
 
     def pages(self, sink: PageSink) -> Iterator[None]:
         """Send all that has to go, in pieces; pause after each. Raises as `PageSink.send`."""
