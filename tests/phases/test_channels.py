@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import vmm
-from tests.phases.copy_kit import commands, empty, goes_on, in_status, outcome, port_of, refusal, started
+from tests.phases.copy_kit import SIZE, commands, empty, goes_on, in_status, outcome, port_of, refusal, started
 from tests.phases.test_migration_descriptors import Client, execute
 from vmm.capabilities import MIGRATE
 from vmm.errors import DescriptorWrongKind, HostFileRefused, MigrationCommandFailed, MigrationRefused
@@ -97,6 +97,69 @@ async def test_a_guest_whose_command_fails_at_the_destination_is_refused() -> No
 async def test_a_machine_that_ends_while_its_command_is_awaited_leaves_nothing_of_it() -> None:
     async with empty() as destination:
         await destination.execute("migrate-incoming", uri="exec:sleep 1000")
+
+
+def talking(folder: Path) -> tuple[str, str]:
+    """Return commands for both sides that carry the stream there, and words back, through two named pipes."""
+    there, back = folder / "there", folder / "back"
+    for path in (there, back):
+        os.mkfifo(path)
+    return (
+        f"exec:exec 3<&0; cat <&3 >{there} & cat <{back}; wait",
+        f"exec:exec 3<&0; cat <&3 >{back} & cat <{there}; wait",
+    )
+
+
+async def returns(*machines: EmbeddedMachine) -> None:
+    """Turn `return-path` on."""
+    for machine in machines:
+        await machine.execute("migrate-set-capabilities", capabilities=[{"capability": "return-path", "state": True}])
+
+
+async def test_a_destination_answers_through_commands_with_return_path(tmp_path: Path) -> None:
+    out, back = talking(tmp_path)
+    async with started() as source, empty() as destination:
+        await returns(source, destination)
+        await destination.execute("migrate-incoming", uri=back)
+        await source.execute("migrate", uri=out)
+        await arrived(source, destination)
+
+
+async def test_a_destination_refuses_through_commands_with_return_path(tmp_path: Path) -> None:
+    out, back = talking(tmp_path)
+    async with started() as source, vmm.machine(commands(upto="accel-set", size=SIZE * 2)) as destination:
+        await returns(source, destination)
+        await destination.execute("migrate-incoming", uri=back, exit_on_error=False)
+        await source.execute("migrate", uri=out)
+        info = await outcome(source)
+        assert info["status"] == "failed"
+        assert info["error-desc"].startswith("Refused by the destination: ")
+        await goes_on(source)
+
+
+async def test_a_source_that_waits_for_answers_which_cannot_come_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "there")
+    async with started() as source, empty() as destination:
+        await returns(source)
+        await destination.execute("migrate-incoming", uri=f"exec:cat {tmp_path}/there", exit_on_error=False)
+        await source.execute("migrate", uri=f"exec:cat > {tmp_path}/there")
+        assert (await outcome(destination))["error-desc"] == (
+            "The source waits for answers, and nothing that is said here gets there: turn migration capability "
+            "return-path on at both sides, or at none"
+        )
+        # Its command finds that nobody reads, or has been through already; the guest is here in either case.
+        await source.execute("migrate_cancel")
+        assert (await outcome(source))["status"] in ("cancelled", "failed")
+        await goes_on(source)
+
+
+async def test_a_destination_says_nothing_to_a_source_that_does_not_listen(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "there")
+    async with started() as source, empty() as destination:
+        await returns(destination)
+        await destination.execute("migrate-incoming", uri=f"exec:cat {tmp_path}/there")
+        await source.execute("migrate", uri=f"exec:cat > {tmp_path}/there")
+        await arrived(source, destination)
 
 
 @pytest.mark.parametrize("command", ["migrate", "migrate-incoming"])

@@ -368,6 +368,28 @@ async def test_a_migration_is_cancelled_while_its_channels_are_full(tmp_path: Pa
             )
 
 
+async def test_a_destination_that_dies_leaves_the_guest_where_it_is(tmp_path: Path) -> None:
+    async with started() as source:
+        fill(source)
+        await wants(source, multifd_channels=4)
+        stuck, never = trio.Event(), trio.Event()
+
+        async def hold(number: int) -> None:
+            if number == 4:
+                stuck.set()
+                await never.wait()
+
+        async with AsyncExitStack() as there:
+            destination = await there.enter_async_context(empty())
+            uri = await there.enter_async_context(between(destination, tmp_path, lambda _, data: data, hold))
+            await source.execute("migrate", uri=uri)
+            await stuck.wait()
+        info = await outcome(source)
+        assert info["status"] == "failed"
+        assert info["error-desc"].endswith("; the guest goes on in the source")
+        await goes_on(source)
+
+
 async def test_strangers_and_what_comes_twice_harm_nothing(tmp_path: Path) -> None:
     complaints: list[str] = []
     start = Start(Recipe("of this test"), complain=complaints.append)
@@ -427,3 +449,19 @@ async def test_strangers_and_what_comes_twice_harm_nothing(tmp_path: Path) -> No
         "State stream: a further channel begins with b'GET / HT', expected b'\\x89TVMC\\r\\n\\x1a'",
         f"State stream: a further channel ended after 0 of the {SIZE} bytes it begins with",
     ]
+
+
+async def test_nobody_is_listened_to_once_all_channels_are_there(tmp_path: Path) -> None:
+    listening_still: list[bool] = []
+
+    def change(number: int, data: bytes) -> bytes:
+        listening_still.append((tmp_path / "there").exists())
+        return data
+
+    async with both() as (source, destination), between(destination, tmp_path, change) as uri:
+        await source.execute("migrate", uri=uri)
+        assert (await outcome(source))["status"] == "completed"
+        await in_status(destination, "running")
+    # While its pages came, and not before they did.
+    assert listening_still[0]
+    assert not listening_still[-1]

@@ -142,7 +142,7 @@ class StreamWait:
             return await flow.read_head()
         with trio.move_on_after(within):
             head = await flow.read_head()
-            if flow.terms.id:
+            if flow.terms.multifd or flow.terms.preempt:
                 self._further, self._origin = self._origin, None
             else:
                 self.close()
@@ -182,7 +182,11 @@ class StreamWait:
     async def more_channels(self, kind: ChannelKind, count: int) -> list[Connection]:
         """Wait for further channels of the migration that has come; they are the caller's. As `Gathering.gather`."""
         assert self.gathering is not None, "see require_listener"
-        return await self.gathering.gather(kind, count, within=_GATHERING)
+        assert self.arrival is not None, "they follow the first one"
+        found = await self.gathering.gather(kind, count, within=_GATHERING)
+        if kind == "preempt" or not self.arrival.flow.terms.preempt:
+            self.close()
+        return found
 
     def come(self, arrival: StreamArrival) -> None:
         """Note that its head is here."""
