@@ -452,6 +452,11 @@ def test_beside_a_cpr_channel_options_say_only_what_is_to_be_otherwise() -> None
     assert accel == {"execute": "accel-set", "arguments": {"accel": "kvm"}}
 
 
+def test_vcpus_may_have_rings_for_what_they_write() -> None:
+    accel = next(step for step in requests("-accel", "kvm,dirty-ring-size=4096") if step["execute"] == "accel-set")
+    assert accel["arguments"] == {"accel": "kvm", "dirty-ring-size": 4096}
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------
 
 TCP = "[HOST]:PORT with a decimal port, and an IPv6 address in brackets"
@@ -467,6 +472,8 @@ REFUSED = [
      "Option of -machine 'aux-ram-share=off' is not supported here; it is on, always"),
     (("-machine", "a,b"), "-machine: 'b' is not of the form key=value"),
     (("-machine", "accel=kvm", "-accel", "kvm"), "-accel: 'kvm' is not possible beside -machine accel=; give one"),
+    (("-accel", "kvm,dirty-ring-size=many"), "-accel dirty-ring-size: 'many' is not a number, decimal or 0x and "
+     "hexadecimal"),
     (("-accel", "kvm,kernel-irqchip=split"), "Option of -accel 'kernel-irqchip' is not supported here; leave it out"),
     (("-cpu", "host,level=5"),
      "-cpu: 'host,level=5' is not MODEL, then features as FEATURE=on, FEATURE=off, +FEATURE or -FEATURE"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Final
 
-from vmm.cli_values import first, guessed, json_object, members, parse_size
+from vmm.cli_values import convert, first, guessed, json_object, members, parse_size
 from vmm.errors import OptionInvalid, Unsupported
 from vmm.recipe import Step
 
@@ -81,9 +81,11 @@ def accel_step(options: argparse.Namespace) -> Step:
         raise OptionInvalid(option="-accel", value=options.accel, wanted="possible beside -machine accel=; give one")
     given = members(options.accel, "accel", "-accel")
     accel = given.pop("accel", "")
+    ring = given.pop("dirty-ring-size", None)
     if given:
         raise Unsupported(what="Option of -accel", name=sorted(given)[0], instead="leave it out")
-    return Step("accel-set", {"accel": accel})
+    rings = {} if ring is None else {"dirty-ring-size": convert(ring, "number", "-accel dirty-ring-size")}
+    return Step("accel-set", {"accel": accel, **rings})
 
 
 def names_accel(options: argparse.Namespace) -> bool:

@@ -128,6 +128,7 @@ def test_what_is_not_on_cannot_be_read(machine: TinyMachine) -> None:
 class FakeVm:
     """Does what KVM does, with a set of pages in each slot's log."""
 
+    rings = None
     ways: int
     regions: list[tuple[int, int]]  # first page and pages of each slot
     on: bool = False

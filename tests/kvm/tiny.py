@@ -149,8 +149,14 @@ class TinyMachine:
     fds: list[VcpuFd]
     vcpus: list[Vcpu]
 
-    def __init__(self, count: int = 1, *, ram: int | None = None, chips: bool = True, size: int = RAM_SIZE) -> None:
-        """`ram` is a memfd to take over (made anew otherwise); without `chips` there are no interrupt controllers."""
+    def __init__(
+        self, count: int = 1, *, ram: int | None = None, chips: bool = True, size: int = RAM_SIZE, rings: int = 0
+    ) -> None:
+        """`ram` is a memfd to take over (made anew otherwise); without `chips` there are no interrupt controllers.
+
+        `rings`: entries of the ring in which each vCPU says what it writes; 0 for none.
+        """
+        self._rings = rings
         self._ram = ram
         self._count = count
         self._chips = chips
@@ -173,6 +179,8 @@ class TinyMachine:
             stack.callback(self.memory.close)
             self.vm = self.kvm.create_vm()
             stack.callback(self.vm.close)
+            if self._rings:
+                self.vm.use_dirty_rings(self._rings)
             for slot, region in enumerate(self.memory.regions):
                 self.vm.set_memory_slot(slot, region.address, self.memory.hva(region.offset), region.size)
             if self._chips:

@@ -313,6 +313,9 @@ def built(kernel: str) -> list[Step]:
                 "props": {"socket-id": 0, "core-id": 0, "thread-id": 0}},
         ),
         wrong("accel-set", "'accel' must be a string, not 1", accel=1),
+        bad(
+            "accel-set", "dirty-ring-size: 5 is not a power of two from 1024 to 65536, or 0", dirty_ring_size=5,
+        ),
         bad("accel-set", "Accelerator 'tcg' is not supported here; there are kvm, and qtest for tests", accel="tcg"),
         good("accel-set", EMPTY, accel="kvm"),
         good("query-accelerators", lambda v: v == {"enabled": "kvm", "present": ["kvm", "qtest"]}),

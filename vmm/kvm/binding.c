@@ -5,6 +5,7 @@
 #endif
 #include <cpuid.h>
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -202,6 +203,62 @@ struct tv_msr_list {
     uint32_t indices[TV_MSRS_MAX];
 };
 
+/* --- dirty rings ------------------------------------------------------------------------------------------ */
+
+/* Of aarch64 alone in older headers; source: Linux, arch/x86/include/uapi/asm/kvm.h. */
+#if KVM_DIRTY_LOG_PAGE_OFFSET == 0
+#undef KVM_DIRTY_LOG_PAGE_OFFSET
+#define KVM_DIRTY_LOG_PAGE_OFFSET 64
+#endif
+
+#define TV_RING_SLOTS 4
+
+/*
+ * What the vCPUs of one VM have put into their rings goes into one set of pages, by their place in the guest's RAM. A
+ * page is in the set before its entry is given back, upon which KVM protects the page again: so whoever takes it out of
+ * the set and then reads it has what was written, or finds it there again.
+ */
+struct tv_rings {
+    int vm;
+    uint32_t slots;
+    uint64_t first[TV_RING_SLOTS]; /* the page at which each slot begins */
+    uint64_t pages[TV_RING_SLOTS];
+    uint64_t *map;                 /* the set; NULL while nobody wants to know */
+    pthread_mutex_t lock;
+};
+
+struct tv_ring {
+    struct kvm_dirty_gfn *entries;
+    uint32_t size;
+    uint32_t next;
+    uint64_t taken; /* entries so far */
+};
+
+static void tv_rings_prepare(struct tv_rings *rings, int vm)
+{
+    rings->vm = vm;
+    pthread_mutex_init(&rings->lock, NULL);
+}
+
+/* With the lock held. */
+static void tv_ring_take(struct tv_rings *rings, struct tv_ring *ring)
+{
+    for (;;) {
+        struct kvm_dirty_gfn *entry = &ring->entries[ring->next % ring->size];
+        uint32_t slot = entry->slot & 0xffff;
+
+        if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY)
+            return;
+        if (rings->map && slot < rings->slots && entry->offset < rings->pages[slot]) {
+            uint64_t page = rings->first[slot] + entry->offset;
+            rings->map[page / 64] |= 1ull << page % 64;
+        }
+        __atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+        ring->next++;
+        ring->taken++;
+    }
+}
+
 /* --- running a vCPU --------------------------------------------------------------------------------------- */
 
 #define TV_INTERRUPTED 0
@@ -222,6 +279,8 @@ struct tv_cpu {
     uint32_t size;
     uint32_t exit_reason;
     int error;
+    struct tv_rings *rings; /* NULL where there are none */
+    struct tv_ring ring;
     /* TV_IN or TV_LOAD while Python owes a value, else 0. */
     int owed;
     /* A string instruction exits once for many items: where the next one is, and how many are left. */
@@ -247,6 +306,59 @@ static void tv_cpu_unmap(struct tv_cpu *cpu)
     if (cpu->run)
         munmap(cpu->run, cpu->run_size);
     cpu->run = NULL;
+    if (cpu->ring.entries)
+        munmap(cpu->ring.entries, cpu->ring.size * sizeof *cpu->ring.entries);
+    cpu->ring.entries = NULL;
+}
+
+static int tv_cpu_map_ring(struct tv_cpu *cpu, struct tv_rings *rings, uint32_t size)
+{
+    void *at = mmap(NULL, size * sizeof(struct kvm_dirty_gfn), PROT_READ | PROT_WRITE, MAP_SHARED, cpu->fd,
+                    (off_t)KVM_DIRTY_LOG_PAGE_OFFSET * 4096);
+
+    if (at == MAP_FAILED)
+        return -errno;
+    cpu->ring.entries = at;
+    cpu->ring.size = size;
+    cpu->rings = rings;
+    return 0;
+}
+
+/* Empties these rings; with `into`, moves the set of pages there. 0, or minus errno. */
+static int tv_rings_collect(struct tv_rings *rings, struct tv_cpu **cpus, uint32_t count, uint64_t *into, uint64_t words)
+{
+    int result;
+
+    pthread_mutex_lock(&rings->lock);
+    for (uint32_t n = 0; n < count; n++)
+        tv_ring_take(rings, &cpus[n]->ring);
+    result = tv_ioctl(rings->vm, KVM_RESET_DIRTY_RINGS, 0);
+    for (uint64_t word = 0; into && rings->map && word < words; word++) {
+        into[word] |= rings->map[word];
+        rings->map[word] = 0;
+    }
+    pthread_mutex_unlock(&rings->lock);
+    return result < 0 ? result : 0;
+}
+
+/* Says where the pages go from here on; NULL: nowhere. */
+static void tv_rings_use(struct tv_rings *rings, uint64_t *map)
+{
+    pthread_mutex_lock(&rings->lock);
+    rings->map = map;
+    pthread_mutex_unlock(&rings->lock);
+}
+
+/*
+ * KVM runs a vCPU whose ring is almost full no further. One that has nothing to be taken out has been written over: what
+ * was lost of it nobody knows.
+ */
+static int tv_ring_relieve(struct tv_cpu *cpu)
+{
+    uint64_t before = cpu->ring.taken;
+    int result = cpu->rings ? tv_rings_collect(cpu->rings, &cpu, 1, NULL, 0) : -ENODEV;
+
+    return result < 0 ? result : cpu->ring.taken == before ? -EOVERFLOW : 0;
 }
 
 static int tv_next_item(struct tv_cpu *cpu)
@@ -314,6 +426,12 @@ static int tv_run(struct tv_cpu *cpu)
             }
             cpu->owed = TV_LOAD;
             return TV_LOAD;
+        case KVM_EXIT_DIRTY_RING_FULL:
+            cpu->error = -tv_ring_relieve(cpu);
+            if (!cpu->error)
+                continue;
+            cpu->exit_reason = run->exit_reason;
+            return TV_FAILED;
         case KVM_EXIT_INTR:
         case KVM_EXIT_IRQ_WINDOW_OPEN:
         case KVM_EXIT_SET_TPR:

@@ -40,6 +40,7 @@
 #define KVM_CAP_CHECK_EXTENSION_VM ...
 #define KVM_CAP_DEBUGREGS ...
 #define KVM_CAP_DIRTY_LOG_RING ...
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL ...
 #define KVM_CAP_EXCEPTION_PAYLOAD ...
 #define KVM_CAP_IMMEDIATE_EXIT ...
 #define KVM_CAP_IOEVENTFD ...
@@ -153,6 +154,16 @@ struct tv_msr_list { uint32_t count; uint32_t indices[...]; };
 #define KVM_EXIT_INTERNAL_ERROR ...
 #define KVM_EXIT_SYSTEM_EVENT ...
 
+struct tv_rings {
+    uint32_t slots;
+    uint64_t first[...];
+    uint64_t pages[...];
+    ...;
+};
+struct tv_ring { uint32_t next; uint64_t taken; ...; };
+#define TV_RING_SLOTS ...
+void tv_rings_prepare(struct tv_rings *rings, int vm);
+
 struct tv_cpu {
     int fd;
     uint64_t address;
@@ -160,8 +171,12 @@ struct tv_cpu {
     uint32_t size;
     uint32_t exit_reason;
     int error;
+    struct tv_ring ring;
     ...;
 };
+int tv_cpu_map_ring(struct tv_cpu *cpu, struct tv_rings *rings, uint32_t size);
+int tv_rings_collect(struct tv_rings *rings, struct tv_cpu **cpus, uint32_t count, uint64_t *into, uint64_t words);
+void tv_rings_use(struct tv_rings *rings, uint64_t *map);
 int tv_cpu_map(struct tv_cpu *cpu, int fd, uint64_t run_size);
 void tv_cpu_unmap(struct tv_cpu *cpu);
 int tv_run(struct tv_cpu *cpu);

@@ -6,6 +6,8 @@ part of RAM just before that part is copied. So a page that is written twice bef
 the guest is not held up by a sweep over all of its memory. A log that begins with every page in it spares the first
 sweep too.
 
+Where the vCPUs have rings (`vmm.kvm.dirty_ring`) there is no log: each of them says what it writes, page by page.
+
 Source: Linux Documentation/virt/kvm/api.rst, 4.8 KVM_GET_DIRTY_LOG, 4.118 KVM_CLEAR_DIRTY_LOG, 7.16
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
 """
@@ -21,6 +23,7 @@ from vmm.kvm.page_map import PageMap
 
 if TYPE_CHECKING:
     from vmm.kvm._kvm import CData
+    from vmm.kvm.dirty_ring import DirtyRings
     from vmm.kvm.memory import GuestMemory
 
 CHUNK: Final = 1 << 14
@@ -29,6 +32,10 @@ CHUNK: Final = 1 << 14
 
 class LoggingVm(Protocol):
     """What is asked of a virtual machine; `vmm.kvm.vm.Vm` says what each does."""
+
+    @property
+    def rings(self) -> DirtyRings | None:
+        """Where its vCPUs say what they write, if they have rings for it."""
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Switch the log of a slot on or off."""
@@ -61,9 +68,12 @@ class DirtyLog:
 
     def start(self) -> None:
         """Begin: what is written from here on is collected. Raises `KvmCallFailed`."""
-        ways = self._vm.protect_by_hand()
+        rings = self._vm.rings
+        ways = self._vm.protect_by_hand() if rings is None else 0
         self._by_hand = bool(ways)
         self._memory.begin_notes()
+        if rings is not None:
+            rings.begin(self._memory)
         self._on = True
         self._log(on=True)
         self._cleared.clear()
@@ -79,6 +89,8 @@ class DirtyLog:
             self._on = False
             self._memory.end_notes()
             self._log(on=False)
+            if self._vm.rings is not None:
+                self._vm.rings.end()
 
     def collect(self, into: PageMap) -> None:
         """Put every page into the set that was written since `start`, or since the last call.
@@ -88,6 +100,10 @@ class DirtyLog:
         Raises:
             KvmCallFailed: naming the slot.
         """
+        if self._vm.rings is not None:
+            self._vm.rings.collect(into)
+            self._memory.take_notes(into)
+            return
         for slot, region in enumerate(self._memory.regions):
             self._vm.read_dirty_log(slot, self._at(region.offset // PAGE_SIZE))
         self._cleared.clear()

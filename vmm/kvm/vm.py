@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import attrs
 
+from vmm.errors import KvmExtensionMissing
 from vmm.kvm._kvm import ffi, lib
 from vmm.kvm.calls import call, call_with, checked
 from vmm.kvm.state_buffers import ChipBuffers
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmm.kvm._kvm import CData
+    from vmm.kvm.dirty_ring import DirtyRings
     from vmm.kvm.state import ChipState
 
 TSS_ADDRESS = 0xFEFFD000
@@ -45,6 +47,8 @@ class Vm:
         self._has_irqchip = False
         self._irqfds: Final[dict[int, tuple[int, int | None]]] = {}
         self._irqfds_held = False
+        self.rings: DirtyRings | None = None
+        """Where vCPUs say what they write, if they have rings for it."""
         identity_map = ffi.new("uint64_t *", IDENTITY_MAP_ADDRESS)
         call_with(fd, "KVM_SET_IDENTITY_MAP_ADDR", identity_map)
         call(fd, "KVM_SET_TSS_ADDR", TSS_ADDRESS)
@@ -133,10 +137,35 @@ class Vm:
         """
         fd = call(self._fd, "KVM_CREATE_VCPU", index, context=f"vCPU {index}")
         try:
-            return VcpuFd(fd, index, self._fd, self._run_size, self._msr_indices, has_lapic=self._has_irqchip)
+            vcpu = VcpuFd(fd, index, self._fd, self._run_size, self._msr_indices, has_lapic=self._has_irqchip)
         except BaseException:
             os.close(fd)
             raise
+        if self.rings is not None:
+            try:
+                self.rings.add(vcpu)
+            except BaseException:
+                vcpu.close()
+                raise
+        return vcpu
+
+    def use_dirty_rings(self, entries: int) -> None:
+        """Have each vCPU made from here on say in a ring of so many entries, a power of two, what it writes.
+
+        Raises:
+            KvmExtensionMissing: this host has no such rings, or only smaller ones.
+            KvmCallFailed: there are vCPUs already.
+        """
+        from vmm.kvm.dirty_ring import DirtyRings  # Few machines have them.
+
+        name = "KVM_CAP_DIRTY_LOG_RING_ACQ_REL"
+        if not self.extension(name):
+            name = "KVM_CAP_DIRTY_LOG_RING"
+        size = entries * DirtyRings.ENTRY_SIZE
+        if self.extension(name) < size:
+            raise KvmExtensionMissing(name="KVM_CAP_DIRTY_LOG_RING", user=f"dirty rings of {entries} entries")
+        self._enable(name, size)
+        self.rings = DirtyRings(self._fd, entries)
 
     def set_irq(self, gsi: int, level: bool) -> None:
         """Drive an interrupt line. An edge-triggered one wants True and then False."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vmm.kvm._kvm import CData
     from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.dirty_log import DirtyLog
+    from vmm.kvm.dirty_ring import DirtyRings
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
@@ -46,6 +47,10 @@ class AccelGrants:
 
 class VirtualMachine(Protocol):
     """What devices and memory ask of a virtual machine; `vmm.kvm.vm.Vm` says what each does."""
+
+    @property
+    def rings(self) -> DirtyRings | None:
+        """Where its vCPUs say what they write, if they have rings for it."""
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Put RAM at `address`."""
@@ -134,11 +139,19 @@ class KvmAccelerator:
     lines: IrqLines
 
     @classmethod
-    def open(cls) -> KvmAccelerator:
-        """Open it. On a failure nothing stays open."""
+    def open(cls, ring_size: int | None = None) -> KvmAccelerator:
+        """Open it. With `ring_size`, each vCPU says in a ring of so many entries what it writes.
+
+        On a failure nothing stays open.
+        """
         with ExitStack() as stack:
             kvm = stack.enter_context(closing(Kvm.open()))
             vm = stack.enter_context(closing(kvm.create_vm()))
+            if ring_size:
+                from vmm.kvm.dirty_ring import require_working_rings  # Few machines have them.
+
+                require_working_rings(kvm)
+                vm.use_dirty_rings(ring_size)
             vm.create_irqchip()
             vm.create_pit()
             stack.pop_all()
@@ -182,7 +195,7 @@ class KvmAccelerator:
 def _open(phase: Phase, options: AcceleratorOptions) -> Accelerator:
     """Open what `options` say. On a failure nothing stays open."""
     if options.accel == "kvm":
-        return KvmAccelerator.open()
+        return KvmAccelerator.open(options.dirty_ring_size)
     from vmm.qtest.accelerator import QtestAccelerator  # For tests of devices; no guest needs it.
 
     accelerator = QtestAccelerator()

@@ -103,11 +103,21 @@ class AcceleratorOptions:
     """The arguments of `accel-set`."""
 
     accel: str = "kvm"
+    dirty_ring_size: int | None = None
+    """Of kvm: each vCPU says what it writes in a ring of so many entries, a power of two from 1024 to 65536. 0, and
+    nothing, is KVM's log of all memory."""
 
     def check(self) -> None:
-        """Raise `Unsupported` for anything but KVM, and the one that executes nothing."""
+        """Raise `Unsupported` for anything but KVM, and the one that executes nothing; `OptionInvalid` for a ring."""
         if self.accel not in ACCELERATORS:
             raise Unsupported(what="Accelerator", name=self.accel, instead="there are kvm, and qtest for tests")
+        size = self.dirty_ring_size
+        if not size:
+            return
+        if self.accel != "kvm":
+            raise OptionInvalid(option="dirty-ring-size", value=size, wanted="possible but with kvm")
+        if not 1024 <= size <= 65536 or size & (size - 1):
+            raise OptionInvalid(option="dirty-ring-size", value=size, wanted="a power of two from 1024 to 65536, or 0")
 
 
 @final

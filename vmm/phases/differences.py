@@ -22,7 +22,7 @@ DECISIONS: Final = ("machine-set", "accel-set", "cpu-model-set")
 
 _HOST_ONLY_MEMBERS: Final = frozenset(
     {"machine-set.name", "machine-set.reboot-action", "machine-set.rtc", "machine-set.serial"}
-    | {"machine-set.memory-backend"}
+    | {"machine-set.memory-backend", "accel-set.dirty-ring-size"}
 )
 """What becomes of a reset is the host's policy. Which chardevs are behind the serial ports is, too; how many is not.
 How far the clock is ahead is state that travels; where it once began is forgotten."""

@@ -52,6 +52,9 @@ class QtestVm:
         self._irqfds_held = False
         self._poll: Final = hostio.open_epoll()
 
+    rings: Final = None
+    """No vCPU writes anything."""
+
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
         """Do nothing: whoever reads or writes RAM here goes through `GuestMemory`."""
 

@@ -1,0 +1,87 @@
+"""Machines whose vCPUs say in rings what they write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.phases.copy_kit import commands, empty, goes_on, in_status, move, parts, ticked
+from vmm import machine
+from vmm.errors import KvmExtensionMissing, OptionInvalid, Unsupported
+from vmm.guests.dirtier import DirtierReader
+from vmm.kvm import dirty_ring
+from vmm.kvm.dirty_ring import require_working_rings
+from vmm.kvm.system import Kvm
+from vmm.phases.differences import compare, visible
+from vmm.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+GUEST = {"kernel": "builtin:dirtier", "append": "region=8M pages=64 hz=100"}
+
+
+def recipe(size: int, **options: Any) -> list[dict[str, Any]]:
+    """Return the recipe of a machine with rings of `size` entries."""
+    return [
+        {**step, "arguments": {"accel": "kvm", "dirty-ring-size": size}} if step["execute"] == "accel-set" else step
+        for step in commands(**options)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dirty_ring_size": 1000}, "dirty-ring-size: 1000 is not a power of two from 1024 to 65536, or 0"),
+        ({"dirty_ring_size": 512}, "dirty-ring-size: 512 is not a power of two from 1024 to 65536, or 0"),
+        ({"dirty_ring_size": 1 << 20}, "dirty-ring-size: 1048576 is not a power of two from 1024 to 65536, or 0"),
+        ({"accel": "qtest", "dirty_ring_size": 1024}, "dirty-ring-size: 1024 is not possible but with kvm"),
+    ],
+)
+async def test_a_size_that_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
+    async with machine(commands(upto="machine-set")) as guest:
+        with pytest.raises(OptionInvalid) as caught:
+            await guest.execute("accel-set", **options)
+        assert str(caught.value) == words
+        await guest.execute("accel-set", dirty_ring_size=0)
+        step = guest.recipe.to_json()[-1]
+        assert step == {"execute": "accel-set", "arguments": {"accel": "kvm", "dirty-ring-size": 0}}
+
+
+async def test_a_host_on_which_they_do_not_work_refuses_them_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dirty_ring, "_work", lambda kvm: False)
+    async with machine(commands(upto="machine-set")) as guest:
+        with pytest.raises(Unsupported, match="Accelerator property 'dirty-ring-size' is not supported here"):
+            await guest.execute("accel-set", dirty_ring_size=4096)
+        await guest.execute("accel-set")
+        assert guest.recipe.to_json()[-1] == {"execute": "accel-set", "arguments": {"accel": "kvm"}}
+
+
+def test_whether_there_are_rings_is_the_host_s_business() -> None:
+    with_rings = Recipe("one", (Step("accel-set", {"accel": "kvm", "dirty-ring-size": 1024}),))
+    without = Recipe("two", (Step("accel-set", {"accel": "kvm"}),))
+    assert visible(compare(with_rings, without)) == ()
+    assert visible(compare(without, with_rings)) == ()
+
+
+async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) -> None:
+    kvm = Kvm.open()
+    try:
+        require_working_rings(kvm)
+    except (Unsupported, KvmExtensionMissing) as error:
+        pytest.skip(str(error))
+    finally:
+        kvm.close()
+    async with machine(recipe(1024, **GUEST)) as source, empty() as destination:
+        await ticked(source, 50)
+        info = await move(source, destination, tmp_path)
+        assert info["status"] == "completed", info
+        assert info["ram"]["dirty-sync-count"] > 1
+        await in_status(destination, "running")
+        await goes_on(destination)
+        report = DirtierReader(parts(destination).memory.read).look()
+        assert report is not None
+        assert report.intact, str(report)
