@@ -20,7 +20,7 @@ LATEST: Final = ROOT / "bench" / "results" / "latest.json"
 
 FIGURES: Final = (
     "pause", "row", "vcpus", "descriptors", "response", "exec", "start", "build", "latency", "roundtrips", "serial",
-    "precopy", "switchover", "growth",
+    "precopy", "switchover", "saves", "growth",
 )  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
     from bench.migration import measure_growth, measure_precopy, measure_switchover
     from bench.pause import measure_pause
     from bench.roundtrips import measure_roundtrips
+    from bench.saves import measure_saves
     from bench.serial import measure_serial
     from bench.start import measure_start
     from bench.updates import MANY, measure_descriptors, measure_exec, measure_response, measure_row, measure_vcpus
@@ -137,6 +138,9 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
         if "switchover" in figures:
             _say("switchover")
             results["switchover"] = measure_switchover(moves, qemu, folder, quick=quick)
+        if "saves" in figures:
+            _say("saves")
+            results["saves"] = measure_saves(moves, qemu, folder, quick=quick)
         if "growth" in figures:
             _say("growth")
             results["growth"] = measure_growth(1 if quick else 3, folder, quick=quick)

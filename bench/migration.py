@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 
     from bench.movers import Mover
 
-WAYS: Final[Mapping[str, Way]] = {"unix": Way("unix"), "tcp": Way("tcp")}
+WAYS: Final[Mapping[str, Way]] = {
+    "unix": Way("unix"),
+    "tcp": Way("tcp"),
+    "multifd2": Way("tcp", 2),
+    "multifd4": Way("tcp", 4),
+}
 
-SIZES: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {"1 GiB": (1024, tuple(WAYS)), "4 GiB": (4096, tuple(WAYS))}
+SIZES: Final[Mapping[str, tuple[int, tuple[str, ...]]]] = {
+    "1 GiB": (1024, tuple(WAYS)),
+    "4 GiB": (4096, ("unix", "tcp")),
+}
 """MiB, and the ways that a guest of that size goes."""
 
 IDLE: Final = "hz=20 pages=0 region=64K"

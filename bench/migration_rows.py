@@ -31,6 +31,13 @@ def migration_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
         what = f"live migration of 1 GiB, pause of {_KINDS[kind]}"
         yield f"{what}, STOP to RESUME", *sides(both, "pause_ms", ms)
         yield f"{what}, as the guest sees it", *sides(both, "guest_pause_ms", ms)
+    saves = results.get("saves", {})
+    if "ours" in saves:
+        what = "guest of 4 GiB in a file on tmpfs"
+        yield f"{what}, saved, GiB/s", *sides(saves, "save_gib_per_second", span)
+        yield f"{what}, saved, processor seconds per GiB", *sides(saves, "save_cpu_per_gib", span)
+        yield f"{what}, exec to its next tick, all of it loaded", *sides(saves, "whole_ms", ms)
+        yield f"{what}, exec to its next tick, on demand; QEMU's all loaded", *sides(saves, "tick_ms", ms)
     if "growth" in results:
         sizes = _sizes(results["growth"])
         first, last = sizes[0], sizes[-1]

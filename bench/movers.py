@@ -109,8 +109,20 @@ class Mover:
         return self._ram
 
     def read(self, address: int, size: int) -> bytes:
-        """Read guest-physical memory below 3 GiB, which is the beginning of the memfd."""
-        return os.pread(self.ram, size, address)
+        """Read guest-physical memory below 3 GiB, which is the beginning of the memfd; zeros where that is none yet."""
+        return os.pread(self.ram, size, address).ljust(size, b"\0")
+
+    def wait_for_ram(self) -> None:
+        """Return once the process has RAM. Our monitor answers before."""
+        limit = time.monotonic() + WITHIN
+        while True:
+            try:
+                assert self.ram >= 0
+                return
+            except BenchFailed:
+                if time.monotonic() > limit:
+                    raise
+            time.sleep(POLL)
 
     def wait_for_tick(self, number: int) -> None:
         """Return once the guest has ticked for the time `number`."""
@@ -252,8 +264,10 @@ def guest_pause_ms(source: Mover, ahead: float, destination: Mover) -> float:
     number = newest(source.read)
     destination.wait_for_tick(number + SETTLED)
     last = tick_at(source.read, number - 1) + ahead
-    first = tick_at(destination.read, number) + offset_of(destination.read)
-    return first - last - period_of(source.read)
+    now = offset_of(destination.read)
+    first, second = (tick_at(destination.read, at) + now for at in (number, number + 1))
+    # A guest that was stopped in the middle of a tick has noted its time before the pause, and counts it after.
+    return max(first - last, second - first) - period_of(source.read)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -33,7 +33,7 @@ def latest() -> dict[str, Any]:
 
 COLUMNS = (
     "mib_per_second", "cpu_per_gib", "pause_ms", "guest_pause_ms", "seconds_per_gib", "source_cpu_per_gib",
-    "destination_cpu_per_gib",
+    "destination_cpu_per_gib", "save_gib_per_second", "save_cpu_per_gib", "whole_ms", "tick_ms",
 )  # fmt: skip
 
 
@@ -119,9 +119,10 @@ def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None
     results |= {
         "precopy": {"left_out": ["4 GiB"], "1 GiB": {"unix": both, "tcp": alone}},
         "switchover": {"idle": both, "dirty": both},
+        "saves": {"left_out": [], **both},
         "growth": {"left_out": [], "128 MiB": ours, "8 GiB": theirs},
     }
-    what = "live migration of 1 GiB"
+    what, file = "live migration of 1 GiB", "guest of 4 GiB in a file on tmpfs"
     three, two = "3.00 (3.00 to 3.00)", "2.00 (2.00 to 2.00)"
     assert [line for line in readme_table(results).splitlines() if line not in before] == [
         f"| {what} over unix, MiB/s | 3 (3 to 3) | 2 (2 to 2) | 1.50 |",
@@ -132,6 +133,10 @@ def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None
         f"| {what}, pause of an idle guest, as the guest sees it | {three} ms | {two} ms | 1.50 |",
         f"| {what}, pause of a guest that dirties 39 MiB/s, STOP to RESUME | {three} ms | {two} ms | 1.50 |",
         f"| {what}, pause of a guest that dirties 39 MiB/s, as the guest sees it | {three} ms | {two} ms | 1.50 |",
+        f"| {file}, saved, GiB/s | {three} | {two} | 1.50 |",
+        f"| {file}, saved, processor seconds per GiB | {three} | {two} | 1.50 |",
+        f"| {file}, exec to its next tick, all of it loaded | {three} ms | {two} ms | 1.50 |",
+        f"| {file}, exec to its next tick, on demand; QEMU's all loaded | {three} ms | {two} ms | 1.50 |",
         f"| live migration over unix, processor seconds per GiB of 128 MiB and of 8 GiB | {three} and {two} | | |",
     ]
     assert [line for line in benchmarks_tables(results).splitlines() if line not in tables] == [
@@ -216,7 +221,7 @@ def test_an_unknown_figure_is_refused_by_name() -> None:
     assert done.returncode == 2
     assert done.stderr.endswith(
         "there is no figure 'speed'; there are pause, row, vcpus, descriptors, response, exec, start, build, "
-        "latency, roundtrips, serial, precopy, switchover, growth\n"
+        "latency, roundtrips, serial, precopy, switchover, saves, growth\n"
     )
 
 
