@@ -11,6 +11,7 @@ from vmm.kvm._pages import ffi, lib
 from vmm.migration.ram_records import RamPages
 from vmm.migration.stream import PAGES_VERSION, StreamReader, StreamWriter
 from vmm.migration.stream_records import End, Header, Home
+from vmm.migration.terms import Terms
 
 
 @attrs.frozen
@@ -61,3 +62,8 @@ def stream_of(records: list[Any]) -> bytes:
         elif not isinstance(record, End):
             writer._add(record)
     return data + b"".join(writer.finish())
+
+
+def answered(data: bytes) -> bytes:
+    """Return a stream that was saved in a file as one whose source hears the destination, and waits for its words."""
+    return stream_of([attrs.evolve(it, answers=True) if isinstance(it, Terms) else it for it in records_of(data)])

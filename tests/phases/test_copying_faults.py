@@ -28,6 +28,7 @@ from tests.phases.copy_kit import (
     status,
 )
 from tests.phases.machine import sockets_in
+from tests.phases.streams import answered
 from vmm.cpr.limits import CprLimits
 from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt, VmmError
 from vmm.migration.stream import HEAD_SIZE, StreamWriter
@@ -48,9 +49,8 @@ def full(machine: EmbeddedMachine) -> None:
     parts(machine).memory.write(8 << 20, os.urandom(8 << 20))
 
 
-async def head_of(path: Path) -> int:
-    """Return how many bytes of a saved stream are its preamble, header, recipe, processor and terms."""
-    data = await trio.Path(path).read_bytes()
+def head_of(data: bytes) -> int:
+    """Return how many bytes of a stream are its preamble, header, recipe, processor and terms."""
     at = PREAMBLE
     for _ in range(4):
         at += HEAD_SIZE + int.from_bytes(data[at + 8 : at + 12], "little")
@@ -305,14 +305,14 @@ async def test_a_stranger_at_the_other_end_of_a_descriptor_ends_a_destination_wi
 
 async def test_a_source_that_hangs_up_in_place_of_its_last_word_keeps_its_guest(tmp_path: Path) -> None:
     async with started() as source:
-        data = await save(source, tmp_path / "state")
+        data = answered(await save(source, tmp_path / "state"))
         with refusal(MigrationPeerGone, "The source closed the connection; the guest stays there"):
             async with empty() as machine:
                 await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
                 async with source_peer(tmp_path / "main") as peer:
-                    await peer.send(data[: await head_of(tmp_path / "state")])
+                    await peer.send(data[: head_of(data)])
                     assert (await peer.hear()).name == "ready"
-                    await peer.send(data[await head_of(tmp_path / "state") :])
+                    await peer.send(data[head_of(data) :])
                     assert (await peer.hear()).name == "loaded"
                     assert await status(machine) == "inmigrate"
                 await trio.sleep_forever()
@@ -320,7 +320,7 @@ async def test_a_source_that_hangs_up_in_place_of_its_last_word_keeps_its_guest(
 
 async def test_a_destination_runs_its_guest_only_after_the_source_has_let_go(tmp_path: Path) -> None:
     async with started() as source, empty() as machine:
-        data = await save(source, tmp_path / "state")
+        data = answered(await save(source, tmp_path / "state"))
         await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
         async with source_peer(tmp_path / "main") as peer:
             await peer.send(data)
@@ -396,7 +396,7 @@ async def test_without_exit_on_error_a_machine_may_await_the_next(tmp_path: Path
         full(source)
         uri = f"unix:{tmp_path / 'main'}"
         await machine.execute("migrate-incoming", uri=uri, exit_on_error=False)
-        data = await save(source, tmp_path / "state")
+        data = answered(await save(source, tmp_path / "state"))
         async with source_peer(tmp_path / "main") as peer:
             await peer.send(data[: len(data) // 2])
             assert (await peer.hear()).name == "ready"
