@@ -303,6 +303,10 @@ def test_a_device_option_is_device_add_with_typed_values(text: str, arguments: d
             {"qom-type": "monitor-websocket", "id": "w", "addr": {"host": "::1", "port": "80"}},
         ),
         ('{"qom-type": "qtest", "chardev": "c"}', {"qom-type": "qtest", "chardev": "c"}),
+        (
+            "tls-creds-x509,id=t,dir=1,endpoint=server,verify-peer=off",
+            {"qom-type": "tls-creds-x509", "id": "t", "dir": "1", "endpoint": "server", "verify-peer": False},
+        ),
     ],
 )
 def test_an_object_option_is_object_add_with_typed_values(text: str, arguments: dict[str, object]) -> None:

@@ -31,7 +31,7 @@ _NUMA: Final[Mapping[str, Mapping[str, Kind]]] = {
 }
 _TEXT: Final = frozenset(
     {"driver", "id", "bus", "qom-type", "chardev", "log", "filename", "rng", "host", "port", "token-file", "grant"}
-    | {"drive", "netdev", "serial", "mac", "name", "mem-path", "path"}
+    | {"drive", "netdev", "serial", "mac", "name", "mem-path", "path", "dir"}
 )
 """Members of `-device` and `-object` that are text even where they look like numbers or switches."""
 

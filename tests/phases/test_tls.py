@@ -258,15 +258,27 @@ async def test_credentials_are_in_no_recipe(pki: Pki) -> None:
         await machine.execute("object-del", id="tls0")
 
 
+def credentials_of_a_source(folder: str) -> dict[str, Any]:
+    return {"qom-type": "tls-creds-x509", "id": "tls0", "dir": folder, "endpoint": "server"}
+
+
 async def test_a_source_has_no_file_of_the_destination_read(pki: Pki, tmp_path: Path) -> None:
-    wanted = {"qom-type": "tls-creds-x509", "id": "tls0", "dir": str(pki.folder()), "endpoint": "server"}
     async with started() as source, empty() as destination:
-        steps = commands()
-        steps.insert(1, {"execute": "object-add", "arguments": wanted})
-        source._host.recorder.record("object-add", wanted)
+        source._host.recorder.record("object-add", credentials_of_a_source(str(pki.folder())))
         await destination.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}", exit_on_error=False)
         await source.execute("migrate", uri=f"unix:{tmp_path / 'main'}")
         info = await outcome(source)
-        assert "object/tls0" in info["error-desc"], info
-        assert "-allow-resource" in info["error-desc"]
+        assert info["error-desc"] == (
+            "Refused by the destination: no descriptor came for object/tls0, and this host's own are allowed by name: "
+            "-allow-resource object/tls0=PATH"
+        )
         await goes_on(source)
+
+
+async def test_what_an_operator_allows_is_read_where_they_say(pki: Pki, tmp_path: Path) -> None:
+    async with started() as source, empty(allowed={"object/tls0": str(pki.folder())}) as destination:
+        source._host.recorder.record("object-add", credentials_of_a_source("/nowhere"))
+        await destination.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
+        await source.execute("migrate", uri=f"unix:{tmp_path / 'main'}")
+        await arrived(source, destination)
+        await destination.execute("object-del", id="tls0")
