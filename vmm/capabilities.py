@@ -30,6 +30,7 @@ from vmm.facets import (
     MemoryMap,
     NumaNodes,
     OwnershipOffer,
+    PostcopyControl,
     RecipeSink,
     RunControl,
     Settings,
@@ -652,6 +653,26 @@ class MaySwitchOver(Token[Switchover]):
 
 
 @final
+class MaySteerPostcopy(Token[PostcopyControl]):
+    """May have a guest run at its destination before all of its RAM is there, and mend what breaks then."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-steer-postcopy"
+
+    def start(self) -> None:
+        """Have the guest run there as soon as may be."""
+        self._reach().start()
+
+    def pause(self) -> None:
+        """Break the connection."""
+        self._reach().pause()
+
+    async def recover(self, address: Any) -> None:
+        """Listen at `address` for the source, after a break."""
+        await self._reach().recover(address)
+
+
+@final
 class MayReadDirtyLog(Token[DirtyPages]):
     """May find out what the guest writes; exists only while a migration is under way."""
 
@@ -714,7 +735,7 @@ KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySwitchOver,
-    MaySendDescriptors, MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
+    MaySteerPostcopy, MaySendDescriptors, MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 
@@ -743,6 +764,7 @@ MIGRATE: Final = Grant(
         MayStartMigration,
         MayCancelMigration,
         MaySwitchOver,
+        MaySteerPostcopy,
     },
 )
 QTEST: Final = Grant("qtest", frozenset({MayInject}))

@@ -178,6 +178,22 @@ class DirtyPages(Protocol):
         ...
 
 
+class PostcopyControl(Protocol):
+    """What can be done to a guest of which a part is here, and a part there. Each raises where it cannot be done."""
+
+    def start(self) -> None:
+        """Have it run there."""
+        ...
+
+    def pause(self) -> None:
+        """Break the connection."""
+        ...
+
+    async def recover(self, address: Any) -> None:
+        """Listen for the source."""
+        ...
+
+
 class StateSource(Protocol):
     """Gives a whole machine's state, which stands still."""
 

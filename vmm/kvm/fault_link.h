@@ -90,13 +90,20 @@ static int tl_write(tf_server *server, int fd, const void *data, uint64_t size)
 /* Rests, for what is wrong with a connection. It matters to the first one who says so, and not at the end. */
 static void tl_break(tf_server *server, int error)
 {
+    /* As long as the guest is certainly not ours, nobody is to wait for it: the loop may be, while state is loaded. */
+    int gives_up = 0;
+
     pthread_mutex_lock(&server->lock);
     if (server->report.state == TF_RUNS && error != -ECANCELED) {
         server->report.error = error;
         __atomic_store_n(&server->report.state, TF_BROKEN, __ATOMIC_RELEASE);
         tf_ring(server->bell);
+        pthread_cond_broadcast(&server->arrived);
+        gives_up = !server->loaded;
     }
     pthread_mutex_unlock(&server->lock);
+    if (gives_up)
+        tf_unregister(server);
 }
 
 static void tl_say(tf_server *server, uint32_t kind, uint64_t page, uint32_t count)
@@ -319,6 +326,7 @@ static tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here
 /* Says that the guest's state is in force here. */
 static void tf_say_loaded(tf_server *server)
 {
+    server->loaded = 1;
     tl_say(server, TL_LOADED, 0, 0);
 }
 

@@ -80,7 +80,7 @@ struct tf_server {
     int answers, moves, rushes;
     /* Of pages that come over a connection. */
     struct tl_waits waits;
-    int links, link, urgent;
+    int links, link, urgent, loaded;
     pthread_mutex_t saying;
     pthread_cond_t arrived;
 };

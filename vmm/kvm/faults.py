@@ -198,7 +198,7 @@ class PagesFromLink(_Server):
         """Begin. Pages that are not in `here` are absent (`GuestMemory.forget`), and nobody uses the memory yet.
 
         Args:
-            link: a connected socket, to ask and to be answered by; it stays the caller's.
+            link: a connected socket, to ask and to be answered by; it is copied.
             urgent: another one, by which comes what was asked for; likewise.
             cpus: number of vCPUs, for `waited`.
 
@@ -206,11 +206,27 @@ class PagesFromLink(_Server):
             PageFaultsUnavailable: the host lacks what this takes.
         """
         super().__init__(memory, "run the guest before all of its RAM is there")
-        words, rush = ffi.cast("uint64_t *", here.words), -1 if urgent is None else urgent
-        self._make(
-            LINK_FEATURES, lambda plan, error: lib.tf_serve_link(plan, words, link, rush, cpus, self._bell, error)
-        )
+        self._links: list[int] = []
+        words = ffi.cast("uint64_t *", here.words)
+        link, rush = self._own(link, urgent)
+        try:
+            self._make(
+                LINK_FEATURES, lambda plan, error: lib.tf_serve_link(plan, words, link, rush, cpus, self._bell, error)
+            )
+        except VmmError:
+            self._disown()
+            raise
         memory.absent = self
+
+    def _own(self, link: int, urgent: int | None) -> tuple[int, int]:
+        """Return copies of two descriptors, for the threads to have as long as they run; -1 for None."""
+        self._links = [hostio.dup(fd) for fd in (link, urgent) if fd is not None]
+        return self._links[0], -1 if urgent is None else self._links[1]
+
+    def _disown(self) -> None:
+        links, self._links = self._links, []
+        for fd in links:
+            os.close(fd)
 
     def require(self, first: int, count: int) -> None:
         """Wait, without the interpreter's lock, until these pages are there.
@@ -247,7 +263,11 @@ class PagesFromLink(_Server):
 
     def relink(self, link: int, urgent: int | None) -> None:
         """Go on over another connection. What was asked for and has not come is asked for again. For a thread."""
-        if error := lib.tf_relink(self._server, link, -1 if urgent is None else urgent):
+        before, self._links = self._links, []
+        error = lib.tf_relink(self._server, *self._own(link, urgent))
+        for fd in before:
+            os.close(fd)
+        if error:
             raise self._refused(-error)
 
     def here(self) -> PageMap:
@@ -275,6 +295,7 @@ class PagesFromLink(_Server):
         if self._memory.absent is self:
             self._memory.absent = None
         super().close()
+        self._disown()
 
 
 def require_features(action: str, names: Iterable[str]) -> None:

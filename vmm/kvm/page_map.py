@@ -70,6 +70,17 @@ class PageMap:
             yield first, after - first
             first = after
 
+    def dump(self) -> bytes:
+        """Return its words, little-endian."""
+        return ffi.buffer(self.words)[:]
+
+    def load(self, words: bytes) -> None:
+        """Undo `dump`, of a set of as many pages. Raises `ValueError` for one that has others."""
+        size = len(ffi.buffer(self.words))
+        if len(words) != size or int.from_bytes(words[-8:], "little") >> (self.pages - 1) % 64 + 1:
+            raise ValueError(f"{len(words)} bytes, expected {size} for {self.pages} pages, and none beyond them")
+        ffi.memmove(self.words, words, size)
+
     def __contains__(self, page: int) -> bool:
         return self.count(page, page + 1) == 1
 

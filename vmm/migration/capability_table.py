@@ -49,6 +49,8 @@ SUPPORTED: Final = frozenset(
         "mapped-ram",
         "multifd",
         "pause-before-switchover",
+        "postcopy-blocktime",
+        "postcopy-ram",
         "return-path",
         "switchover-ack",
         "validate-uuid",

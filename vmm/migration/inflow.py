@@ -12,6 +12,7 @@ import trio
 
 from vmm import hostio
 from vmm.errors import MigrationRefused, StreamCorrupt, VmmError
+from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamPages
 from vmm.migration.silence import silence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.hw.doorbell import Doorbell
+    from vmm.kvm.page_map import PageMap
     from vmm.migration.connection import Connection
     from vmm.migration.ram import RamWriter
     from vmm.migration.stream_records import Record
@@ -47,6 +49,8 @@ class Inflow:
         self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if connection.is_file else 0
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
+        self.absent: PageMap | None = None
+        """Pages that come in frames, once the stream has ended; None where all have come in it."""
         self.terms = Terms()
         """On what terms the guest comes, once the head was read."""
 
@@ -155,6 +159,11 @@ class Inflow:
                 reason = f"the source {what}" if what else "the connection broke before its end record"
                 raise StreamCorrupt(reason=reason) from error
 
+    @property
+    def fd(self) -> int:
+        """The descriptor, which stays this one's."""
+        return self._fd
+
     async def invite(self) -> None:
         """Say that the machine is here, and that its state may come, to whoever can hear it."""
         if self._channel is not None:
@@ -185,7 +194,11 @@ class Inflow:
             return
         # Shielded: the reason may be that this process is being ended. Bounded by the time.
         with trio.move_on_after(_LAST_WORDS, shield=True), suppress(trio.BrokenResourceError):
-            await say(self._channel, Word("refused", str(error)))
+            if self.absent is None:
+                await say(self._channel, Word("refused", str(error)))
+            else:
+                reason = str(error).encode()
+                await self._channel.send_all(Frame(FrameKind.REFUSED, pages=len(reason)).encode() + reason)
             await self._channel.send_eof()
             # To close with something unread would be a reset, which may overtake what was said.
             while await self._channel.receive_some(_PIECE):

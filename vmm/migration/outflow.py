@@ -11,10 +11,11 @@ import trio
 from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, StreamCorrupt
 from vmm.migration.multifd import MultifdSink
 from vmm.migration.page_chunks import ChannelSink
+from vmm.migration.page_server import LinkBroken
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.silence import silence
 from vmm.migration.stream import PAGES_VERSION, StreamWriter
-from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
+from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, RamAbsent, recipe_digest
 from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, say
 
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
+    from vmm.hw.doorbell import Doorbell
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.connection import Connection
     from vmm.migration.packing import Packing
     from vmm.migration.page_chunks import PageSink
+    from vmm.migration.page_server import PageServer
     from vmm.migration.precopy import Precopy
+    from vmm.migration.ram import RamSender
     from vmm.migration.section_payload import StateValue
     from vmm.migration.stream_records import Section
 
@@ -135,6 +139,52 @@ class Outflow:
                 _sync(self._fd)
 
         await self._in_thread(work)
+
+    async def hand_on(self, sections: Iterable[Section], ram: RamSender) -> None:
+        """Send all the rest but the pages that `ram` has left, which come afterwards, in frames. The guest stands.
+
+        Raises:
+            VmmError: it did not get there.
+        """
+        writer = self._announced()
+
+        def work(bulk: Bulk) -> None:
+            ram.stands()
+            if ram.passes:
+                ram.collect()
+            else:
+                ram.begin()
+                writer.ram_extents(ram.extents, in_stream=True)
+            writer.ram_absent(RamAbsent(ram.todo.dump()))
+            for section in sections:
+                writer.section(section.name, section.version, section.state)
+            bulk.write(writer.finish())
+
+        await self._in_thread(work)
+
+    async def serve_until_loaded(self, server: PageServer, let_go: Callable[[], object]) -> None:
+        """Send pages, in a thread, until the guest's state is in force at the destination, and the guest let go.
+
+        Args:
+            let_go: called, on the loop, just before the destination is told that the guest is its own.
+
+        Raises:
+            VmmError: the destination has not got it; or it has broken off after `let_go`.
+        """
+
+        def work(bell: Doorbell) -> None:
+            try:
+                server.run(self._fd, None, bell.fd, lambda: trio.from_thread.run_sync(let_go))
+            except LinkBroken as error:
+                raise MigrationPeerGone(peer="destination", what=f"is gone ({error})", outcome=_OUTCOME) from error
+
+        async with self._connection.explained():
+            await in_thread(work)
+
+    @property
+    def connection(self) -> Connection:
+        """What it goes over; it stays this one's."""
+        return self._connection
 
     async def leave(self, sections: Iterable[Section], memory: GuestMemory, name: str, identity: bytes) -> int:
         """Do as `send`, and leave RAM in the file of back end `name`, marked with `identity`.

@@ -9,16 +9,20 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, final
 
+import attrs
+
 from vmm.errors import MigrationRefused, StreamCorrupt
 from vmm.kvm._pages import ffi, lib
 from vmm.kvm.page_file import PAGE_SIZE, checksum
 from vmm.migration.page_frames import FRAME_SIZE, MOST_PAGES, Frame, FrameKind
+from vmm.migration.pump import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.page_map import PageMap
+    from vmm.migration.status import MigrationRamStats
 
 _AHEAD: Final = 8
 """Pages that are sent with one that was asked for, at most: who waits in order finds them there."""
@@ -33,10 +37,6 @@ _BURST: Final = 1 << 20
 
 class LinkBroken(Exception):
     """A connection is gone, or what came over it is damaged. `str` of it says how."""
-
-
-class Stopped(Exception):
-    """The bell was rung."""
 
 
 @final
@@ -61,8 +61,21 @@ class PageServer:
         self.bytes = 0
         """That were sent so far."""
 
+    def statistics(self, before: MigrationRamStats) -> MigrationRamStats:
+        """Return what `query-migrate` shows, with what was sent while the guest ran at the source."""
+        return attrs.evolve(
+            before,
+            transferred=before.transferred + self.bytes,
+            postcopy_bytes=self.bytes,
+            postcopy_requests=self.requests,
+            remaining=len(self.todo) * PAGE_SIZE,
+            normal=before.normal + self.data_pages,
+            normal_bytes=before.normal_bytes + self.data_pages * PAGE_SIZE,
+            duplicate=before.duplicate + self.zero_pages,
+        )
+
     def run(self, link: int, urgent: int | None, bell: int, loaded: Callable[[], object] | None = None) -> None:
-        """Return once the destination has all pages.
+        """Return once the destination has all pages; with `loaded`, once the guest is the destination's.
 
         Args:
             link: a connected socket. What is asked for comes over it.
@@ -80,7 +93,7 @@ class PageServer:
         with socket.socket(fileno=os.dup(link)) as main:
             rush = main if urgent is None else socket.socket(fileno=os.dup(urgent))
             try:
-                self._run(main, rush, bell)
+                self._run(main, rush, bell, loaded)
             except OSError as error:
                 raise LinkBroken(os.strerror(error.errno or 0)) from error
             except StreamCorrupt as error:
@@ -88,7 +101,7 @@ class PageServer:
             finally:
                 rush.close()
 
-    def _run(self, main: socket.socket, rush: socket.socket, bell: int) -> None:
+    def _run(self, main: socket.socket, rush: socket.socket, bell: int, loaded: Callable[[], object] | None) -> None:
         incoming = _Incoming(main)
         asked: deque[int] = deque()
         begun, sent = time.monotonic(), 0
@@ -101,6 +114,8 @@ class PageServer:
                 _wait(main, select.POLLIN, bell, None if told or not self._begun else max(ahead, 0.0))
             for frame in incoming.frames():
                 if self._has_heard(frame, main, bell):
+                    if loaded is not None and self._loaded is None:
+                        return
                     continue
                 if frame.kind is FrameKind.GOT:
                     if not told or self._loaded is not None:

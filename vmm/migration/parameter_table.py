@@ -107,7 +107,7 @@ PARAMETERS: Final = (
     Parameter("x-checkpoint-delay", "int", 20_000, high=_U32, unit="ms"),
     Parameter("multifd-channels", "int", 2, low=1, high=_MULTIFD_LIMIT, supported=True),
     Parameter("xbzrle-cache-size", "int", 64 * _MIB, low=_PAGE_SIZE, high=1 << 63, unit="bytes", power_of_two=True),
-    Parameter("max-postcopy-bandwidth", "int", 0, unit="bytes/s"),
+    Parameter("max-postcopy-bandwidth", "int", 0, unit="bytes/s", supported=True),
     Parameter("max-cpu-throttle", "int", 99, low=1, high=99, unit="percent", supported=True),
     Parameter("multifd-compression", "str", "none", choices=_PACKED, supported=True),
     Parameter("multifd-zlib-level", "int", 1, high=9, supported=True),

@@ -36,7 +36,7 @@ class ChannelBroken(Exception):
     """The peer is gone, or has said something while it should listen. For the caller, who knows what that means."""
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """The bell has rung."""
 
 
@@ -157,7 +157,7 @@ class Bulk:
             poll.register(self.fd, events)
         for fd, found in poll.poll(timeout):
             if fd == bell.fd:
-                raise _Stopped
+                raise Stopped
             if found & unwanted:
                 raise ChannelBroken("it spoke first")
 
@@ -177,7 +177,7 @@ async def in_thread(work: Callable[[Doorbell], ResultT], limiter: trio.CapacityL
         def run() -> None:
             try:
                 results.append(work(bell))
-            except _Stopped:
+            except Stopped:
                 return
             except (VmmError, ChannelBroken) as error:
                 failures.append(error)

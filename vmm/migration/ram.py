@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmm.migration.pump import Bulk
     from vmm.migration.ram_records import RamPages
     from vmm.migration.stream import StreamReader
-    from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped
+    from vmm.migration.stream_records import RamAbsent, RamContent, RamExtents, RamInPlace, RamMapped
 
 _PROTECT: Final = 1 << 14
 """Pages that are protected at once before they are read, and that one piece lies within: 64 MiB."""
@@ -181,6 +181,17 @@ class RamWriter:
         if self._listed or self._in_place:
             raise _both()
         self._listed += record.extents
+
+    def note_absent(self, record: RamAbsent) -> PageMap:
+        """Return the pages that come later; how they came before does not count. Raises `StreamCorrupt`."""
+        absent = PageMap(self._memory.size // PAGE_SIZE)
+        try:
+            absent.load(record.words)
+        except ValueError as error:
+            raise StreamCorrupt(reason=f"a list of absent pages that is none of this machine's: {error}") from error
+        for first, pages in absent.runs():
+            self._pages.suspects.discard(first, pages)
+        return absent
 
     def store(self, record: RamContent) -> None:
         """Put content in place. Its reader has checked that it lies in the extents. Raises `HostFileRefused`."""

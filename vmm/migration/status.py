@@ -159,6 +159,10 @@ class MigrationInfo:
     setup_time: int | None = None
     cpu_throttle_percentage: int | None = None
     """The share of the time in which the guest is kept from running, so that it writes less."""
+    postcopy_blocktime: int | None = None
+    """Of a target, with migration capability postcopy-blocktime: how long all vCPUs waited for pages at one time."""
+    postcopy_vcpu_blocktime: list[int] | None = None
+    """How long each of them did."""
     error_desc: str | None = None
     blocked_reasons: list[str] | None = None
     socket_address: list[SocketAddress] | None = None
@@ -220,6 +224,7 @@ class MigrationProgress:
         self._error: str | None = None
         self._begun = 0.0
         self._setup_done: float | None = None
+        self._blocktime: Callable[[], tuple[int, list[int]]] | None = None
         self._paused: float | None = None
         self._downtime: float | None = None
         self._over: float | None = None
@@ -255,6 +260,7 @@ class MigrationProgress:
         """
         self._check(_S.SETUP)
         self._error = None
+        self._blocktime = None
         self._begun = self._clock()
         self._setup_done = self._paused = self._downtime = self._over = None
         self.ram = MigrationRamStats()
@@ -280,6 +286,20 @@ class MigrationProgress:
             return
         self._error = reason
         self._enter(_S.FAILING)
+
+    def note_break(self, reason: str) -> None:
+        """Note why a postcopy is about to pause; `error-desc`, until it goes on."""
+        self._error = reason
+
+    def follow_blocktime(self, meter: Callable[[], tuple[int, list[int]]]) -> None:
+        """From now until the end, ask `meter` how long vCPUs wait for pages: all at one time, and each, in ms."""
+        self._blocktime = meter
+
+    def keep_blocktime(self) -> None:
+        """Ask no more: it stays as it is. Without `follow_blocktime` before: no effect."""
+        if self._blocktime is not None:
+            last = self._blocktime()
+            self._blocktime = lambda: last
 
     def note_step(self, step: str) -> None:
         """Note the step that this side of a live update has reached."""
@@ -309,6 +329,9 @@ class MigrationProgress:
             x_step=self.step,
             x_pause_before=dict(self.pause_before) if self.pause_before is not None else None,
         )
+        if self._blocktime is not None:
+            together, each = self._blocktime()
+            bare = attrs.evolve(bare, postcopy_blocktime=together, postcopy_vcpu_blocktime=each)
         if self.side == "target" or self._status in _BARE:
             return bare
         downtime = None if self._downtime is None else _milliseconds(self._downtime)
@@ -332,6 +355,8 @@ class MigrationProgress:
     def _enter(self, status: MigrationStatus) -> None:
         if self._status is _S.SETUP:
             self._setup_done = self._clock()
+        if status is _S.POSTCOPY_ACTIVE:
+            self._error = None
         if status in IDLE:
             self._over = self._clock()
             self.ram = self.ram

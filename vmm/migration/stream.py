@@ -37,6 +37,7 @@ from vmm.migration.stream_records import (
     End,
     Header,
     Home,
+    RamAbsent,
     RamContent,
     RamExtents,
     RamInPlace,
@@ -70,8 +71,8 @@ _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
 
 _KINDS: Final[tuple[type[Record], ...]] = (
-    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, Home, Terms, RamPages,
-    RamPass, End,
+    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, RamAbsent, Home, Terms,
+    RamPages, RamPass, End,
 )  # fmt: skip
 _HEADER_NUMBER: Final = 0
 _RECIPE_NUMBER: Final = 1
@@ -126,6 +127,10 @@ class StreamWriter:
     def ram_in_place(self, name: str, size: int, identity: bytes) -> None:
         """Say that all of RAM, `size` bytes, has been left in the file of back end `name`, which is marked so."""
         self._add(RamInPlace(name, size, identity))
+
+    def ram_absent(self, record: RamAbsent) -> None:
+        """Say which pages come only once the guest runs there."""
+        self._add(record)
 
     def ram_mapped(self, record: RamMapped) -> None:
         """Say where in this file the pages of RAM are. What is added next goes where it says."""

@@ -391,6 +391,30 @@ class RamMappedSums:
 
 @final
 @attrs.frozen
+class RamAbsent:
+    """The pages that the destination has not got, or not as they are, while the guest begins to run there."""
+
+    TYPE: ClassVar[int] = 13
+    NOUN: ClassVar[str] = "list of absent pages"
+    LIMIT: ClassVar[int] = 64 << 20  # that of 2 TiB
+
+    words: bytes
+    """One bit for each page of all extents in a row, in little-endian words of 64."""
+
+    def payload(self) -> bytes:
+        """Encode."""
+        return self.words
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamAbsent:
+        """Undo `payload`, or raise `Misshapen`."""
+        if not payload or len(payload) % 8:
+            raise Misshapen(f"{len(payload)} bytes, expected words of 8")
+        return cls(payload)
+
+
+@final
+@attrs.frozen
 class Home:
     """The commands that belong to the machine where it was and not to its guest: those of its monitors.
 
@@ -449,6 +473,7 @@ Record: TypeAlias = (
     | RamInPlace
     | RamMapped
     | RamMappedSums
+    | RamAbsent
     | Home
     | Terms
     | RamPages

@@ -18,6 +18,7 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MaySetMigrationParam,
     MayStartMigration,
+    MaySteerPostcopy,
     MaySwitchOver,
 )
 from vmm.errors import DescriptorError, MigrationRefused, OptionInvalid
@@ -133,19 +134,21 @@ def migrate(
     channel of type cpr beside the main one; `cpr-exec` executes `cpr-exec-command` in this process, which has the guest
     again then, and uses no channel. A `file:` takes may-open-host-file besides, and so does an `exec:`.
     """
-    if args.resume:
-        raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
     state, wishes = query.view(MigrationState), args.wishes("migrate", cap, param)
     state.check(wishes)
     mode = wishes.parameters.get("mode", state.parameters.mode)
     if mode == "cpr-exec":
         return may.start(_exec_plan(args, state, wishes, host))
     channels = outgoing_channels(args.uri, args.channels)
+    if args.resume and mode != "normal":
+        raise MigrationRefused(reason="migrate: there is no paused postcopy to resume; leave 'resume' out")
     if mode in ("normal", "cpr-reboot"):
         if channels.cpr is not None:
             reason = "migrate: a channel of type 'cpr' is for mode cpr-transfer; set parameter 'mode', or leave it out"
             raise MigrationRefused(reason=reason)
-        return may.start(_copy_plan(channels.main, wishes, host, caller))
+        plan = _copy_plan(channels.main, wishes, host, caller)
+        plan.resume = args.resume
+        return may.start(plan)
     if channels.cpr is None:
         raise MigrationRefused(reason="migrate: mode cpr-transfer needs a channel of type 'cpr' beside the main one")
     require_sockets(channels, "migrate")
@@ -352,3 +355,43 @@ async def migrate_cancel(may: MayCancelMigration, caller: Caller) -> None:
     """Call a migration off; the guest stays here. Without effect once the other side has it, or has been offered it."""
     await trio.lowlevel.checkpoint()
     may.cancel(f"by {caller.name}")
+
+
+async def migrate_start_postcopy(may: MaySteerPostcopy) -> None:
+    """Have the guest run at the destination as soon as its devices' state is there; the rest of its RAM follows.
+
+    Takes migration capability postcopy-ram, on before `migrate`. From then on the guest cannot run here again.
+    """
+    await trio.lowlevel.checkpoint()
+    may.start()
+
+
+async def migrate_pause(may: MaySteerPostcopy) -> None:
+    """Break the connection of a postcopy, on either side. The guest waits where it lacks pages.
+
+    `migrate-recover` at the destination, and then `migrate` with `resume` at the source, go on.
+    """
+    await trio.lowlevel.checkpoint()
+    may.pause()
+
+
+@final
+@attrs.frozen(kw_only=True)
+class MigrateRecover:
+    """Arguments of `migrate-recover`."""
+
+    uri: str
+
+
+async def migrate_recover(may: MaySteerPostcopy, caller: Caller, args: MigrateRecover) -> None:
+    """Listen for the source of a postcopy whose connection broke. Replies once bound; `query-migrate` shows where."""
+    from vmm.migration.connect import close_descriptors  # Likewise.
+
+    (channel,) = incoming_channels(args.uri, None)
+    if isinstance(channel.address, ExecAddress | FileAddress):
+        raise MigrationRefused(reason="migrate-recover: a postcopy goes on over a socket, which can answer")
+    (address,) = resolved([channel.address], caller)
+    try:
+        await may.recover(address)
+    finally:
+        close_descriptors([address])

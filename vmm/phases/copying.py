@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySwitchOver
+from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySteerPostcopy, MaySwitchOver
 from vmm.errors import InvalidState, MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import ExecAddress, FileAddress
 from vmm.migration.connect import close_descriptors, connect_channel
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vmm.capabilities import Mint
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.address import ChannelAddress
+    from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase, Residents, Turn
     from vmm.phases.migration_state import MigrationState
@@ -67,6 +68,8 @@ class CopyPlan:
     wishes: Wishes = NO_WISHES
     finish: Callable[[], None] | None = None
     """Of a snapshot, after which the guest goes on here: gives the file its name, once all is in it. For a thread."""
+    resume: bool = False
+    """Whether it is to go on with a postcopy whose connection broke."""
     _closed: bool = False
 
     async def open(self, residents: Residents, *, two_way: bool = False, tls: Tls | None) -> Connection:
@@ -143,6 +146,40 @@ class _Gate:
 
 
 @final
+class _Steering:
+    """The facet of `may-steer-postcopy` before the guest has gone."""
+
+    def __init__(self, *, possible: bool) -> None:
+        self.possible: Final = possible
+        self.wanted = False
+        """Whether the guest is to run at the destination as soon as may be."""
+        self.watch: Watch | None = None
+        self.identity: Final = os.urandom(16) if possible else b""
+        """Names the migration."""
+        self.server: PageServer | None = None
+        """Who has the pages that have not gone, once the guest has."""
+
+    def start(self) -> None:
+        """End the passes."""
+        if not self.possible:
+            raise MigrationRefused(
+                reason="migrate-start-postcopy: the migration has begun without postcopy-ram, which comes before"
+            )
+        self.wanted = True
+        if self.watch is not None:
+            self.watch.hurries = True
+
+    def pause(self) -> None:
+        """Refuse."""
+        raise MigrationRefused(reason="migrate-pause: no postcopy is under way; migrate_cancel ends the migration")
+
+    async def recover(self, address: object) -> None:
+        """Refuse."""
+        await trio.lowlevel.checkpoint()
+        raise MigrationRefused(reason="migrate-recover: no postcopy is under way, and it is for the destination of one")
+
+
+@final
 class Watch:
     """Hears from the thread that sends how it goes, and tells whoever asks."""
 
@@ -184,6 +221,8 @@ class _Copy:
     precopy: Precopy
     gate: _Gate | None
     """Where it waits before the switchover; None where it does not."""
+    steering: _Steering
+    migration: MigrationState
 
 
 @final
@@ -194,6 +233,8 @@ class Gone:
     pause: Pause
     progress: MigrationProgress
     memory: GuestMemory
+    whole: bool = True
+    """Whether it may run here again."""
 
 
 def travelling(recipe: Recipe) -> Recipe:
@@ -241,6 +282,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
         async with running.child("migrating") as phase:
             gate = _Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
+            steering = _Steering(possible=migration.capabilities["postcopy-ram"])
 
             def grants(mint: Mint) -> MigratingGrants:
                 return MigratingGrants(
@@ -248,6 +290,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     send_descriptors=None,
                     read_dirty_log=None if log is None else mint(MayReadDirtyLog, log),
                     switch_over=mint(MaySwitchOver, gate),
+                    steer_postcopy=mint(MaySteerPostcopy, steering),
                 )
 
             running.tree.move(turn)
@@ -259,10 +302,13 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                 progress.throttle = throttle
                 watch = Watch(progress, migration, throttle, len(run.gang.vcpus))
                 precopy = Precopy(ram, migration.parameters.values, watch)
+                steering.watch = watch
+                waits = gate if migration.capabilities["pause-before-switchover"] else None
+                copy = _Copy(flow, progress, canceller, left, precopy, waits, steering, migration)
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
-                        await _announce(run, flow, Terms() if further is None else further.terms())
+                        await _announce(run, flow, steering, Terms() if further is None else further.terms())
                         if further is not None:
                             dial = partial(plan.open, running.residents, tls=tls)
                             progress.follow_ram(await further.open(dial, flow, ram))
@@ -270,15 +316,19 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
                                 await flow.precopy(precopy)
-                        waits = gate if migration.capabilities["pause-before-switchover"] else None
-                        pause = await _copy(phase, run, _Copy(flow, progress, canceller, left, precopy, waits))
+                        pause = await _copy(phase, run, copy)
+                        if steering.server is not None:
+                            from vmm.phases.postcopy import OutgoingPostcopy, run_postcopy_source
+
+                            rest = OutgoingPostcopy(steering.server, flow.connection, steering.identity, progress)
+                            await run_postcopy_source(phase, rest)
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
                 finally:
                     ram.stop()
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if pause is not None:
-        return Gone(pause, progress, run.machine.memory)
+        return Gone(pause, progress, run.machine.memory, whole=steering.server is None)
     if failure is not None:
         migration.failed(progress, str(failure))
     elif canceller.scope.cancelled_caught:
@@ -318,6 +368,9 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                     return QuiescedGrants(save_state=mint(MaySaveState, guest))
 
                 async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
+                    if copy.steering.wanted:
+                        await _hand_on(run, copy, window.grants.save_state, pause)
+                        return pause
                     await _send(run, copy, window.grants.save_state, pause)
                     # From here on it is the destination's, unless that is known to be gone.
                     copy.canceller.let_go = True
@@ -367,13 +420,49 @@ def _take_back_ram(run: Run) -> None:
         run.machine.made.host.complain(f"{error}; what was saved of the guest must not be used")
 
 
-async def _announce(run: Run, flow: Outflow, terms: Terms) -> None:
+async def _hand_on(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
+    """Send all but the pages that are left, and those too that are asked for, until the guest is the destination's."""
+    from vmm.migration.page_server import PageServer  # Few guests go so.
+
+    progress, ram, parameters = copy.progress, copy.precopy.ram, copy.migration.parameters
+    progress.advance(MigrationStatus.POSTCOPY_DEVICE)
+    sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
+    await copy.flow.hand_on(sections, ram)
+    server = PageServer(may.ram(), ram.todo, lambda: int(parameters.values["max-postcopy-bandwidth"]))
+    progress.follow_ram(lambda: server.statistics(ram.statistics()))
+
+    def let_go() -> None:
+        # A cancellation before this stops the thread that asks; one after it has no effect.
+        copy.canceller.let_go = True
+        run.here = False
+        copy.steering.server = server
+
+    late = False
+    try:
+        with trio.move_on_after(_ANSWERING) as patience:
+            await copy.flow.serve_until_loaded(server, let_go)
+        late = patience.cancelled_caught
+    except VmmError:
+        if run.here:
+            raise
+        # It may have heard that the guest is its own. Whoever goes on with this learns it.
+    if late and run.here:
+        what = f"did not load the state within {_ANSWERING:g} s"
+        raise MigrationPeerGone(peer="destination", what=what, outcome="the guest goes on in the source")
+
+
+async def _announce(run: Run, flow: Outflow, steering: _Steering, terms: Terms) -> None:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
     host = run.machine.made.host
     made = host.recorder.recipe().ordered(rank)
     recipe, home = travelling(made).to_json(), staying(made).to_json()
-    terms = attrs.evolve(terms, acknowledge=run.machine.made.migration.capabilities["switchover-ack"])
+    terms = attrs.evolve(
+        terms,
+        acknowledge=run.machine.made.migration.capabilities["switchover-ack"],
+        postcopy=steering.possible,
+        id=steering.identity.hex() or terms.id,
+    )
     await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from vmm.errors import MigrationRefused
 from vmm.phases.blockers import require_unblocked
+from vmm.phases.copying import CopyPlan
 from vmm.phases.executing import ExecPlan
 from vmm.phases.migrating import TransferPlan, ask_destination
 from vmm.phases.migration_state import Wishes
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from vmm.migration.dirty_rate import Measurement
     from vmm.nursery_tree import Inbox
-    from vmm.phases.copying import CopyPlan
     from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.predecessor import Predecessor
     from vmm.phases.running import Plan, Run
@@ -50,6 +50,9 @@ class Departure:
         """
         with ExitStack() as undo:
             undo.callback(plan.close)
+            if isinstance(plan, CopyPlan) and plan.resume:
+                reason = "migrate: there is no paused postcopy to resume; leave 'resume' out"
+                raise MigrationRefused(reason=reason)
             if isinstance(plan, TransferPlan):
                 self._require_unblocked("migrate", "cpr-transfer", plan)
             elif isinstance(plan, ExecPlan):

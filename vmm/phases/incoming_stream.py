@@ -22,6 +22,7 @@ from vmm.capabilities import (
     MayWriteGuestMemory,
 )
 from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
+from vmm.kvm.page_map import PageMap
 from vmm.migration.multifd_intake import MultifdIntake
 from vmm.migration.packing import packing
 from vmm.migration.status import MigrationStatus
@@ -37,10 +38,13 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.migration.channel import Channel
+    from vmm.migration.inflow import Inflow
+    from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.machine import Machine
     from vmm.phases.migration_state import Wishes
+    from vmm.phases.postcopy import IncomingPostcopy
     from vmm.phases.quiesced import Pause
     from vmm.phases.stream_receive import StreamWait
 
@@ -143,14 +147,15 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied
         return None  # whoever awaited it has said why
     failure: VmmError | None = None
     try:
-        pause = await _load(run, wait, grants)
+        pause, rest = await _load(run, wait, grants)
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
         port.forget(wait)
         made.incoming.allowed.clear()
-        wait.over.set()
-        return Copied(pause, progress)
+        if rest is None:
+            wait.over.set()
+        return Copied(pause, progress, rest)
     port.failed(wait, failure)
     await wait.arrival.flow.refuse(failure)
     if wait.exit_on_error:
@@ -164,7 +169,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied
     return None
 
 
-async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> Pause:
+async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pause, IncomingPostcopy | None]:
     machine, made, arrival = run.machine, run.machine.made, wait.arrival
     assert arrival is not None
     assert grants.write_guest_memory is not None
@@ -174,6 +179,10 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> Pause:
     packings = [packing(terms.compression) for _ in range(terms.multifd)]
     if terms.multifd:
         wait.require_listener()
+    if terms.postcopy:
+        from vmm.kvm.faults import LINK_FEATURES, require_features
+
+        require_features("run the guest before all of its RAM is there", LINK_FEATURES)
     # Nothing is done for the first time while the guest stands.
     await machine.rehearse_load()
     await run.gang.stand_by()
@@ -188,8 +197,37 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> Pause:
         pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory, multifd)
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
     machine.processors.let_time_stand(arrival.flow.from_file)
+    if arrival.flow.absent is not None:
+        return pause, await _load_some(machine, wait, arrival.flow, grants, sections)
     grants.load_state.check(sections).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
     await arrival.flow.confirm()
-    return pause
+    return pause, None
+
+
+async def _load_some(
+    machine: Machine, wait: StreamWait, flow: Inflow, grants: IncomingGrants, sections: list[Section]
+) -> IncomingPostcopy:
+    """Put the state of a guest in force whose RAM is not all here, and take it over. Raises `VmmError`."""
+    from vmm.kvm.faults import PagesFromLink
+    from vmm.phases.postcopy import IncomingPostcopy
+
+    memory, absent = machine.memory, flow.absent
+    assert absent is not None
+    await trio.to_thread.run_sync(memory.forget_all, absent)
+    here = PageMap(absent.pages)
+    here.set_all()
+    for first, count in absent.runs():
+        here.discard(first, count)
+    pages = PagesFromLink(memory, here, flow.fd, None, len(machine.vcpus))
+    try:
+        grants.load_state.check(sections).apply()
+        machine.memory.begin_use()
+        pages.say_loaded()
+        # If it breaks now, nobody knows whose the guest is, before there is another connection.
+        ours = await pages.wait_ours() is None
+    except BaseException:
+        pages.close()
+        raise
+    return IncomingPostcopy(pages, bytes.fromhex(flow.terms.id), wait.over.set, ours, flow.fd)

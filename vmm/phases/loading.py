@@ -10,7 +10,15 @@ import trio
 from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
 from vmm.migration.ram_records import RamPass
-from vmm.migration.stream_records import RamContent, RamExtents, RamInPlace, RamMapped, RamMappedSums, Section
+from vmm.migration.stream_records import (
+    RamAbsent,
+    RamContent,
+    RamExtents,
+    RamInPlace,
+    RamMapped,
+    RamMappedSums,
+    Section,
+)
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
@@ -60,6 +68,10 @@ async def read_state(
                 sums.append(record)
             case RamPass() if multifd is not None:
                 multifd.begins(record.number)
+            case RamAbsent():
+                if flow.absent is not None or not flow.terms.postcopy:
+                    raise StreamCorrupt(reason="it lists absent pages twice, or its source has not said that it may")
+                flow.absent = ram.note_absent(record)
         return False
 
     if multifd is None:

@@ -22,6 +22,7 @@ from vmm.capabilities import (
     MaySendDescriptors,
     MaySetMigrationCap,
     MayStartMigration,
+    MaySteerPostcopy,
     MaySwitchOver,
 )
 from vmm.cpr.berth import Berth
@@ -112,6 +113,8 @@ class MigratingGrants:
     cancel_migration: MayCancelMigration
     send_descriptors: MaySendDescriptors | None
     """None where the guest is copied."""
+    steer_postcopy: MaySteerPostcopy | None = None
+    """None where no guest is copied to a destination that runs."""
     read_dirty_log: MayReadDirtyLog | None = None
     """None where its RAM is not copied while it runs."""
     switch_over: MaySwitchOver | None = None

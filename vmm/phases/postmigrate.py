@@ -69,7 +69,7 @@ async def run_postmigrate(running: Phase, left: Gone | None) -> None:
 
         def grants(mint: Mint) -> PostmigrateGrants:
             return PostmigrateGrants(
-                resume_here=mint(MayResumeHere, _Resumption(inbox, left)) if left is not None else None
+                resume_here=mint(MayResumeHere, _Resumption(inbox, left)) if left is not None and left.whole else None
             )
 
         async with phase.window(grants):

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine
+    from vmm.phases.postcopy import IncomingPostcopy
     from vmm.phases.quiesced import Pause
     from vmm.phases.vcpus import GuestCpu
 
@@ -209,7 +210,8 @@ async def run_running(
         if loaded is None and copied is None:
             await phase.residents.start("vcpus", run.gang.serve)
         await phase.residents.start("guest requests", GuestRequests(run).serve)
-        run.see_pages_come(phase)
+        if copied is None or copied.rest is None:
+            run.see_pages_come(phase)
         if loaded is not None:
             await take_over(run, loaded)
             phase.tree.reserved_for = None
@@ -217,7 +219,8 @@ async def run_running(
             await copied.take_up(run, start=start)
         elif start:
             run.start_nowait()
-        while (left := await stay_in_running(phase, run)) is not None:
+        while (left := await stay_in_running(phase, run, copied, start=start)) is not None:
+            copied = None
             # It was copied, and is whole here: whoever says so runs it here again.
             await run_postmigrate(phase, left)
             run.here = True
@@ -247,10 +250,13 @@ class Copied:
 
     pause: Pause
     progress: MigrationProgress
+    rest: IncomingPostcopy | None = None
+    """What is still to come of it; None where all is here."""
 
     async def take_up(self, run: Run, *, start: bool) -> None:
         """Go on where it stood; run it if it ran and `start` says so."""
         pause = self.pause
+        start = start and (self.rest is None or self.rest.ours)
         run.machine.bells.forget()  # What a client of qtest did here before.
         if pause.runs and start:
             run.machine.processors.note_pause()
@@ -263,7 +269,10 @@ class Copied:
             run.status.runs()
         else:
             run.status.stands("paused" if pause.runs else pause.run_state, failure=pause.failure)
-        self.progress.advance(MigrationStatus.COMPLETED)
+        if self.rest is None:
+            self.progress.advance(MigrationStatus.COMPLETED)
+        else:
+            self.progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
 
 
 async def take_over(run: Run, loaded: Loaded) -> None:
@@ -306,8 +315,8 @@ async def take_over(run: Run, loaded: Loaded) -> None:
     arrival.over.set()
 
 
-async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
-    """Hold the phase's window open until the guest is gone from this process.
+async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, *, start: bool = False) -> Gone | None:
+    """Hold the phase's window open until the guest is gone from this process. What is to come of `copied` comes first.
 
     Return what is left here if it was copied, None if it was handed over.
     """
@@ -337,6 +346,10 @@ async def stay_in_running(phase: Phase, run: Run) -> Gone | None:
         go_on(made.host.stores.moving, phase.tree.deferral)
         made.host.stores.begin()
         gone = False
+        if copied is not None and copied.rest is not None:
+            from vmm.phases.postcopy import see_postcopy_through  # Few guests come so.
+
+            await see_postcopy_through(phase, run, copied.rest, runs=start and copied.pause.runs)
         while not gone:
             turn = await inbox.take()
             if turn.settled:
