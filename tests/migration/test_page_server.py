@@ -142,9 +142,9 @@ async def test_a_thread_that_waits_with_the_interpreter_s_lock_is_served_by_othe
 async def asked_for(sock: socket.socket) -> Frame:
     """Read one frame of the destination."""
     kind = FrameKind.BEGIN
-    while kind is FrameKind.BEGIN:
+    while kind is not FrameKind.NEED:
         data = await trio.to_thread.run_sync(sock.recv, FRAME_SIZE, socket.MSG_WAITALL)
-        frame = Frame.decode(data, FrameKind.BEGIN, FrameKind.NEED)
+        frame = Frame.decode(data, FrameKind.BEGIN, FrameKind.LOADED, FrameKind.NEED)
         kind = frame.kind
     return frame
 
@@ -154,6 +154,7 @@ async def test_a_page_is_asked_for_once_and_again_after_a_break(source: GuestMem
     with trio.fail_after(HANGS), closing(Pair()) as first, closing(Pair()) as second:
         link = PagesFromLink(target, here(), first.target.fileno(), None, 1)
         with closing(link):
+            link.say_loaded()
             async with trio.open_nursery() as nursery:
 
                 async def use() -> None:
@@ -214,6 +215,14 @@ async def test_a_damaged_page_is_not_put_in_place(target: GuestMemory) -> None:
         with trio.fail_after(HANGS):
             assert "damaged" in str(await link.wait_changed())
         assert 9 not in link.here()
+
+
+async def test_before_the_guest_can_be_ours_a_break_lets_everybody_go_on(target: GuestMemory) -> None:
+    with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
+        pair.cut()
+        with trio.fail_after(HANGS):
+            assert "closed the connection" in str(await link.wait_changed())
+        assert touch(target, 9) == bytes(PAGE_SIZE)
 
 
 async def test_whoever_waits_goes_on_when_it_is_given_up(target: GuestMemory) -> None:

@@ -31,7 +31,9 @@ _ZEROS: Final = 1 << 20
 _REASON: Final = 4096
 """Bytes of a reason that are read."""
 _SAID: Final = (FrameKind.NEED, FrameKind.GOT, FrameKind.BEGIN, FrameKind.LOADED, FrameKind.REFUSED)
-_BURST: Final = 1 << 20
+_LOOK: Final = 0.05
+"""Seconds between two looks at a limit that holds this up: it may be changed."""
+_BURST: Final = 1 << 16
 """Bytes by which a limited rate may be exceeded."""
 
 
@@ -111,14 +113,16 @@ class PageServer:
             if not asked:
                 limit = self._limit()
                 ahead = (sent - _BURST) / limit - (time.monotonic() - begun) if limit else 0.0
-                _wait(main, select.POLLIN, bell, None if told or not self._begun else max(ahead, 0.0))
+                # That all was sent is said to a destination that has the guest: it is over there then.
+                idle = told or not self._begun or self._awaits
+                _wait(main, select.POLLIN, bell, None if idle else min(max(ahead, 0.0), _LOOK))
             for frame in incoming.frames():
                 if self._has_heard(frame, main, bell):
                     if loaded is not None and self._loaded is None:
                         return
                     continue
                 if frame.kind is FrameKind.GOT:
-                    if not told or self._loaded is not None:
+                    if not told:
                         raise StreamCorrupt(reason="the destination has all pages before they were sent")
                     return
                 if frame.page + frame.pages > self.todo.pages:
@@ -130,7 +134,7 @@ class PageServer:
                 # One that has gone already is on its way.
                 if page in self.todo:
                     self._send(rush, bell, page, page + _AHEAD)
-            elif ahead > 0 or not self._begun:
+            elif ahead > 0 or not self._begun or self._awaits:
                 continue
             elif not told:
                 first = self._next()
@@ -139,6 +143,11 @@ class PageServer:
                     told = True
                 else:
                     sent += self._send(main, bell, first, first + MOST_PAGES)
+
+    @property
+    def _awaits(self) -> bool:
+        """Whether nothing is left to send, and the guest is not the destination's yet."""
+        return self._loaded is not None and not len(self.todo)
 
     def _has_heard(self, frame: Frame, main: socket.socket, bell: int) -> bool:
         """Go by what is said of the guest; return whether it was that."""

@@ -1,0 +1,222 @@
+"""A guest runs at its destination before all of its RAM is there."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from tests.phases.copy_kit import (
+    empty,
+    goes_on,
+    in_status,
+    look,
+    outcome,
+    parts,
+    port_of,
+    started,
+    status,
+    ticked,
+)
+from vmm.errors import MigrationRefused, TokenNotGranted, TokenWithheld
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+    from pathlib import Path
+
+    from vmm.embedding import EmbeddedMachine
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+BYSTANDER: Final = 12 << 20
+"""Address of RAM that the guest leaves alone."""
+POSTCOPY: Final = [{"capability": "postcopy-ram", "state": True}]
+BLOCKTIME: Final = [{"capability": "postcopy-blocktime", "state": True}]
+SLOW: Final = {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1, "downtime-limit": 0}
+"""So that neither the passes nor what nobody waits for come to an end by themselves."""
+PAGES: Final = 600
+"""Pages of a bystander's, more than a source sends at once that is to be slow."""
+
+
+def fill(machine: EmbeddedMachine) -> None:
+    """Write something of the test's own to the guest's RAM."""
+    for page in range(PAGES):
+        parts(machine).memory.write(BYSTANDER + page * 4096, page.to_bytes(2, "little") * 2048)
+
+
+def filled(machine: EmbeddedMachine) -> bool:
+    """Whether it is there."""
+    return all(
+        parts(machine).memory.read(BYSTANDER + page * 4096, 4096) == page.to_bytes(2, "little") * 2048
+        for page in range(PAGES)
+    )
+
+
+async def begin(source: EmbeddedMachine, destination: EmbeddedMachine, path: Path, **parameters: Any) -> None:
+    """Have the guest run at the destination; some of its RAM is at the source."""
+    uri = f"unix:{path}"
+    await destination.execute("migrate-incoming", uri=uri)
+    await source.execute("migrate", uri=uri, capabilities=POSTCOPY, parameters={**SLOW, **parameters})
+    await outcome(source, "active")
+    await source.execute("migrate-start-postcopy")
+
+
+async def completed(*machines: EmbeddedMachine) -> None:
+    for machine in machines:
+        info = await outcome(machine, "completed", "failed", "postcopy-paused")
+        assert info["status"] == "completed", info
+
+
+@asynccontextmanager
+async def half_gone(path: Path) -> AsyncGenerator[tuple[EmbeddedMachine, EmbeddedMachine], None]:
+    """Have a guest run at a destination, and the rest of it wait at the source."""
+    async with started() as source, empty() as destination:
+        fill(source)
+        await begin(source, destination, path)
+        await in_status(destination, "running")
+        await outcome(destination, "postcopy-active")
+        await outcome(source, "postcopy-active")
+        yield source, destination
+
+
+async def let_all_come(source: EmbeddedMachine) -> None:
+    """Take the limit away."""
+    await source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
+
+
+async def test_a_guest_runs_there_and_the_rest_follows(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        fill(source)
+        ticks = look(source).ticks
+        await destination.execute("migrate-set-capabilities", capabilities=BLOCKTIME)
+        await begin(source, destination, tmp_path / "main", **{"max-postcopy-bandwidth": 0})
+        await completed(source, destination)
+        await ticked(destination, ticks + 10)
+        assert filled(destination)
+        assert parts(destination).memory.absent is None
+        assert await status(source) == "postmigrate"
+        ram = (await source.execute("query-migrate"))["ram"]
+        assert ram["postcopy-bytes"] > 0
+        assert ram["remaining"] == 0
+        info = await destination.execute("query-migrate")
+        assert info["postcopy-blocktime"] >= 0
+        assert len(info["postcopy-vcpu-blocktime"]) == 1
+        # It is nowhere else, and can be had again from there alone.
+        with pytest.raises(TokenNotGranted):
+            await source.execute("cont")
+        await goes_on(destination)
+
+
+async def test_what_is_asked_for_comes_before_what_is_not(tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        last = BYSTANDER + (PAGES - 1) * 4096
+        read = await trio.to_thread.run_sync(parts(destination).memory.read, last, 4)
+        assert read == (PAGES - 1).to_bytes(2, "little") * 2
+        info = await source.execute("query-migrate")
+        assert info["ram"]["postcopy-requests"] > 0
+        assert info["ram"]["remaining"] > 0
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+
+
+async def test_what_cannot_be_done_meanwhile_says_so(tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        uri = f"unix:{tmp_path / 'more'}"
+        refusals = [
+            (source, "migrate_cancel", {}, "the guest runs at the destination already, and would be lost"),
+            (source, "migrate-start-postcopy", {}, "the guest runs at the destination already"),
+            (source, "migrate-recover", {"uri": uri}, "migrate-recover is for the destination of a postcopy; here"),
+            (source, "migrate", {"uri": uri}, "'resume' goes on with that after a break"),
+            (source, "migrate", {"uri": uri, "resume": True}, "the postcopy is postcopy-active, not paused"),
+            (destination, "migrate-start-postcopy", {}, "the guest runs here already; it is for the source"),
+            (destination, "migrate-recover", {"uri": uri}, "the postcopy is postcopy-active, not paused; it needs no"),
+            (destination, "migrate-recover", {"uri": f"file:{tmp_path}/f"}, "a postcopy goes on over a socket"),
+        ]
+        for machine, command, arguments, text in refusals:
+            with pytest.raises(MigrationRefused, match=text):
+                await machine.execute(command, **arguments)
+        with pytest.raises(TokenWithheld):
+            await destination.execute("migrate", uri=uri)
+        with pytest.raises(TokenWithheld):
+            await source.execute("cont")
+        await destination.execute("stop")
+        assert await status(destination) == "paused"
+        await destination.execute("cont")
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+
+
+async def test_before_it_has_begun_there_is_nothing_to_mend(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.execute("migrate", uri=uri, parameters=SLOW)
+        await outcome(source, "active")
+        for command, arguments, text in [
+            ("migrate-start-postcopy", {}, "the migration has begun without postcopy-ram, which comes before"),
+            ("migrate-pause", {}, "no postcopy is under way; migrate_cancel ends the migration"),
+            ("migrate-recover", {"uri": uri}, "no postcopy is under way, and it is for the destination of one"),
+        ]:
+            with pytest.raises(MigrationRefused, match=text):
+                await source.execute(command, **arguments)
+        await source.execute("migrate_cancel")
+        assert (await outcome(source))["status"] == "cancelled"
+        await goes_on(source)
+        with pytest.raises(MigrationRefused, match="there is no paused postcopy to resume; leave 'resume' out"):
+            await source.execute("migrate", uri=uri, resume=True)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_connection_that_breaks_is_replaced(side: str, tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        await {"source": source, "destination": destination}[side].execute("migrate-pause")
+        paused = await outcome(source, "postcopy-paused")
+        assert paused["error-desc"]
+        await outcome(destination, "postcopy-paused")
+        with pytest.raises(MigrationRefused, match="migrate-pause: the postcopy is postcopy-paused, not active"):
+            await source.execute("migrate-pause")
+        with pytest.raises(MigrationRefused, match="migrate-pause: the postcopy is postcopy-paused, not active"):
+            await destination.execute("migrate-pause")
+        await destination.execute("migrate-recover", uri="tcp:127.0.0.1:0")
+        await source.execute("migrate", uri=f"tcp:127.0.0.1:{await port_of(destination)}", resume=True)
+        info = await outcome(source, "postcopy-active", "completed")
+        assert "error-desc" not in info
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
+
+
+async def test_whoever_else_connects_is_no_source(tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination), half_gone(tmp_path / "other") as (other, there):
+        for machine in (source, other):
+            await machine.execute("migrate-pause")
+        for machine in (source, destination, other, there):
+            await outcome(machine, "postcopy-paused")
+        uri = f"unix:{tmp_path / 'again'}"
+        with pytest.raises(Exception, match="Cannot connect to"):
+            await source.execute("migrate", uri=uri, resume=True)
+        assert (await source.execute("query-migrate"))["status"] == "postcopy-paused"
+        await destination.execute("migrate-recover", uri=uri)
+        with pytest.raises(MigrationRefused, match="Refused by the destination: it awaits the source of another migr"):
+            await other.execute("migrate", uri=uri, resume=True)
+        async with await trio.open_unix_socket(str(tmp_path / "again")) as stranger:
+            await stranger.send_all(b"x" * 32)
+            assert await stranger.receive_some() == b""
+        await source.execute("migrate", uri=uri, resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_either_side_can_end_while_pages_are_to_come(side: str, tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        await source.execute("migrate-pause")
+        await outcome(destination, "postcopy-paused")
+        await {"source": source, "destination": destination}[side].execute("quit")
