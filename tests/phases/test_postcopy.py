@@ -125,7 +125,7 @@ async def test_what_is_asked_for_comes_before_what_is_not(tmp_path: Path) -> Non
 async def test_what_cannot_be_done_meanwhile_says_so(tmp_path: Path) -> None:
     async with half_gone(tmp_path / "main") as (source, destination):
         uri = f"unix:{tmp_path / 'more'}"
-        refusals = [
+        refusals: list[tuple[EmbeddedMachine, str, dict[str, Any], str]] = [
             (source, "migrate_cancel", {}, "the guest runs at the destination already, and would be lost"),
             (source, "migrate-start-postcopy", {}, "the guest runs at the destination already"),
             (source, "migrate-recover", {"uri": uri}, "migrate-recover is for the destination of a postcopy; here"),
@@ -156,11 +156,12 @@ async def test_before_it_has_begun_there_is_nothing_to_mend(tmp_path: Path) -> N
         await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
         await source.execute("migrate", uri=uri, parameters=SLOW)
         await outcome(source, "active")
-        for command, arguments, text in [
+        refusals: list[tuple[str, dict[str, Any], str]] = [
             ("migrate-start-postcopy", {}, "the migration has begun without postcopy-ram, which comes before"),
             ("migrate-pause", {}, "no postcopy is under way; migrate_cancel ends the migration"),
             ("migrate-recover", {"uri": uri}, "no postcopy is under way, and it is for the destination of one"),
-        ]:
+        ]
+        for command, arguments, text in refusals:
             with pytest.raises(MigrationRefused, match=text):
                 await source.execute(command, **arguments)
         await source.execute("migrate_cancel")

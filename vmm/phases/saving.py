@@ -182,12 +182,14 @@ class _Save:
         ram, migration = self.file.ram, self.run.machine.made.migration
         settings = migration.parameters  # which may change meanwhile
         await trio.to_thread.run_sync(log.start)
-        todo.merge(self.run.machine.memory.touched())
         rate = 1.0
         while True:
             migration.tell_pass(ram.passes + 1)
             begun, before = trio.current_time(), ram.bytes
             await trio.to_thread.run_sync(log.protect, 0, todo.pages)
+            if not ram.passes:
+                # Not before: what is used for the first time just before it is protected the log may forget.
+                todo.merge(self.run.machine.memory.touched())
             await ram.save(todo, self._report, lambda: int(settings.values["max-bandwidth"]))
             seconds = max(trio.current_time() - begun, 1e-6)
             todo.clear()
