@@ -44,7 +44,8 @@ DOCS: Final = ROOT / "docs"
 _COMMANDS: Final = """
 add-fd chardev-add chardev-remove closefd cont device-list-properties device_add device_del getfd job-cancel
 job-dismiss migrate migrate-incoming migrate-pause migrate-recover migrate-set-capabilities migrate-set-parameters
-migrate-continue migrate_cancel netdev_add netdev_del object-add object-del qmp_capabilities qom-get qom-list qom-set
+migrate-continue migrate-start-postcopy migrate_cancel
+netdev_add netdev_del object-add object-del qmp_capabilities qom-get qom-list qom-set
 query-accelerators query-chardev
 query-commands query-cpu-definitions query-cpu-model-expansion query-cpus-fast query-current-machine query-fdsets
 query-hotpluggable-cpus query-jobs query-kvm query-machines query-memory-size-summary query-migrate

@@ -33,6 +33,7 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MaySetMigrationParam,
     MayStartMigration,
+    MaySteerPostcopy,
     MaySwitchOver,
     Mint,
     Token,
@@ -319,6 +320,7 @@ def test_grants_are_what_they_are_called() -> None:
         MayStartMigration,
         MayCancelMigration,
         MaySwitchOver,
+        MaySteerPostcopy,
     }
     assert [grant.name for grant in (OBSERVE, OPERATE, MIGRATE, ADMIN, REPLAY)] == [
         "observe",

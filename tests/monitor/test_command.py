@@ -758,7 +758,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert operate - observe == {"cont", "stop", "system_reset", "quit", "device_add", "device_del"}
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
-            "migrate-continue",
+            *("migrate-continue", "migrate-start-postcopy", "migrate-pause", "migrate-recover"),
             "calc-dirty-rate",
             *(
                 "x-cpr-check",

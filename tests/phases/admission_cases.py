@@ -411,6 +411,9 @@ CASES: Final = (
     Case("migrate-incoming", {}, _never),
     Case("migrate_cancel", {}, then=_cancel),
     Case("migrate-continue", {"state": "pre-switchover"}, _never),
+    Case("migrate-start-postcopy", {}, _never),
+    Case("migrate-pause", {}, _never),
+    Case("migrate-recover", {"uri": "unix:@main"}, _never),
     # One that is under way is in the way of the next.
     Case("calc-dirty-rate", {"calc-time": 50, "calc-time-unit": "millisecond"}, lambda state, grant: None),
     Case("calc-dirty-rate", {"calc-time": 0}, _never),

@@ -93,6 +93,11 @@ DESIGN: Final[Mapping[str, Row]] = {
         "plug-device create-backend open-host-file set-migration-cap start-migration run-vcpus inject restore-guest",
         around="running boot",
     ),
+    "postcopy": _row(
+        f"{_RUNNING}/postcopy", "machine-ready", "steer-postcopy",
+        "plug-device create-backend open-host-file set-migration-cap start-migration restore-guest",
+        around="running boot",
+    ),
     "postmigrate": _row(f"{_RUNNING}/postmigrate", "machine-ready", "resume-here"),
 }  # fmt: skip
 
@@ -142,6 +147,7 @@ DEVIATIONS: Final = (
         more="write-guest-memory listen restore-guest",
     ),
     _but("migrating", "a guest that is copied may wait before it goes", more="switch-over"),
+    _but("migrating", "a guest that is copied may go before all of its RAM has", more="steer-postcopy"),
     _but("incoming", "it is called off by what boot grants, as before", less="cancel-migration"),
     _but("running", "a machine with a guest awaits none", less="listen"),
     _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
@@ -159,6 +165,7 @@ ONLY: Final[Mapping[tuple[str, str], str]] = {
     ("migrating", "may-send-descriptors"): "updated",
     ("migrating", "may-read-dirty-log"): "copying",
     ("migrating", "may-switch-over"): "copying",
+    ("migrating", "may-steer-postcopy"): "copying",
     # After a live update the guest comes back by a hand-over only.
     ("postmigrate", "may-resume-here"): "copied",
 }  # fmt: skip
@@ -221,6 +228,9 @@ NEEDS: Final[Mapping[str, tuple[str, ...]]] = {
     "migrate-incoming": ("may-listen", "may-query"),
     "migrate_cancel": ("may-cancel-migration",),
     "migrate-continue": ("may-switch-over",),
+    "migrate-start-postcopy": ("may-steer-postcopy",),
+    "migrate-pause": ("may-steer-postcopy",),
+    "migrate-recover": ("may-steer-postcopy",),
     "job-cancel": ("may-cancel-migration", "may-query"),
     "job-dismiss": ("may-dismiss-job",),
     "loadvm": ("may-restore-guest", "may-open-host-file"),
@@ -263,7 +273,7 @@ _OBSERVE: Final = frozenset({"may-query"})
 _OPERATE: Final = _OBSERVE | {"may-quit", "may-run-vcpus", "may-resume-here", "may-plug-device"}
 _MIGRATE: Final = _OPERATE | {
     "may-set-migration-cap", "may-set-migration-param", "may-listen", "may-start-migration", "may-cancel-migration",
-    "may-dismiss-job", "may-switch-over",
+    "may-dismiss-job", "may-switch-over", "may-steer-postcopy",
 }  # fmt: skip
 _ALL: Final = frozenset(kind for kinds in GRANTED.values() for kind in kinds) - {"may-adopt-descriptor"}
 LENDABLE: Final[Mapping[str, frozenset[str]]] = {

@@ -82,6 +82,9 @@ REQUESTS: Final[tuple[tuple[str, Mapping[str, Any]], ...]] = (
     ("query-commands", {}),
     ("migrate_cancel", {}),
     ("migrate-continue", {"state": "pre-switchover"}),
+    ("migrate-start-postcopy", {}),
+    ("migrate-pause", {}),
+    ("migrate-recover", {}),
     # Run control.
     ("stop", {}),
     ("cont", {}),

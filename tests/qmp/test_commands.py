@@ -60,11 +60,10 @@ def _wire(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
-def lacks(name: str, token: str, phase: str, ways: str) -> Step:
+def lacks(name: str, token: str, phase: str, ways: str, **arguments: Any) -> Step:
     """Make a step that is refused for want of a token."""
-    return bad(
-        name, f"Command {name!r} needs {token}, which phase {phase} does not grant; phases that grant it: {ways}"
-    )
+    text = f"Command {name!r} needs {token}, which phase {phase} does not grant; phases that grant it: {ways}"
+    return bad(name, text, **arguments)
 
 
 NULL = {"type": "null", "data": {}}
@@ -395,6 +394,15 @@ def running() -> list[Step]:
             "migrate-continue", "may-switch-over", PHASE,
             "migrating (reached by migrate)",
         ),
+        *(
+            lacks(
+                command, "may-steer-postcopy", PHASE,
+                "migrating (reached by migrate), postcopy (reached by migrate-start-postcopy)", **arguments,
+            )
+            for command, arguments in (
+                ("migrate-start-postcopy", {}), ("migrate-pause", {}), ("migrate-recover", {"uri": "tcp:127.0.0.1:0"}),
+            )
+        ),
         wrong("migrate", "'resume' must be a boolean, not 1", resume=1),
         bad(
             "migrate", "Cannot connect to /x: No such file or directory", uri="unix:/x",
@@ -506,9 +514,9 @@ def test_every_command_has_a_good_and_a_bad_step(tmp_path: Path) -> None:
     # The first four need descriptors (test_protocol), the others a migration (above, and test_migration_jobs).
     elsewhere = {"getfd", "closefd", "add-fd", "remove-fd", "migrate", "migrate-incoming", "job-cancel", "job-dismiss"}
     # These succeed where there is a second process, or a file from one (tests/phases/test_overrides, test_copying,
-    # test_switchover, test_kept_process).
+    # test_switchover, test_postcopy, test_kept_process).
     elsewhere |= {"x-cpr-check", "x-cpr-abandon", "x-cpr-undo", "x-cpr-forget", "loadvm"}
-    elsewhere |= {"migrate-continue"}
+    elsewhere |= {"migrate-continue", "migrate-start-postcopy", "migrate-pause", "migrate-recover"}
     # And these with a tap (tests/phases/test_netdev).
     elsewhere |= {"netdev_add", "netdev_del"}
     # And these in a machine that runs (tests/phases/test_snapshots).

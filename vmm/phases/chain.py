@@ -74,6 +74,8 @@ def chain() -> tuple[PhaseFacts, ...]:
     from vmm.phases.handover import HandoverGrants
     from vmm.phases.incoming import IncomingGrants
     from vmm.phases.migrating import WITHHELD, MigratingGrants
+    from vmm.phases.postcopy import WITHHELD as POSTCOPY_WITHHELD
+    from vmm.phases.postcopy import PostcopyGrants
     from vmm.phases.postmigrate import PostmigrateGrants
     from vmm.phases.preconfig import PreconfigGrants
     from vmm.phases.precreate import PrecreateGrants
@@ -137,6 +139,10 @@ def chain() -> tuple[PhaseFacts, ...]:
             left_by="itself, once the state is in force", reach="loadvm",
         ),
         PhaseFacts(
+            "postcopy", "machine-ready", PostcopyGrants, withholds=POSTCOPY_WITHHELD,
+            left_by="itself, once all of RAM is there", reach="migrate-start-postcopy",
+        ),
+        PhaseFacts(
             "postmigrate", "machine-ready", PostmigrateGrants,
             left_by="`quit`, or `cont` after a migration that copied", reach="a migration that completed",
         ),
@@ -167,6 +173,7 @@ def _open_around(facts: tuple[PhaseFacts, ...], at: int) -> list[PhaseFacts]:
         "boot": (),
         "migrating": ("running", "boot"),
         "restoring": ("running", "boot"),
+        "postcopy": ("running", "boot"),
         "quiesced": ("migrating", "running", "boot"),
         "handover": ("quiesced", "migrating", "running", "boot"),
     }.get(facts[at].name, ("boot",))

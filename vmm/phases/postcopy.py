@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from vmm.nursery_tree import Phase, Turn
     from vmm.phases.running import Run
 
-_WITHHELD_THERE: Final = (
+WITHHELD: Final = (
     MayPlugDevice, MayCreateBackend, MayOpenHostFile, MaySetMigrationCap, MayStartMigration, MayRestoreGuest,
 )  # fmt: skip
-_WITHHELD_HERE: Final = (MayRunVcpus,)
+"""At the destination. At the source the guest is run no more, and the rest is withheld by phase migrating."""
 
 _GREETING: Final = 10.0
 """Seconds for the other side to say what it has, on a new connection."""
@@ -65,13 +65,21 @@ _PAUSED: Final = MigrationStatus.POSTCOPY_PAUSED
 @final
 @attrs.frozen
 class PostcopyGrants:
-    """Tokens of this phase."""
+    """Tokens of this phase at the destination."""
 
     steer_postcopy: MaySteerPostcopy
-    start_migration: MayStartMigration | None = None
-    """At the source: to resume."""
-    cancel_migration: MayCancelMigration | None = None
-    """At the source: to say that it is too late."""
+
+
+@final
+@attrs.frozen
+class PostcopySourceGrants:
+    """Tokens of this phase at the source."""
+
+    steer_postcopy: MaySteerPostcopy
+    start_migration: MayStartMigration
+    """To resume, and for nothing else."""
+    cancel_migration: MayCancelMigration
+    """To say that it is too late."""
 
 
 def hang_up(fd: int) -> None:
@@ -181,14 +189,14 @@ async def run_postcopy_source(migrating: Phase, outgoing: OutgoingPostcopy) -> N
     source, resumption = _Source(progress), _Resumption(progress)
     async with migrating.child("postcopy") as phase:
 
-        def grants(mint: Mint) -> PostcopyGrants:
-            return PostcopyGrants(
+        def grants(mint: Mint) -> PostcopySourceGrants:
+            return PostcopySourceGrants(
                 steer_postcopy=mint(MaySteerPostcopy, source),
                 start_migration=mint(MayStartMigration, resumption),
                 cancel_migration=mint(MayCancelMigration, resumption),
             )
 
-        async with phase.window(grants, withholds=_WITHHELD_HERE):
+        async with phase.window(grants, withholds=(MayRunVcpus,)):
             progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
             connection = outgoing.connection
             while True:
@@ -366,7 +374,7 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
             def grants(mint: Mint) -> PostcopyGrants:
                 return PostcopyGrants(steer_postcopy=mint(MaySteerPostcopy, target))
 
-            async with phase.window(grants, withholds=_WITHHELD_THERE):
+            async with phase.window(grants, withholds=WITHHELD):
                 target.link = incoming.fd
                 while (broken := await pages.wait_changed()) is not None:
                     target.link = None
