@@ -159,7 +159,8 @@ def test_the_reply_has_a_form_on_the_wire() -> None:
     assert isinstance(shape, Object)
     assert [member.wire for member in shape.members] == [
         "status", "ram", "remaining", "total-time", "expected-downtime", "downtime", "setup-time",
-        "cpu-throttle-percentage", "postcopy-blocktime", "postcopy-vcpu-blocktime", "error-desc", "blocked-reasons", "socket-address", "x-pause", "x-step",
+        "cpu-throttle-percentage", "postcopy-blocktime", "postcopy-vcpu-blocktime",
+            "error-desc", "blocked-reasons", "socket-address", "x-pause", "x-step",
         "x-pause-before", "x-kept",
     ]  # fmt: skip
     assert [status.value for status in MigrationStatus] == list(get_args(StatusName))

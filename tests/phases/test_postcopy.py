@@ -20,7 +20,9 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
-from vmm.errors import MigrationRefused, TokenNotGranted, TokenWithheld
+from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, TokenNotGranted, TokenWithheld
+from vmm.kvm import faults
+from vmm.migration.registry import StateRegistry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -221,3 +223,60 @@ async def test_either_side_can_end_while_pages_are_to_come(side: str, tmp_path: 
         await source.execute("migrate-pause")
         await outcome(destination, "postcopy-paused")
         await {"source": source, "destination": destination}[side].execute("quit")
+
+
+async def test_a_destination_that_cannot_answer_faults_says_so_before_the_guest_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(action: str, names: object) -> None:
+        raise PageFaultsUnavailable(action=action, reason="this host is too old")
+
+    monkeypatch.setattr(faults, "require_features", lacks)
+    async with started() as source, empty() as destination:
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        async with source.events() as events:
+            await source.execute("migrate", uri=uri, capabilities=POSTCOPY)
+            info = await outcome(source)
+            assert info["error-desc"] == (
+                "Refused by the destination: Cannot run the guest before all of its RAM is there: this host is too old"
+            )
+            await source.execute("stop")
+            seen: list[str] = []
+            async for event in events:
+                seen.append(event["event"])
+                if seen[-1] == "STOP":
+                    break
+        assert seen.count("RESUME") == 0
+        await source.execute("cont")
+        await goes_on(source)
+
+
+async def test_a_state_that_is_not_taken_stays_at_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise StateRejected(section="cpu0", faults=("it is not to the test's taste",))
+
+    async with started() as source, empty() as destination:
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.execute("migrate", uri=uri, capabilities=POSTCOPY, parameters=SLOW)
+        await outcome(source, "active")
+        monkeypatch.setattr(StateRegistry, "check", refuses)
+        await source.execute("migrate-start-postcopy")
+        info = await outcome(source)
+        assert info["error-desc"] == "Refused by the destination: Section cpu0: it is not to the test's taste"
+        assert parts(source).memory.absent is None
+        await goes_on(source)
+        await outcome(destination, "failed")
+
+
+async def test_a_guest_that_stands_goes_and_stands(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        await source.execute("stop")
+        ticks = look(source).ticks
+        await begin(source, destination, tmp_path / "main", **{"max-postcopy-bandwidth": 0})
+        await completed(source, destination)
+        await in_status(destination, "paused")
+        assert look(destination).ticks == ticks
+        await destination.execute("cont")
+        await goes_on(destination)
