@@ -77,6 +77,7 @@ async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) ->
         kvm.close()
     async with machine(recipe(1024, **GUEST)) as source, empty() as destination:
         await ticked(source, 50)
+        await source.execute("migrate-set-parameters", downtime_limit=2_000_000)
         info = await move(source, destination, tmp_path)
         assert info["status"] == "completed", info
         assert info["ram"]["dirty-sync-count"] > 1
