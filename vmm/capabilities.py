@@ -590,7 +590,7 @@ class MayResumeHere(_Decides):
 
 @final
 class MayStartMigration(Token[Departure]):
-    """May start an outgoing migration or live update, and measure what a guest writes, which says how one would go."""
+    """May start an outgoing migration or live update, and measure or limit what a guest writes."""
 
     __slots__ = ()
     wire_name: ClassVar[str] = "may-start-migration"
@@ -602,6 +602,10 @@ class MayStartMigration(Token[Departure]):
     async def check(self, plan: Any) -> Mapping[str, Any]:
         """Ask the other side of `plan` what would become of the machine there. The guest does not notice."""
         return await self._reach().check(plan)
+
+    def limit(self, index: int | None, quota: int) -> None:
+        """Limit how fast a vCPU writes to memory, or with None each of them, in MiB a second; 0 ends it."""
+        self._reach().limit(index, quota)
 
     def measure(self, wanted: Any) -> None:
         """Begin to measure how fast the guest writes. Nothing of the guest changes."""

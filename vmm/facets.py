@@ -121,6 +121,10 @@ class Departure(Protocol):
         """Ask the other side of `plan`, and return its answer; nothing else happens."""
         ...
 
+    def limit(self, index: int | None, quota: int) -> None:
+        """Limit how fast a vCPU writes, or with None each of them, in MiB a second; 0 ends it."""
+        ...
+
     def measure(self, wanted: Any) -> None:
         """Begin to measure how fast the guest writes. `InvalidState` while that is being done."""
         ...

@@ -146,6 +146,7 @@ def test_rings_that_say_nothing_are_found_out(monkeypatch: pytest.MonkeyPatch) -
         kvm.close()
 
 
+@pytest.mark.usefixtures("working")
 def test_a_ring_that_was_written_over_ends_the_guest_and_not_in_an_endless_loop(machine: TinyMachine) -> None:
     log = DirtyLog(machine.vm, machine.memory)
     log.start()

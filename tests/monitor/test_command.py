@@ -759,7 +759,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         assert migrate - operate == {
             *("migrate-set-capabilities", "migrate-set-parameters", "migrate", "migrate-incoming", "migrate_cancel"),
             *("migrate-continue", "migrate-start-postcopy", "migrate-pause", "migrate-recover"),
-            "calc-dirty-rate",
+            *("calc-dirty-rate", "set-vcpu-dirty-limit", "cancel-vcpu-dirty-limit"),
             *(
                 "x-cpr-check",
                 "x-cpr-abandon",
@@ -776,6 +776,7 @@ async def test_each_grant_admits_what_it_is_called_after() -> None:
         beyond_a_recipe = {command.name for command in COMMANDS} - admitted(table, REPLAY)
         assert beyond_a_recipe == {
             *("migrate", "loadvm", "x-cpr-check", "x-cpr-undo", "x-cpr-forget", "x-allow-resource", "calc-dirty-rate"),
+            *("set-vcpu-dirty-limit", "cancel-vcpu-dirty-limit"),
             *("snapshot-save", "snapshot-load", "snapshot-delete"),
         }
 

@@ -196,7 +196,7 @@ _QUERIES: Final = (
     "query-version", "query-commands", "query-qmp-schema", "query-name", "query-uuid", "query-machine-phase",
     "query-nursery-tree", "query-fdsets", "query-chardev", "query-monitors", "query-status",
     "query-migrate-capabilities", "query-migrate-parameters", "query-migrate", "query-differences", "query-kvm",
-    "query-machines", "query-target", "query-jobs", "query-dirty-rate",
+    "query-machines", "query-target", "query-jobs", "query-dirty-rate", "query-vcpu-dirty-limit",
     "x-query-snapshots",
 )  # fmt: skip
 _PLAIN: Final = (
@@ -417,6 +417,10 @@ CASES: Final = (
     # One that is under way is in the way of the next.
     Case("calc-dirty-rate", {"calc-time": 50, "calc-time-unit": "millisecond"}, lambda state, grant: None),
     Case("calc-dirty-rate", {"calc-time": 0}, _never),
+    Case("set-vcpu-dirty-limit", {"dirty-rate": 100}),
+    Case("set-vcpu-dirty-limit", {"dirty-rate": 100, "cpu-index": 77}, _never),
+    Case("cancel-vcpu-dirty-limit", {}),
+    Case("cancel-vcpu-dirty-limit", {"cpu-index": 77}, _never),
     Case("job-cancel", {"id": "none"}, _never),
     Case("job-dismiss", {"id": "none"}, _never),
     # Live update.

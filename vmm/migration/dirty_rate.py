@@ -54,3 +54,13 @@ class Measurement:
             raise OptionInvalid(option="calc-time", value=f"{self.time} ms", wanted=wanted)
         if not FEWEST <= self.samples <= MOST:
             raise OptionInvalid(option="sample-pages", value=self.samples, wanted=f"from {FEWEST} to {MOST}")
+
+
+@final
+@attrs.frozen(kw_only=True)
+class LimitedVcpu:
+    """QEMU's DirtyLimitInfo: a vCPU that may write only so much. MiB a second."""
+
+    cpu_index: int
+    limit_rate: int
+    current_rate: int

@@ -1,4 +1,4 @@
-"""Commands that find out how fast the guest writes to its memory."""
+"""Commands that find out, or limit, how fast the guest writes to its memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ import trio
 
 from vmm.capabilities import MayQuery, MayStartMigration
 from vmm.errors import OptionInvalid
-from vmm.migration.dirty_rate import SAMPLES, Measurement, MeasureMode, MeasureStatus, TimeUnit, milliseconds
+from vmm.migration.dirty_rate import (
+    SAMPLES,
+    LimitedVcpu,
+    Measurement,
+    MeasureMode,
+    MeasureStatus,
+    TimeUnit,
+    milliseconds,
+)
+from vmm.monitor.qapi import U64
 from vmm.phases.migration_state import MigrationState
 
 
@@ -76,3 +85,44 @@ def query_dirty_rate(may: MayQuery, args: QueryDirtyRate) -> DirtyRateInfo:
         mode=found.mode,
         dirty_rate=found.rate,
     )
+
+
+@final
+@attrs.frozen(kw_only=True)
+class SetVcpuDirtyLimit:
+    """Arguments of `set-vcpu-dirty-limit`."""
+
+    dirty_rate: U64
+    """MiB a second for each; 0 ends the limit."""
+    cpu_index: int | None = None
+    """All of them if it is left out."""
+
+
+@final
+@attrs.frozen(kw_only=True)
+class CancelVcpuDirtyLimit:
+    """Arguments of `cancel-vcpu-dirty-limit`."""
+
+    cpu_index: int | None = None
+    """All of them if it is left out."""
+
+
+async def set_vcpu_dirty_limit(may: MayStartMigration, args: SetVcpuDirtyLimit) -> None:
+    """Limit how fast vCPUs write to memory, by keeping them out of the guest for the share of the time that it takes.
+
+    One of several only with accel-set's dirty-ring-size; all of them also by KVM's log, each to an even part of what
+    they write together. A migration suspends it.
+    """
+    await trio.lowlevel.checkpoint()
+    may.limit(args.cpu_index, args.dirty_rate)
+
+
+async def cancel_vcpu_dirty_limit(may: MayStartMigration, args: CancelVcpuDirtyLimit) -> None:
+    """Let vCPUs write as fast as they will."""
+    await trio.lowlevel.checkpoint()
+    may.limit(args.cpu_index, 0)
+
+
+def query_vcpu_dirty_limit(may: MayQuery) -> list[LimitedVcpu]:
+    """List the vCPUs that are limited, and how fast they have written in the last second."""
+    return list(may.view(MigrationState).limited)

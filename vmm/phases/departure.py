@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, final
 
-from vmm.errors import MigrationRefused
+from vmm.errors import InvalidState, MigrationRefused
 from vmm.phases.blockers import require_unblocked
 from vmm.phases.copying import CopyPlan
 from vmm.phases.executing import ExecPlan
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vmm.migration.dirty_rate import Measurement
     from vmm.nursery_tree import Inbox
+    from vmm.phases.dirty_limits import DirtyLimits
     from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.predecessor import Predecessor
     from vmm.phases.running import Plan, Run
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 class Departure:
     """The facet of `may-start-migration`."""
 
-    def __init__(self, inbox: Inbox[Plan], run: Run, rates: DirtyRates) -> None:
+    def __init__(self, inbox: Inbox[Plan], run: Run, rates: DirtyRates, limits: DirtyLimits) -> None:
         self._inbox = inbox
         self._run = run
         self._rates = rates
+        self._limits = limits
 
     async def check(self, plan: TransferPlan) -> Mapping[str, Any]:
         """Ask the destination of `plan`, whose descriptors are closed afterwards. Raises as `start` does."""
@@ -38,8 +40,15 @@ class Departure:
             self._require_unblocked("x-cpr-check", "cpr-transfer", plan)
             return await ask_destination(self._run.machine, plan)
 
+    def limit(self, index: int | None, quota: int) -> None:
+        """Limit how fast vCPUs write. Raises as `DirtyLimits.set`."""
+        self._limits.set(index, quota)
+
     def measure(self, wanted: Measurement) -> None:
         """Begin to measure how fast the guest writes. Raises as `DirtyRates.begin`."""
+        if wanted.mode == "dirty-bitmap" and self._limits.under_way:
+            state, instead = "by dirty-bitmap while vCPUs are limited in what they write", "use page-sampling"
+            raise InvalidState(what="calc-dirty-rate", state=state, instead=instead)
         self._rates.begin(wanted)
 
     def start(self, plan: TransferPlan | ExecPlan | CopyPlan | SavePlan | DeletePlan) -> Awaitable[None]:

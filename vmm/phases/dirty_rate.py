@@ -49,25 +49,44 @@ class DirtyRates:
         self._note: Final = note
         self._complain: Final = complain
         self._residents: Final = residents
+        self._logs = False
+        self._held = False
         self._scope: trio.CancelScope | None = None
         self._over = trio.Event()
+
+    @property
+    def logs(self) -> bool:
+        """Whether a measurement by KVM's log is under way."""
+        return self._scope is not None and self._logs
 
     def begin(self, wanted: Measurement) -> None:
         """Begin. Raises as `Measurement.check`, and `InvalidState` while one is under way."""
         wanted.check()
+        if self._held:
+            instead = "wait until it is over"
+            raise InvalidState(what="calc-dirty-rate", state="while a migration begins", instead=instead)
         if self._scope is not None:
             instead = "query-dirty-rate tells when that is over"
             raise InvalidState(what="calc-dirty-rate", state="while another measurement is under way", instead=instead)
+        self._logs = wanted.mode == "dirty-bitmap"
         self._scope, self._over = trio.CancelScope(), trio.Event()
         begun = attrs.evolve(wanted, started=time.monotonic(), status="measuring")
         self._note(begun)
         self._residents.start_soon("dirty rate", self._measure, begun)
 
-    async def abandon(self) -> None:
-        """Call off what is under way, and wait until nothing of it is left: who moves the guest needs KVM's log."""
+    async def hold(self) -> None:
+        """Call off what is under way, wait until nothing of it is left, and begin nothing until `release`.
+
+        Whoever moves the guest needs KVM's log.
+        """
+        self._held = True
         if self._scope is not None:
             self._scope.cancel()
             await self._over.wait()
+
+    def release(self) -> None:
+        """Undo `hold`; what was called off stays so."""
+        self._held = False
 
     async def _measure(self, begun: Measurement) -> None:
         assert self._scope is not None

@@ -10,7 +10,7 @@ import trio
 
 from vmm.errors import MigrationCancelled, MigrationRefused, OptionInvalid, StreamCorrupt, Unsupported
 from vmm.migration.capability_table import MigrationCapabilities
-from vmm.migration.dirty_rate import Measurement
+from vmm.migration.dirty_rate import LimitedVcpu, Measurement
 from vmm.migration.parameter_table import MigrationParameters
 from vmm.migration.status import IDLE, MigrationProgress, MigrationStatus
 
@@ -66,6 +66,12 @@ class MigrationState:
         """The last or the present migration; None before the first."""
         self.dirty_rate = Measurement()
         """The last or the present measurement of what the guest writes."""
+        self.limited: tuple[LimitedVcpu, ...] = ()
+        """The vCPUs that are limited in what they write."""
+
+    def note_limited(self, limited: tuple[LimitedVcpu, ...]) -> None:
+        """Note which vCPUs are limited in what they write, and what they do."""
+        self.limited = limited
 
     def note_rate(self, measurement: Measurement) -> None:
         """Note how such a measurement goes."""

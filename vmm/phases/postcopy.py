@@ -157,6 +157,10 @@ class _Resumption:
         """Refuse likewise."""
         raise MigrationRefused(reason="calc-dirty-rate: the guest has gone by postcopy, and writes there")
 
+    def limit(self, index: int | None, quota: int) -> None:
+        """Refuse likewise."""
+        raise MigrationRefused(reason="set-vcpu-dirty-limit: the guest has gone by postcopy, and writes there")
+
     async def check(self, plan: Any) -> Any:
         """Refuse likewise."""
         plan.close()

@@ -27,6 +27,7 @@ from vmm.nursery_tree import Inbox
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.departure import Departure
+from vmm.phases.dirty_limits import DirtyLimits
 from vmm.phases.dirty_rate import DirtyRates
 from vmm.phases.executing import ExecPlan, run_executing
 from vmm.phases.guest_requests import GuestRequests, GuestWishes
@@ -327,6 +328,10 @@ async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, 
     rates = DirtyRates(
         machine.memory, machine.accelerator.vm, made.migration.note_rate, made.host.complain, phase.residents
     )
+    limits = DirtyLimits(
+        machine.memory, machine.accelerator.vm, run.gang.vcpus, rates, made.migration.note_limited,
+        made.host.complain, phase.residents,
+    )  # fmt: skip
 
     def grants(mint: Mint) -> RunningGrants:
         return RunningGrants(
@@ -337,7 +342,7 @@ async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, 
             open_host_file=mint(MayOpenHostFile, made.host.files),
             set_migration_cap=mint(MaySetMigrationCap, made.migration.capabilities),
             set_migration_param=mint(MaySetMigrationParam, made.migration.parameters),
-            start_migration=mint(MayStartMigration, Departure(inbox, run, rates)),
+            start_migration=mint(MayStartMigration, Departure(inbox, run, rates, limits)),
             restore_guest=mint(MayRestoreGuest, _Restoration(inbox)),
         )
 
@@ -357,7 +362,8 @@ async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, 
             if made.incoming.arrival is not None:
                 # Of two migrations at a time nobody could say what is set for which.
                 await made.incoming.arrival.settled.wait()
-            await rates.abandon()
+            await rates.hold()
+            await limits.hold()
             with closing(turn.value) as plan:
                 try:
                     # What has not come is not here to be given away.
@@ -388,6 +394,9 @@ async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, 
                 finally:
                     # Not before the migration is over: what their commands need must be granted.
                     go_on(made.host.stores.moving, phase.tree.deferral)
+                    if not gone:
+                        rates.release()
+                        limits.release()
         inbox.close()
     return left
 
