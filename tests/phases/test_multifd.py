@@ -465,3 +465,10 @@ async def test_nobody_is_listened_to_once_all_channels_are_there(tmp_path: Path)
     # While its pages came, and not before they did.
     assert listening_still[0]
     assert not listening_still[-1]
+
+
+async def test_a_file_with_a_place_for_each_page_takes_no_further_channels(tmp_path: Path) -> None:
+    async with started() as source:
+        await wants(source, "mapped-ram")
+        await source.execute("migrate", uri=f"file:{tmp_path / 'state'}")
+        assert (await outcome(source))["status"] == "completed"
