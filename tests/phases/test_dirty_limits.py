@@ -9,10 +9,12 @@ import trio
 
 from tests.phases.copy_kit import HANGS, commands, goes_on, save, started
 from vmm import machine
-from vmm.errors import DeviceNotFound, InvalidState, KvmCallFailed, Unsupported
+from vmm.errors import DeviceNotFound, InvalidState, KvmCallFailed, MigrationRefused, Unsupported
 from vmm.kvm.dirty_log import DirtyLog
+from vmm.migration.status import MigrationProgress
 from vmm.phases import dirty_limits
 from vmm.phases.dirty_limits import _share
+from vmm.phases.postcopy import _Resumption
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,3 +139,14 @@ async def test_a_log_that_fails_ends_the_limits_and_nothing_else(monkeypatch: py
 )  # fmt: skip
 def test_the_share_is_what_makes_the_rate_the_limit(percent: int, quota: int | None, rate: float, share: int) -> None:
     assert _share(percent, quota, rate) == share
+
+
+def test_where_the_guest_has_gone_by_postcopy_nothing_of_it_is_measured_or_limited() -> None:
+    gone = _Resumption(MigrationProgress("source", lambda status: None, lambda: 0.0))
+    for command, refuse in (
+        ("calc-dirty-rate", lambda: gone.measure(None)),
+        ("set-vcpu-dirty-limit", lambda: gone.limit(None, 5)),
+    ):
+        with pytest.raises(MigrationRefused) as caught:
+            refuse()
+        assert str(caught.value) == f"{command}: the guest has gone by postcopy, and writes there"
