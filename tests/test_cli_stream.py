@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-import zlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,9 +15,10 @@ from tests.phases.copy_kit import goes_on, outcome, save, started
 from tests.phases.streams import Pages, records_of, stream_of
 from vmm.cli import main
 from vmm.guests.heartbeat import HEADER_ADDRESS
+from vmm.migration.packing import packing
 from vmm.migration.ram_records import RamPages, RamPass
 from vmm.migration.stream import StreamWriter
-from vmm.migration.stream_records import RamContent, RamExtents, RamMapped, Section
+from vmm.migration.stream_records import RamAbsent, RamContent, RamExtents, RamMapped, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,18 +131,36 @@ def packed(method: int, content: bytes, pages: int = 1) -> Pages:
     return Pages(RamPages(struct.pack("<IIQ", 1, method, len(content)) + record.table[16:]), content)
 
 
-def test_packed_pages_are_unpacked_where_that_can_be(said: Said, tmp_path: Path) -> None:
-    good = put(tmp_path, "good", stream(packed(1, zlib.compress(b"a" * PAGE))))
+@pytest.mark.parametrize("name", ["zlib", "zstd"])
+def test_packed_pages_are_unpacked(said: Said, tmp_path: Path, name: str) -> None:
+    if name == "zstd":
+        pytest.importorskip("zstandard")
+    way = packing(name)
+    assert way is not None
+    good = put(tmp_path, "good", stream(packed(way.method, way.pack(b"a" * PAGE))))
     assert said("dump", good)[0] == 0
-    status, _, err = said("dump", put(tmp_path, "bad", stream(packed(1, b"no such bytes"))))
-    assert status == 2
-    assert " cannot be unpacked: " in err
-    status, _, err = said("dump", put(tmp_path, "long", stream(packed(1, zlib.compress(bytes(100 * PAGE))))))
-    assert status == 2
-    assert err.endswith(f"are {PAGE + 1} bytes unpacked, expected {PAGE}\n")
+    for content in (b"no such bytes", way.pack(bytes(100 * PAGE))):
+        status, _, err = said("dump", put(tmp_path, "bad", stream(packed(way.method, content))))
+        assert status == 2
+        assert "the pages of RAM at offset " in err
+        assert f"packed with {name} are not {PAGE} bytes, or damaged" in err
+
+
+def test_where_pages_cannot_be_unpacked_they_are_counted(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     status, out, _ = said("dump", put(tmp_path, "zstd", stream(packed(2, b"of another kind"))))
     assert status == 0
-    assert "1 of them are packed by zstd, and were not verified" in out
+    assert "1 of them are packed by zstd, which this host cannot unpack" in out
+
+
+def test_pages_that_come_by_postcopy_are_counted(said: Said, tmp_path: Path) -> None:
+    torn = Pages.of((3 * PAGE, b"a" * PAGE), checksum=1)
+    absent = RamAbsent((0b1101).to_bytes(32, "little"))
+    status, out, _ = said("dump", put(tmp_path, "s", stream(torn, absent)))
+    assert status == 0
+    assert "3 pages come only after its end, by postcopy" in out
 
 
 def test_many_runs_are_counted_and_few_are_shown_to_people(said: Said, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def to_json(found: StreamFile) -> dict[str, Any]:
         ram |= {"backend": place.name, "size": place.size, "identity": place.identity.hex()}
     if found.ram in ("stream", "places"):
         runs = [[first * PAGE_SIZE, count * PAGE_SIZE] for first, count in found.pages.runs()]
-        ram |= {"passes": found.passes, "sent": found.sent, "unverified": found.unverified}
+        ram |= {"passes": found.passes, "sent": found.sent, "unverified": found.unverified, "absent": found.absent}
         ram |= {"runs": runs, "pages": sum(size for _, size in runs) // PAGE_SIZE, "digest": ram_digest(found)}
     return {
         "format": found.version,
@@ -151,7 +151,9 @@ def describe(found: StreamFile) -> Iterator[str]:
         if found.passes:
             yield f"            sent in {found.passes} passes, {found.sent} pages in all"
         if found.unverified:
-            yield f"            {found.unverified} of them are packed by zstd, and were not verified"
+            yield f"            {found.unverified} of them are packed by zstd, which this host cannot unpack"
+        if found.absent:
+            yield f"            {found.absent} pages come only after its end, by postcopy"
         yield f"            {count} pages are not zero, in {len(runs)} runs; digest {ram_digest(found)}"
         for first, count in islice(runs, _SHOWN):
             yield f"              {first * PAGE_SIZE:#x} to {(first + count) * PAGE_SIZE - 1:#x}"

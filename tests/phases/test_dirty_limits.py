@@ -143,10 +143,9 @@ def test_the_share_is_what_makes_the_rate_the_limit(percent: int, quota: int | N
 
 def test_where_the_guest_has_gone_by_postcopy_nothing_of_it_is_measured_or_limited() -> None:
     gone = _Resumption(MigrationProgress("source", lambda status: None, lambda: 0.0))
-    for command, refuse in (
-        ("calc-dirty-rate", lambda: gone.measure(None)),
-        ("set-vcpu-dirty-limit", lambda: gone.limit(None, 5)),
-    ):
-        with pytest.raises(MigrationRefused) as caught:
-            refuse()
-        assert str(caught.value) == f"{command}: the guest has gone by postcopy, and writes there"
+    with pytest.raises(MigrationRefused) as caught:
+        gone.measure(None)
+    assert str(caught.value) == "calc-dirty-rate: the guest has gone by postcopy, and writes there"
+    with pytest.raises(MigrationRefused) as caught:
+        gone.limit(None, 5)
+    assert str(caught.value) == "set-vcpu-dirty-limit: the guest has gone by postcopy, and writes there"

@@ -7,21 +7,22 @@ checksums are kept. What is allocated is bounded by the limits of the stream's r
 from __future__ import annotations
 
 import os
-import zlib
 from array import array
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
-from vmm.errors import HostFileRefused, StreamCorrupt
+from vmm.errors import HostFileRefused, StreamCorrupt, Unsupported
 from vmm.kvm.page_file import checksum, path_of
+from vmm.migration.packing import packing
 from vmm.migration.ram_records import DATA, RAW, ZLIB, RamPages, RamPass
 from vmm.migration.stream import StreamReader
 from vmm.migration.stream_records import (
     PAGE_SIZE,
     Header,
     Home,
+    RamAbsent,
     RamContent,
     RamExtents,
     RamInPlace,
@@ -134,7 +135,9 @@ class StreamFile:
     sent: int = 0
     """Pages with content, as often as they came."""
     unverified: int = 0
-    """Of these, pages whose content is packed so that it is not unpacked here."""
+    """Of these, pages whose content is packed so that this host cannot unpack it."""
+    absent: int = 0
+    """Pages that come only after the end, when the guest runs elsewhere: what of them is in it is not the last."""
     ram: str = "none"
     """Where RAM is: "none", "shared memory", "stream", "places" of this file, or the "file" of a back end."""
     extents: list[tuple[int, int]] = attrs.Factory(list)
@@ -182,7 +185,7 @@ class _Reading:
                 reader.jumped()
         found.size = self._at
         found.version = reader.version
-        for page, (offset, value, expected) in sorted(self._suspects.items()):
+        for page, (offset, value, expected) in sorted(self._suspects.items() if not found.absent else ()):
             raise _damaged(f"page of RAM {page * PAGE_SIZE:#x}, which does not come again,", offset, value, expected)
         return found
 
@@ -218,6 +221,8 @@ class _Reading:
                 found.passes = record.number
             case Terms():
                 found.terms = record
+            case RamAbsent():
+                found.absent = int.from_bytes(record.words, "little").bit_count()
             case RamInPlace():
                 found.ram, found.in_place = "file", record
             case RamMapped():
@@ -335,21 +340,18 @@ def _damaged(what: str, at: int, value: int, expected: int) -> StreamCorrupt:
 
 
 def _unpacked(method: int, content: bytes, size: int, offset: int) -> bytes | None:
-    """Return `size` bytes; None where that is not done here. Raises `StreamCorrupt` if they are no such bytes."""
+    """Return `size` bytes; None where this host cannot unpack them. Raises `StreamCorrupt` if they are none."""
     if method == RAW:
         return content
-    if method != ZLIB:
-        return None
-    unpacker = zlib.decompressobj()
     try:
-        data = unpacker.decompress(content, size + 1)
-    except zlib.error as error:
-        raise StreamCorrupt(reason=f"the pages of RAM at offset {offset} cannot be unpacked: {error}") from error
-    if len(data) != size or not unpacker.eof:
-        raise StreamCorrupt(
-            reason=f"the pages of RAM at offset {offset} are {len(data)} bytes unpacked, expected {size}"
-        )
-    return data
+        way = packing("zlib" if method == ZLIB else "zstd")
+    except Unsupported:
+        return None
+    assert way is not None
+    try:
+        return way.unpack(content, size)
+    except StreamCorrupt as error:
+        raise StreamCorrupt(reason=f"the pages of RAM at offset {offset}: {error.reason}") from error
 
 
 def _bits(bitmap: bytes) -> Iterator[tuple[int, int]]:
