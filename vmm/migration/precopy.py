@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol, final
 from vmm.kvm.memory import PAGE_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from vmm.migration.page_chunks import PageSink
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _BURST: Final = 0.05
 """Seconds by which a limited rate may be exceeded, and afterwards has to be waited for."""
+_LOOK: Final = 0.1
+"""Seconds after which a wait for a limited rate looks whether that is another one now."""
 _MEASURED: Final = 4 << 20
 """Bytes that a pass must have had for its bandwidth to be believed."""
 
@@ -93,7 +95,7 @@ class Precopy:
         for _ in self.ram.pages(sink):
             if self._watcher.hurries:
                 break
-            limiter.wait(bulk, sink.bytes, int(self._parameters["max-bandwidth"]))
+            limiter.wait(bulk, sink.bytes, self._limit)
         sink.flush()
         self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
@@ -108,6 +110,10 @@ class Precopy:
         self._watcher.after_pass(sent, left, seconds)
         return False
 
+    def _limit(self) -> int:
+        """Return how many bytes a second may go now; 0 is no limit."""
+        return 0 if self._watcher.hurries else int(self._parameters["max-bandwidth"])
+
     def _rate(self) -> float:
         """Return at how many bytes a second the rest is expected to go."""
         return max(float(self._parameters["avail-switchover-bandwidth"]) or self._bandwidth or 0.0, 1.0)
@@ -121,14 +127,14 @@ class _Limiter:
         self._since = time.monotonic()
         self._sent = sent
 
-    def wait(self, bulk: Bulk, sent: int, limit: int) -> None:
-        """Wait until `sent` bytes may have been sent at `limit` bytes a second; 0 is no limit."""
-        if not limit:
-            return
-        now = time.monotonic()
-        ahead = (sent - self._sent) / limit - (now - self._since)
-        if ahead > _BURST:
-            bulk.wait(ahead)
-        elif ahead < 0:
-            # What was not used is not saved up.
-            self._since, self._sent = now, sent
+    def wait(self, bulk: Bulk, sent: int, limit: Callable[[], int]) -> None:
+        """Wait until `sent` bytes may have been sent at `limit` bytes a second, which may change; 0 is no limit."""
+        while rate := limit():
+            now = time.monotonic()
+            ahead = (sent - self._sent) / rate - (now - self._since)
+            if ahead <= _BURST:
+                if ahead < 0:
+                    # What was not used is not saved up.
+                    self._since, self._sent = now, sent
+                return
+            bulk.wait(min(ahead, _LOOK))
