@@ -1,30 +1,35 @@
-"""docs/live-update-faults.md: what was observed, as tables that a run of the tests writes and the next one checks."""
+"""docs/live-update-faults.md and docs/migration-faults.md: what was observed, as tables that a run of the tests writes
+and the next one checks."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from tests.phases.fault_matrix import Seen
 
-PAGE: Final = Path(__file__).resolve().parent.parent.parent / "docs" / "live-update-faults.md"
+_DOCS: Final = Path(__file__).resolve().parent.parent.parent / "docs"
+PAGE: Final = _DOCS / "live-update-faults.md"
+MIGRATION_PAGE: Final = _DOCS / "migration-faults.md"
 HEAD: Final = "| step | who has the guest | the source's step | what is told |\n| --- | --- | --- | --- |\n"
+_STATES: Final = "| state | who has the guest | what is told |\n| --- | --- | --- |\n"
 
 
-def observed(fault: str, seen: Mapping[str, Seen]) -> str:
-    """Return the table of one fault: step -> what was seen there."""
-    rows = (f"| `{step}` | {it.owner} | {it.step} | {it.told} |\n" for step, it in seen.items())
-    return HEAD + "".join(rows)
+def observed(seen: Mapping[str, Seen], of: Literal["step", "state"] = "step") -> str:
+    """Return the table of one fault: step, or state, -> what was seen there."""
+    if of == "state":
+        return _STATES + "".join(f"| `{state}` | {it.owner} | {it.told} |\n" for state, it in seen.items())
+    return HEAD + "".join(f"| `{step}` | {it.owner} | {it.step} | {it.told} |\n" for step, it in seen.items())
 
 
-def written(fault: str) -> str:
-    """Return the table of `fault` that the page has."""
-    found = _section(fault).search(PAGE.read_text())
-    assert found is not None, f"{PAGE.name} has no table of {fault!r}"
+def written(fault: str, page: Path = PAGE) -> str:
+    """Return the table of `fault` that `page` has."""
+    found = _section(fault).search(page.read_text())
+    assert found is not None, f"{page.name} has no table of {fault!r}"
     return found["body"]
 
 
@@ -34,9 +39,9 @@ def comparable(table: str) -> str:
     return "\n".join(" | ".join((*row[:2], re.sub(r" at step '[^']*'", "", row[-1]))) for row in rows)
 
 
-def write(fault: str, table: str) -> None:
-    """Put `table` into the page."""
-    PAGE.write_text(_section(fault).sub(lambda found: found["head"] + table + found["end"], PAGE.read_text()))
+def write(fault: str, table: str, page: Path = PAGE) -> None:
+    """Put `table` into `page`."""
+    page.write_text(_section(fault).sub(lambda found: found["head"] + table + found["end"], page.read_text()))
 
 
 def _section(fault: str) -> re.Pattern[str]:

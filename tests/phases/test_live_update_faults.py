@@ -71,7 +71,7 @@ async def test_a_fault_leaves_the_guest_with_one_owner_or_dead_with_it_and_tells
         assert it.owner != "nobody" or fault in ENDS, (step, it)
         assert it.owner != "nobody" or fault != "killed" or step in OWNS, (step, it)
         assert it.told or it.owner != "source", (step, it)
-    table = observed(fault, seen)
+    table = observed(seen)
     if os.environ.get("VMM_WRITE_FAULTS") == "1":
         write(fault, table)
     assert comparable(table) == comparable(written(fault))
