@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bench.cells import digits, markdown, mib, ms, number, sides, span
 from bench.chart import STAGES, pause_chart
 from bench.machines import ROOT, BenchFailed
-from bench.migration_rows import growth_table, migration_rows
+from bench.migration_rows import growth_table, left_out, migration_rows, pairs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -171,16 +171,17 @@ def split(path: Path) -> tuple[str, str, str]:
 
 def _provenance(results: Mapping[str, Any]) -> str:
     machine = results["machine"]
-    sizes = results["pause"]["left_out"]
-    left_out = f" Not enough memory was free for: {', '.join(sizes)}." if sizes else ""
+    sizes = [*results["pause"]["left_out"], *left_out(results)]
+    no_room = f" Not enough memory was free for: {', '.join(sizes)}." if sizes else ""
     count = len(results["roundtrips"]["unpinned"]["ours"]["per_second"]["values"])
+    moves = f"{pairs_of(results)} of migrations, " if "precopy" in results else ""
     starts = len(results["start"]["own_share"]["greeting_ms"]["values"])
     updates = len(next(iter(results["pause"]["ours"]["unpinned"].values()))["total"]["values"])
     return (
-        f"Medians (least to largest) of {updates} updates, {starts} starts, {count} pairs of the rest, in turn, on "
-        f"{machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_mib']} MiB, Linux "
+        f"Medians (least to largest) of {updates} updates, {starts} starts, {moves}{count} pairs of the rest, in turn, "
+        f"on {machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_mib']} MiB, Linux "
         f"{machine['kernel']}, {machine['kvm']}, Python {machine['python']}, trio {machine['trio']}, "
-        f"QEMU {machine['qemu'] or 'not there'}.{left_out}\n"
+        f"QEMU {machine['qemu'] or 'not there'}.{no_room}\n"
     )
 
 

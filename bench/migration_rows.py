@@ -38,11 +38,10 @@ def migration_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
         yield f"{what}, saved, processor seconds per GiB", *sides(saves, "save_cpu_per_gib", span)
         yield f"{what}, exec to its next tick, all of it loaded", *sides(saves, "whole_ms", ms)
         yield f"{what}, exec to its next tick, on demand; QEMU's all loaded", *sides(saves, "tick_ms", ms)
-    if "growth" in results:
+    if _sizes(results.get("growth", {})):
         sizes = _sizes(results["growth"])
-        first, last = sizes[0], sizes[-1]
-        cost = " and ".join(span(results["growth"][name]["cpu_per_gib"]) for name in (first, last))
-        yield f"live migration over unix, processor seconds per GiB of {first} and of {last}", cost, "", ""
+        cost = " and ".join(span(results["growth"][name]["cpu_per_gib"]) for name in (sizes[0], sizes[-1]))
+        yield f"live migration over unix, processor seconds per GiB of {sizes[0]} and of {sizes[-1]}", cost, "", ""
 
 
 def growth_table(growth: Mapping[str, Any]) -> str:
@@ -55,6 +54,18 @@ def growth_table(growth: Mapping[str, Any]) -> str:
         names = ("seconds_per_gib", "source_cpu_per_gib", "destination_cpu_per_gib")
         rows.append((f"a guest of {size}", *(span(found[name]) for name in names)))
     return markdown(rows)
+
+
+def left_out(results: Mapping[str, Any]) -> list[str]:
+    """Name the sizes that there was no memory for."""
+    figures = {"precopy": "migrations of", "saves": "saves of", "growth": "what a GiB costs of"}
+    return [f"{what} {size}" for name, what in figures.items() for size in results.get(name, {}).get("left_out", [])]
+
+
+def pairs_of(results: Mapping[str, Any]) -> int:
+    """Return how often each migration was measured; 0 if there was no memory for any."""
+    ways = (ways for size, ways in results["precopy"].items() if size != "left_out")
+    return max((len(both["ours"]["seconds"]["values"]) for way in ways for both in way.values()), default=0)
 
 
 def _sizes(growth: Mapping[str, Any]) -> list[str]:
