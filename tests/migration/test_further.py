@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import struct
+from typing import TYPE_CHECKING
 from zlib import crc32
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmm.errors import StreamCorrupt
-from vmm.migration.further import SIZE, Preamble, new_id
+from vmm.errors import MigrationPeerGone, StreamCorrupt
+from vmm.migration.connection import Connection
+from vmm.migration.further import SIZE, Gathering, Preamble, new_id, open_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 IDENTITY = "0123456789abcdef" * 2
 
@@ -78,3 +87,97 @@ def test_any_bytes_are_one_or_are_refused(data: bytes) -> None:
     except StreamCorrupt:
         return
     assert len(preamble.id) == 32
+
+
+# --- opened, and gathered -----------------------------------------------------------------------------------------
+
+
+def pair() -> tuple[Connection, trio.socket.SocketType]:
+    """Return a connection, and the socket at its other end."""
+    ours, theirs = trio.socket.socketpair()
+    return Connection(ours), theirs
+
+
+async def nobody() -> None:
+    """Never see the source go."""
+    await trio.sleep_forever()
+
+
+async def plain(connection: Connection) -> Connection:
+    """Leave it as it is."""
+    await trio.lowlevel.checkpoint()
+    return connection
+
+
+def gathering(
+    connections: list[Connection], complaints: list[str], gone: Callable[[], Awaitable[None]] = nobody
+) -> Gathering:
+    """Return one to which these connect, and then nobody."""
+
+    async def accept() -> Connection:
+        if not connections:
+            await trio.sleep_forever()
+        return connections.pop(0)
+
+    return Gathering(accept, plain, complaints.append, identity=IDENTITY, each=10, gone=gone)
+
+
+async def test_channels_are_found_whatever_their_order() -> None:
+    (a, far_a), (b, far_b) = pair(), pair()
+    with far_a, far_b:
+        await far_a.send(Preamble("multifd", 1, IDENTITY).encode())
+        await far_b.send(Preamble("multifd", 0, IDENTITY).encode())
+        assert await gathering([a, b], []).gather("multifd", 2, within=60) == [b, a]
+        a.close()
+        b.close()
+
+
+async def test_whoever_says_nothing_has_a_limit_and_so_have_all(autojump_clock: trio.abc.Clock) -> None:
+    silent, far = pair()
+    complaints: list[str] = []
+    with far:
+        with pytest.raises(MigrationPeerGone) as caught:
+            await gathering([silent], complaints).gather("multifd", 1, within=60)
+        assert await far.recv(1) == b""
+    assert complaints == ["Whoever connected did not say within 10 s which channel it is"]
+    assert str(caught.value) == ("The source opened 0 of 1 channels of kind multifd within 60 s; the guest stays there")
+
+
+async def test_nobody_is_waited_for_once_the_source_has_gone() -> None:
+    with pytest.raises(MigrationPeerGone) as caught:
+        await gathering([], [], trio.lowlevel.checkpoint).gather("preempt", 1, within=60)
+    assert str(caught.value) == (
+        "The source closed the connection, and opened 0 of 1 channels of kind preempt; the guest stays there"
+    )
+
+
+async def test_a_wait_that_is_called_off_leaves_nothing_open() -> None:
+    (good, far_good), (silent, far_silent) = pair(), pair()
+    with far_good, far_silent:
+        await far_good.send(Preamble("multifd", 0, IDENTITY).encode())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: gathering([good, silent], []).gather("multifd", 2, within=60))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        for far in (far_good, far_silent):
+            assert await far.recv(1) == b""
+
+
+async def test_a_destination_that_takes_no_further_channel_is_named() -> None:
+    first, far = pair()
+    refused, nobody_there = pair()
+    nobody_there.close()
+    connections = [first, refused]
+
+    async def dial() -> Connection:
+        await trio.lowlevel.checkpoint()
+        return connections.pop(0)
+
+    with far:
+        with pytest.raises(MigrationPeerGone) as caught:
+            await open_channels(dial, "multifd", 2, IDENTITY)
+        assert str(caught.value) == (
+            "The destination closed channel 1 of kind multifd at once; the guest goes on in the source"
+        )
+        assert Preamble.decode(await far.recv(SIZE)) == Preamble("multifd", 0, IDENTITY)
+        assert await far.recv(1) == b""

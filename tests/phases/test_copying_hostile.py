@@ -211,7 +211,11 @@ HOSTILE: Final[dict[str, tuple[Callable[[list[Any]], list[Any]], str]]] = {
     ),
     "pages that are packed where none are": (
         changed(Pages, lambda it: [Pages(RamPages(struct.pack("<IIQQIII", 1, 1, 9, 0x5000, 1, 0, 0)), b"x" * 9)]),
-        "are packed, which those on this channel are not",
+        "are packed in a way that its terms do not say",
+    ),
+    "further channels that there are not": (
+        changed(Terms, lambda it: [attrs.evolve(it, multifd=2, id="00" * 16)]),
+        "The source opens further channels, and nobody listens for them here: await it on tcp:, unix: or vsock:",
     ),
     "pages without a table": (
         changed(Pages, lambda it: [Pages(RamPages(struct.pack("<IIQ", 2, 0, 0)), b"")]),
