@@ -455,22 +455,21 @@ def test_a_region_in_high_memory(image: Path, filling: Filling, start: str, low:
         assert look(DirtierReader(machine.memory.read)).dirtier.first_bad_page == 700
 
 
+REFUSED = {
+    "region=9M": "dirtier: a region of 9216 KiB does not fit: there are 8192 KiB of RAM for it",
+    "region=5G": "dirtier: a region of 5242880 KiB does not fit: there are 8192 KiB of RAM for it",
+    "start=4G": "dirtier: a region of 4096 KiB does not fit: there are 0 KiB of RAM for it",
+    "start=7M": "dirtier: start=7M is out of range",
+    "filled=2": "dirtier: filled=2 is out of range",
+}
+
+
 @pytest.mark.kvm
-@pytest.mark.parametrize(
-    ("cmdline", "line"),
-    [
-        ("region=9M", "dirtier: a region of 9216 KiB does not fit: there are 8192 KiB of RAM for it"),
-        ("region=5G", "dirtier: a region of 5242880 KiB does not fit: there are 8192 KiB of RAM for it"),
-        ("start=4G", "dirtier: a region of 4096 KiB does not fit: there are 0 KiB of RAM for it"),
-        ("start=7M", "dirtier: start=7M is out of range"),
-        ("filled=2", "dirtier: filled=2 is out of range"),
-        ("hz=10", "dirtier: hz=10 is out of range"),
-    ],
-)
-def test_it_refuses_a_wrong_option_in_one_sentence(machine: TinyMachine, image: Path, cmdline: str, line: str) -> None:
+@pytest.mark.parametrize("cmdline", REFUSED)
+def test_it_refuses_a_wrong_option_in_one_sentence(machine: TinyMachine, image: Path, cmdline: str) -> None:
     console = boot(machine, image, cmdline)
     machine.run()
-    assert (console.whole, console.exit_value) == ([line], 1)
+    assert (console.whole, console.exit_value) == ([REFUSED[cmdline]], 1)
 
 
 def test_what_cannot_be_filled_is_an_error(filling: Filling, tmp_path: Path) -> None:

@@ -32,20 +32,15 @@ def recipe(size: int, **options: Any) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"dirty_ring_size": 1000}, "dirty-ring-size: 1000 is not a power of two from 1024 to 65536, or 0"),
-        ({"dirty_ring_size": 512}, "dirty-ring-size: 512 is not a power of two from 1024 to 65536, or 0"),
-        ({"dirty_ring_size": 1 << 20}, "dirty-ring-size: 1048576 is not a power of two from 1024 to 65536, or 0"),
-        ({"accel": "qtest", "dirty_ring_size": 1024}, "dirty-ring-size: 1024 is not possible but with kvm"),
-    ],
-)
-async def test_a_size_that_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
+async def test_a_size_that_cannot_be_is_refused() -> None:
     async with machine(commands(upto="machine-set")) as guest:
+        for size in (1000, 512, 1 << 20):
+            with pytest.raises(OptionInvalid) as caught:
+                await guest.execute("accel-set", dirty_ring_size=size)
+            assert str(caught.value) == f"dirty-ring-size: {size} is not a power of two from 1024 to 65536, or 0"
         with pytest.raises(OptionInvalid) as caught:
-            await guest.execute("accel-set", **options)
-        assert str(caught.value) == words
+            await guest.execute("accel-set", accel="qtest", dirty_ring_size=1024)
+        assert str(caught.value) == "dirty-ring-size: 1024 is not possible but with kvm"
         await guest.execute("accel-set", dirty_ring_size=0)
         step = guest.recipe.to_json()[-1]
         assert step == {"execute": "accel-set", "arguments": {"accel": "kvm", "dirty-ring-size": 0}}
