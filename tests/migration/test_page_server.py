@@ -208,6 +208,28 @@ async def test_what_is_no_page_breaks_the_connection(data: bytes, text: str, tar
             target.read(9 * PAGE_SIZE, 1)
 
 
+async def test_that_all_was_sent_waits_for_what_comes_on_the_other_channel(target: GuestMemory) -> None:
+    with closing(Pair()) as pair, closing(Pair()) as second, trio.fail_after(HANGS):
+        link = PagesFromLink(target, here(), pair.target.fileno(), second.target.fileno(), 1)
+        with closing(link):
+            pair.source.sendall(Frame(FrameKind.SENT).encode())
+            for page in HERE:
+                assert page in link.here()
+            first = 0
+            for page in (*HERE, PAGES):
+                if page > first:
+                    second.source.sendall(Frame(FrameKind.ZEROS, first, page - first).encode())
+                first = page + 1
+            assert await link.wait_changed() is None
+
+
+async def test_a_source_that_has_not_sent_all_can_be_given_up(target: GuestMemory) -> None:
+    with closing(Pair()) as pair, closing(Pair()) as second:
+        link = PagesFromLink(target, here(), pair.target.fileno(), second.target.fileno(), 1)
+        pair.source.sendall(Frame(FrameKind.SENT).encode())
+        link.close()
+
+
 async def test_a_damaged_page_is_not_put_in_place(target: GuestMemory) -> None:
     with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
         sums = bytes(4)

@@ -280,3 +280,44 @@ async def test_a_guest_that_stands_goes_and_stands(tmp_path: Path) -> None:
         assert look(destination).ticks == ticks
         await destination.execute("cont")
         await goes_on(destination)
+
+
+PREEMPT: Final = [*POSTCOPY, {"capability": "postcopy-preempt", "state": True}]
+
+
+async def test_what_is_asked_for_may_come_on_a_channel_of_its_own(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        fill(source)
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri)
+        await source.execute("migrate", uri=uri, capabilities=PREEMPT, parameters=SLOW)
+        await outcome(source, "active")
+        await source.execute("migrate-start-postcopy")
+        await outcome(destination, "postcopy-active")
+        last = BYSTANDER + (PAGES - 1) * 4096
+        assert await trio.to_thread.run_sync(parts(destination).memory.read, last, 2) == (PAGES - 1).to_bytes(
+            2, "little"
+        )
+        # A break ends both; what follows it is one channel for all.
+        await source.execute("migrate-pause")
+        await outcome(source, "postcopy-paused")
+        await outcome(destination, "postcopy-paused")
+        uri = f"unix:{tmp_path / 'again'}"
+        await destination.execute("migrate-recover", uri=uri)
+        await source.execute("migrate", uri=uri, resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
+
+
+async def test_where_nobody_can_ask_or_no_second_channel_comes_it_is_refused(tmp_path: Path) -> None:
+    async with started() as source:
+        with pytest.raises(MigrationRefused, match="postcopy-ram needs a destination that can ask for pages: give"):
+            await source.execute("migrate", uri=f"file:{tmp_path / 'state'}", capabilities=POSTCOPY)
+        with pytest.raises(MigrationRefused, match="postcopy-preempt needs an address that can be connected to twice"):
+            await source.execute("migrate", uri="exec:cat >/dev/null", capabilities=PREEMPT)
+        with pytest.raises(MigrationRefused, match="or a command with return-path on; or turn it off"):
+            await source.execute("migrate", uri="exec:cat >/dev/null", capabilities=POSTCOPY)
+        assert not (tmp_path / "state").exists()
+        await goes_on(source)

@@ -35,7 +35,7 @@ mapped = _builder("_mapped", "mapped")
 """Pages of RAM at fixed places of a file: saved and loaded."""
 
 faults = _builder("_faults", "faults")
-"""Pages of RAM that come when they are used, from a file or another host, or are kept as they were."""
+"""Pages of RAM that come when they are used, from a file or over a connection, or are kept as they were."""
 
 if __name__ == "__main__":
     for builder in (binding, pages, mapped, faults):

@@ -215,8 +215,14 @@ static int tl_take(tf_server *server, int fd, char *buffer)
         return 0;
     }
     if (frame.kind == TL_SENT) {
+        /* What was asked for last may still be on its way, over the other connection. */
+        pthread_mutex_lock(&server->lock);
+        while (server->urgent >= 0 && server->report.state == TF_RUNS && !server->released
+               && __atomic_load_n(&server->report.passed, __ATOMIC_ACQUIRE) != server->plan.pages)
+            pthread_cond_wait(&server->arrived, &server->lock);
+        pthread_mutex_unlock(&server->lock);
         if (__atomic_load_n(&server->report.passed, __ATOMIC_ACQUIRE) != server->plan.pages)
-            return -EPROTO;
+            return tf_runs(server) && !server->released ? -EPROTO : -ECANCELED;
         tl_say(server, TL_GOT, 0, 0);
         tf_end(server, TF_COMPLETE, 0, 0, 0);
         return 0;

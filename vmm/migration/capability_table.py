@@ -50,6 +50,7 @@ SUPPORTED: Final = frozenset(
         "multifd",
         "pause-before-switchover",
         "postcopy-blocktime",
+        "postcopy-preempt",
         "postcopy-ram",
         "return-path",
         "switchover-ack",
@@ -84,6 +85,7 @@ def _snapshot_excludes(*others: str) -> tuple[Rule, ...]:
 RULES: Final = (
     Rule("x-colo", "requires", "return-path", "the secondary answers every checkpoint"),
     Rule("postcopy-ram", "excludes", "x-ignore-shared", "a page fault can only be answered with a page that was sent"),
+    Rule("postcopy-ram", "excludes", "multifd", "pages that the guest waits for come over the stream's own channel"),
     Rule("postcopy-preempt", "requires", "postcopy-ram", "it is a second channel for postcopy's page requests"),
     Rule("switchover-ack", "requires", "return-path", "the acknowledgement comes over it"),
     Rule("multifd", "excludes", "xbzrle", "its deltas need the order of one channel"),

@@ -162,10 +162,13 @@ class Outflow:
 
         await self._in_thread(work)
 
-    async def serve_until_loaded(self, server: PageServer, let_go: Callable[[], object]) -> None:
+    async def serve_until_loaded(
+        self, server: PageServer, urgent: Connection | None, let_go: Callable[[], object]
+    ) -> None:
         """Send pages, in a thread, until the guest's state is in force at the destination, and the guest let go.
 
         Args:
+            urgent: over which goes what is asked for; None for the stream's own.
             let_go: called, on the loop, just before the destination is told that the guest is its own.
 
         Raises:
@@ -174,7 +177,8 @@ class Outflow:
 
         def work(bell: Doorbell) -> None:
             try:
-                server.run(self._fd, None, bell.fd, lambda: trio.from_thread.run_sync(let_go))
+                rush = None if urgent is None else urgent.fd
+                server.run(self._fd, rush, bell.fd, lambda: trio.from_thread.run_sync(let_go))
             except LinkBroken as error:
                 raise MigrationPeerGone(peer="destination", what=f"is gone ({error})", outcome=_OUTCOME) from error
 

@@ -16,10 +16,11 @@ import trio
 
 from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySteerPostcopy, MaySwitchOver
 from vmm.errors import InvalidState, MigrationPeerGone, MigrationRefused, VmmError, leaves
-from vmm.migration.address import ExecAddress, FileAddress
+from vmm.migration.address import ExecAddress, FileAddress, InetAddress, UnixAddress, VsockAddress
 from vmm.migration.connect import close_descriptors, connect_channel
 from vmm.migration.connection import Connection
 from vmm.migration.convergence import Convergence
+from vmm.migration.further import open_channels
 from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
 from vmm.migration.ram import RamSender
@@ -149,8 +150,12 @@ class _Gate:
 class _Steering:
     """The facet of `may-steer-postcopy` before the guest has gone."""
 
-    def __init__(self, *, possible: bool) -> None:
+    def __init__(self, *, possible: bool, preempts: bool) -> None:
         self.possible: Final = possible
+        self.preempts: Final = preempts
+        """Whether pages that are asked for go over a channel of their own."""
+        self.urgent: Connection | None = None
+        """That channel."""
         self.wanted = False
         """Whether the guest is to run at the destination as soon as may be."""
         self.watch: Watch | None = None
@@ -158,6 +163,11 @@ class _Steering:
         """Names the migration."""
         self.server: PageServer | None = None
         """Who has the pages that have not gone, once the guest has."""
+
+    def close(self) -> None:
+        """Close the further channel, if there is one."""
+        if self.urgent is not None:
+            self.urgent.close()
 
     def start(self) -> None:
         """End the passes."""
@@ -276,13 +286,19 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     two_way = migration.capabilities["return-path"]
     tls = _tls(run, plan)
     further = None if left is not None else plan_channels(migration, plan.address, tls)
+    _require_postcopy_possible(migration, plan)
     connection = await plan.open(running.residents, two_way=two_way, tls=tls)
+    if migration.capabilities["postcopy-ram"] and connection.stream is None:
+        connection.close()
+        raise _unanswered()
     find_zeros = migration.parameters["zero-page-detection"] != "none"
     with closing(Outflow(connection, find_zeros=find_zeros)) as flow:
         async with running.child("migrating") as phase:
             gate = _Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
-            steering = _Steering(possible=migration.capabilities["postcopy-ram"])
+            steering = _Steering(
+                possible=migration.capabilities["postcopy-ram"], preempts=migration.capabilities["postcopy-preempt"]
+            )
 
             def grants(mint: Mint) -> MigratingGrants:
                 return MigratingGrants(
@@ -312,6 +328,9 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         if further is not None:
                             dial = partial(plan.open, running.residents, tls=tls)
                             progress.follow_ram(await further.open(dial, flow, ram))
+                        if steering.preempts:
+                            dial = partial(plan.open, running.residents, tls=tls)
+                            (steering.urgent,) = await open_channels(dial, "preempt", 1, steering.identity.hex())
                         run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
@@ -320,12 +339,15 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         if steering.server is not None:
                             from vmm.phases.postcopy import OutgoingPostcopy, run_postcopy_source
 
-                            rest = OutgoingPostcopy(steering.server, flow.connection, steering.identity, progress)
+                            rest = OutgoingPostcopy(
+                                steering.server, flow.connection, steering.urgent, steering.identity, progress
+                            )
                             await run_postcopy_source(phase, rest)
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))
                 finally:
                     ram.stop()
+                    steering.close()
     # The outcome is told once the phase is over: whoever hears of it can go on at once.
     if pause is not None:
         return Gone(pause, progress, run.machine.memory, whole=steering.server is None)
@@ -412,6 +434,25 @@ def _tls(run: Run, plan: CopyPlan) -> Tls | None:
     return of_source(run.machine.made.host.stores, parameters, plan.address)
 
 
+def _require_postcopy_possible(migration: MigrationState, plan: CopyPlan) -> None:
+    """Raise `MigrationRefused` if a guest that goes to where `plan` says cannot ask for pages, and is to."""
+    if migration.capabilities["postcopy-ram"] and isinstance(plan.address, FileAddress):
+        raise _unanswered()
+    dialled = isinstance(plan.address, InetAddress | UnixAddress | VsockAddress)
+    if migration.capabilities["postcopy-preempt"] and not dialled:
+        raise MigrationRefused(
+            reason="migrate: postcopy-preempt needs an address that can be connected to twice: tcp:, unix: or vsock:; "
+            "turn it off for any other"
+        )
+
+
+def _unanswered() -> MigrationRefused:
+    return MigrationRefused(
+        reason="migrate: postcopy-ram needs a destination that can ask for pages: give it a socket, or a command with "
+        "return-path on; or turn it off"
+    )
+
+
 def _take_back_ram(run: Run) -> None:
     try:
         run.machine.memory.begin_use()
@@ -440,7 +481,7 @@ async def _hand_on(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> No
     late = False
     try:
         with trio.move_on_after(_ANSWERING) as patience:
-            await copy.flow.serve_until_loaded(server, let_go)
+            await copy.flow.serve_until_loaded(server, copy.steering.urgent, let_go)
         late = patience.cancelled_caught
     except VmmError:
         if run.here:
@@ -461,6 +502,7 @@ async def _announce(run: Run, flow: Outflow, steering: _Steering, terms: Terms) 
         terms,
         acknowledge=run.machine.made.migration.capabilities["switchover-ack"],
         postcopy=steering.possible,
+        preempt=steering.preempts,
         id=steering.identity.hex() or terms.id,
     )
     await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)

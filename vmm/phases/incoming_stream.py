@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import Mint
     from vmm.migration.channel import Channel
+    from vmm.migration.connection import Connection
     from vmm.migration.inflow import Inflow
     from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
@@ -177,7 +178,7 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
     terms = arrival.flow.terms
     packings = [packing(terms.compression) for _ in range(terms.multifd)]
-    if terms.multifd:
+    if terms.multifd or terms.preempt:
         wait.require_listener()
     if terms.postcopy:
         from vmm.kvm.faults import LINK_FEATURES, require_features
@@ -194,11 +195,20 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
             channels = await wait.more_channels("multifd", terms.multifd)
             multifd = MultifdIntake(machine.memory, channels, store=True, packings=packings)
             stack.enter_context(closing(multifd))
+        urgent: Connection | None = None
+        if terms.preempt:
+            (urgent,) = await wait.more_channels("preempt", 1)
+            stack.callback(urgent.close)
         pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory, multifd)
+        if arrival.flow.absent is not None:
+            rest = await _load_some(machine, arrival.flow, urgent, grants, sections)
+            # Nothing of it is closed before all of the guest is here.
+            kept = stack.pop_all()
+            kept.callback(wait.over.set)
+            rest.over = kept.close
+            return pause, rest
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
     machine.processors.let_time_stand(arrival.flow.from_file)
-    if arrival.flow.absent is not None:
-        return pause, await _load_some(machine, wait, arrival.flow, grants, sections)
     grants.load_state.check(sections).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
@@ -207,7 +217,7 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
 
 
 async def _load_some(
-    machine: Machine, wait: StreamWait, flow: Inflow, grants: IncomingGrants, sections: list[Section]
+    machine: Machine, flow: Inflow, urgent: Connection | None, grants: IncomingGrants, sections: list[Section]
 ) -> IncomingPostcopy:
     """Put the state of a guest in force whose RAM is not all here, and take it over. Raises `VmmError`."""
     from vmm.kvm.faults import PagesFromLink
@@ -220,7 +230,9 @@ async def _load_some(
     here.set_all()
     for first, count in absent.runs():
         here.discard(first, count)
-    pages = PagesFromLink(memory, here, flow.fd, None, len(machine.vcpus))
+    rush = None if urgent is None else urgent.fd
+    machine.processors.let_time_stand(False)
+    pages = PagesFromLink(memory, here, flow.fd, rush, len(machine.vcpus))
     try:
         grants.load_state.check(sections).apply()
         machine.memory.begin_use()
@@ -230,4 +242,4 @@ async def _load_some(
     except BaseException:
         pages.close()
         raise
-    return IncomingPostcopy(pages, bytes.fromhex(flow.terms.id), wait.over.set, ours, flow.fd)
+    return IncomingPostcopy(pages, bytes.fromhex(flow.terms.id), ours, flow.fd)

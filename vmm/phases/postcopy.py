@@ -182,6 +182,8 @@ class OutgoingPostcopy:
 
     server: PageServer
     connection: Connection
+    urgent: Connection | None
+    """Over which goes what is asked for, as long as the connection does not break; it is somebody else's."""
     identity: bytes
     """Names the migration, 16 bytes."""
     progress: MigrationProgress
@@ -202,14 +204,17 @@ async def run_postcopy_source(migrating: Phase, outgoing: OutgoingPostcopy) -> N
 
         async with phase.window(grants, withholds=(MayRunVcpus,)):
             progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
-            connection = outgoing.connection
+            connection, urgent = outgoing.connection, outgoing.urgent
             while True:
                 source.link = connection
-                broken = await _serve(outgoing.server, connection.fd)
+                broken = await _serve(outgoing.server, connection.fd, None if urgent is None else urgent.fd)
                 source.link = None
                 if broken is None:
                     break
                 hang_up(connection.fd)
+                if urgent is not None:
+                    hang_up(urgent.fd)
+                    urgent = None  # another one is not opened
                 connection.close()
                 progress.note_break(broken)
                 progress.advance(_PAUSED)
@@ -219,13 +224,13 @@ async def run_postcopy_source(migrating: Phase, outgoing: OutgoingPostcopy) -> N
     resumption.inbox.close()
 
 
-async def _serve(server: PageServer, fd: int) -> str | None:
+async def _serve(server: PageServer, fd: int, urgent: int | None) -> str | None:
     """Send pages; return how the connection broke, or None once all are there."""
     broken: list[str] = []
 
     def work(bell: Doorbell) -> None:
         try:
-            server.run(fd, None, bell.fd)
+            server.run(fd, urgent, bell.fd)
         except LinkBroken as error:
             broken.append(str(error))
 
@@ -314,12 +319,12 @@ class IncomingPostcopy:
 
     pages: PagesFromLink
     identity: bytes
-    over: Callable[[], object]
-    """Called once nothing comes any more."""
     ours: bool
     """Whether the source is known to have let go of it; else nobody knows before there is another connection."""
     fd: int
     """Of the connection, which is somebody else's."""
+    over: Callable[[], object] = lambda: None
+    """Called once nothing comes any more."""
 
 
 @final
