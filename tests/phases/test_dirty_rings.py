@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 
-from tests.phases.copy_kit import commands, empty, goes_on, in_status, move, parts, ticked
+from tests.phases.copy_kit import HANGS, commands, empty, goes_on, in_status, move, parts, ticked
 from vmm import machine
 from vmm.errors import KvmExtensionMissing, OptionInvalid, Unsupported
 from vmm.guests.dirtier import DirtierReader
@@ -62,7 +63,9 @@ def test_whether_there_are_rings_is_the_host_s_business() -> None:
     assert visible(compare(without, with_rings)) == ()
 
 
-async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) -> None:
+@pytest.fixture
+def working() -> None:
+    """Skip where rings do not work."""
     kvm = Kvm.open()
     try:
         require_working_rings(kvm)
@@ -70,6 +73,10 @@ async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) ->
         pytest.skip(str(error))
     finally:
         kvm.close()
+
+
+@pytest.mark.usefixtures("working")
+async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) -> None:
     async with machine(recipe(1024, **GUEST)) as source, empty() as destination:
         await ticked(source, 50)
         await source.execute("migrate-set-parameters", downtime_limit=2_000_000)
@@ -81,3 +88,18 @@ async def test_a_guest_whose_vcpus_have_rings_is_copied_whole(tmp_path: Path) ->
         report = DirtierReader(parts(destination).memory.read).look()
         assert report is not None
         assert report.intact, str(report)
+
+
+@pytest.mark.usefixtures("working")
+async def test_one_of_several_vcpus_can_be_limited_since_it_is_known_what_it_writes() -> None:
+    async with machine(recipe(4096, smp={"cpus": 2}, **GUEST)) as guest:
+        await guest.execute("set-vcpu-dirty-limit", cpu_index=0, dirty_rate=5)
+        await guest.execute("set-vcpu-dirty-limit", cpu_index=1, dirty_rate=7)
+        with trio.fail_after(HANGS):
+            while not (found := await guest.execute("query-vcpu-dirty-limit"))[0]["current-rate"]:  # noqa: ASYNC110
+                await trio.sleep(0.01)  # there is no event
+        # The other one has never been started.
+        assert [(cpu["cpu-index"], cpu["limit-rate"]) for cpu in found] == [(0, 5), (1, 7)]
+        assert found[1]["current-rate"] == 0
+        await guest.execute("cancel-vcpu-dirty-limit", cpu_index=0)
+        assert [cpu["cpu-index"] for cpu in await guest.execute("query-vcpu-dirty-limit")] == [1]
