@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trio
 
+import vmm
 from tests.phases.copy_kit import (
+    HANGS,
+    commands,
     empty,
     goes_on,
     in_status,
@@ -21,6 +24,7 @@ from tests.phases.copy_kit import (
     ticked,
 )
 from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, TokenNotGranted, TokenWithheld
+from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import faults
 from vmm.migration.registry import StateRegistry
 
@@ -321,3 +325,25 @@ async def test_where_nobody_can_ask_or_no_second_channel_comes_it_is_refused(tmp
             await source.execute("migrate", uri="exec:cat >/dev/null", capabilities=POSTCOPY)
         assert not (tmp_path / "state").exists()
         await goes_on(source)
+
+
+DIRTIER: Final = {"kernel": "builtin:dirtier", "append": "region=4M pages=64 hz=100"}
+"""A guest that writes all the time, and whose every page can be verified."""
+
+
+async def test_what_a_guest_writes_all_the_time_is_whole_there(tmp_path: Path) -> None:
+    async with vmm.machine(commands(**DIRTIER)) as source, empty() as destination:
+        reader = DirtierReader(parts(source).memory.read)
+        with trio.fail_after(HANGS):
+            while (reader.written() or 0) < 500:  # noqa: ASYNC110 - a guest does not tell
+                await trio.sleep(0.005)
+        await begin(source, destination, tmp_path / "main", **{"max-postcopy-bandwidth": 0})
+        await completed(source, destination)
+        before = reader.written() or 0
+        reader.follow(parts(destination).memory.read)
+        with trio.fail_after(HANGS):
+            while (reader.written() or 0) < before + 500:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+        report = reader.look()
+        assert report is not None
+        assert report.intact, str(report)

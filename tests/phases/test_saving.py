@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
 
 import vmm
 from tests.phases.copy_kit import (
+    HANGS,
     SIZE,
+    commands,
     empty,
     goes_on,
     in_status,
@@ -25,6 +27,7 @@ from tests.phases.copy_kit import (
     ticked,
 )
 from vmm.errors import GuestPageLost, InvalidState, MigrationRefused, PageFaultsUnavailable, StreamCorrupt
+from vmm.guests.dirtier import DirtierReader
 from vmm.migration.mapped_ram import MappedReader
 from vmm.migration.stream import StreamReader
 from vmm.migration.stream_records import RamMapped
@@ -85,7 +88,7 @@ async def test_a_guest_comes_back_from_a_sparse_file(tmp_path: Path) -> None:
 
 async def test_a_guest_is_saved_while_it_runs_and_what_it_writes_again_goes_to_its_place(tmp_path: Path) -> None:
     async with started(region="1M") as source:
-        settings = {"downtime-limit": 1, "max-bandwidth": 4 << 20}
+        settings = {"downtime-limit": 0, "max-bandwidth": 4 << 20}
         async with source.events() as events:
             await source.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
             uri = f"file:{tmp_path / 'state'}"
@@ -355,3 +358,43 @@ async def test_where_ram_cannot_come_as_it_is_used_all_of_it_is_loaded_first(
         await in_status(destination, "paused")
         assert ram(destination) == before
     assert told == ["Cannot come: not here; all of it is loaded before the guest runs"]
+
+
+DIRTIER: Final = {"kernel": "builtin:dirtier", "append": "region=4M pages=64 hz=100"}
+"""A guest that writes all the time, and whose every page can be verified."""
+
+
+async def has_written(reader: DirtierReader, pages: int) -> None:
+    """Wait until the guest has written so many pages."""
+    with trio.fail_after(HANGS):
+        while (reader.written() or 0) < pages:  # noqa: ASYNC110 - a guest does not tell
+            await trio.sleep(0.005)
+
+
+@pytest.mark.parametrize("capabilities", [MAPPED, BACKGROUND], ids=["mapped", "background"])
+async def test_what_a_guest_writes_all_the_time_is_of_one_moment(
+    capabilities: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    async with vmm.machine(commands(**DIRTIER)) as source:
+        reader = DirtierReader(parts(source).memory.read)
+        await has_written(reader, 500)
+        await save(source, tmp_path / "state", capabilities)
+        if capabilities is BACKGROUND:
+            await has_written(reader, (reader.written() or 0) + 500)
+            await source.execute("stop")
+        report = reader.look()
+        assert report is not None
+        assert report.intact, str(report)
+    async with empty(autostart=False) as destination:
+        await destination.execute("migrate-incoming", uri=f"file:{tmp_path / 'state'}", parameters=ON_DEMAND)
+        await in_status(destination, "paused")
+        reader = DirtierReader(parts(destination).memory.read)
+        report = reader.look()
+        assert report is not None
+        assert report.stood
+        assert report.intact, str(report)
+        await destination.execute("cont")
+        await has_written(reader, report.dirtier.written + 500)
+        report = reader.look()
+        assert report is not None
+        assert report.intact, str(report)
