@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm.errors import DeviceNotFound, InvalidState, Unsupported, VmmError
+from vmm.errors import DeviceNotFound, InvalidState, Unsupported, VmmError, leaves
 from vmm.kvm.dirty_log import DirtyLog
 from vmm.kvm.memory import PAGE_SIZE
 from vmm.kvm.page_map import PageMap
@@ -125,7 +125,7 @@ class DirtyLimits:
             with self._scope:
                 await self._limit()
         except* VmmError as group:
-            failure = str(group.exceptions[0])
+            failure = "; ".join(str(error) for error in leaves(group))
         finally:
             self._scope = None
             self._over.set()
