@@ -184,8 +184,9 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
         from vmm.kvm.faults import LINK_FEATURES, require_features
 
         require_features("run the guest before all of its RAM is there", LINK_FEATURES)
-    # Nothing is done for the first time while the guest stands.
-    await machine.rehearse_load()
+    if not arrival.flow.from_file:
+        # Nothing is done for the first time while the guest stands. One in a file stands anyway.
+        await machine.rehearse_load()
     await run.gang.stand_by()
     await arrival.flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
