@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import subprocess
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final, final
@@ -14,7 +15,7 @@ import pytest
 import trio
 
 from tests.kvmbox.box import IN_THE_BOX
-from tests.kvmbox.machine import PROGRAM, outcome, port_of, session_once_there
+from tests.kvmbox.machine import OVER, PROGRAM, outcome, port_of, session_once_there
 from tests.phases.update_kit import descriptors_in
 from vmm.guests.heartbeat import HeartbeatReader
 
@@ -38,6 +39,8 @@ LIMIT: Final = 240.0
 THIN: Final = "delay 10ms rate 4mbit"
 LOSSY: Final = "delay 5ms loss 1% rate 100mbit"
 CUT: Final = "loss 100%"
+
+CUT_OFF: Final = r"\(.*\); the guest waits for its pages; see migrate-recover"
 
 GUEST: Final = ("-m", "64", "-kernel", "builtin:heartbeat", "-append", "hz=100 pages=1 region=1M", "-nodefaults")
 FILLED: Final = (8 << 20, 16 << 20)
@@ -152,14 +155,45 @@ async def begun(source: QmpClient) -> None:
         await trio.sleep(0.1)
 
 
+async def in_status(end: QmpClient, wanted: str) -> None:
+    """Wait until a migration is in this status."""
+    while (found := (await end.execute("query-migrate"))["status"]) != wanted:
+        assert found not in OVER
+        await trio.sleep(0.1)
+
+
+async def returns_by_postcopy(source: QmpClient, heir: Side, link: Link) -> None:
+    """The guest goes over a thin link, runs there with most of its RAM here, and is cut off; and gets the rest."""
+    async with heir.session() as there:
+        port = await port_of(there)
+        states = [{"capability": "postcopy-ram", "state": True}]
+        await source.execute("migrate-set-capabilities", capabilities=states)
+        await source.execute("migrate", uri=f"tcp:{link.ADDRESSES['left']}:{port}")
+        await begun(source)
+        await source.execute("migrate-start-postcopy")
+        await in_status(there, "postcopy-active")
+        await in_status(source, "postcopy-active")
+        link.becomes(CUT)
+        await in_status(source, "postcopy-paused")
+        await in_status(there, "postcopy-paused")
+        link.becomes(LOSSY)
+        uri = f"tcp:{link.ADDRESSES['left']}:4445"
+        await there.execute("migrate-recover", uri=uri)
+        await source.execute("migrate", uri=uri, resume=True)
+        assert (await outcome(source))["status"] == "completed"
+        assert (await outcome(there))["status"] == "completed"
+
+
 @pytest.mark.usefixtures("no_leaks")
-async def test_a_guest_goes_over_a_bad_network_or_stays_where_it_is(stock_linux: StockLinux, tmp_path: Path) -> None:
-    with ExitStack() as stack, trio.fail_after(3 * LIMIT):
+async def test_a_guest_goes_over_a_bad_network_or_stays_where_it_is_or_gets_the_rest_later(
+    stock_linux: StockLinux, tmp_path: Path
+) -> None:
+    with ExitStack() as stack, trio.fail_after(4 * LIMIT):
         link = Link(stock_linux, stack)
         source = start("left", tmp_path, "source", stack, *GUEST)
         heirs = [
-            start("right", tmp_path, f"heir{number}", stack, "-incoming", f"tcp:{link.ADDRESSES['right']}:0")
-            for number in range(3)
+            start(name, tmp_path, f"heir{number}", stack, "-incoming", f"tcp:{link.ADDRESSES[name]}:0")
+            for number, name in enumerate(("right", "right", "right", "left"))
         ]
         async with source.session() as client:
             while (await client.execute("query-status"))["status"] != "running":  # noqa: ASYNC110
@@ -201,4 +235,10 @@ async def test_a_guest_goes_over_a_bad_network_or_stays_where_it_is(stock_linux:
             there = Ram(heirs[2].process.pid, stack)
             assert await there.ticks() > left
             assert there.filled() == content
+            link.becomes(THIN)
+            await returns_by_postcopy(client, heirs[3], link)
+            back = Ram(heirs[3].process.pid, stack)
+            assert await back.ticks() > left
+            assert back.filled() == content
         assert source.log.read_text() == heirs[2].log.read_text() == ""
+        assert re.fullmatch(rf"trio-vmm: The source is gone {CUT_OFF}\n", heirs[3].log.read_text())
