@@ -161,8 +161,8 @@ WRONG: Final = [
     ({"capabilities": [*EVENTS, {"capability": "xbzrle", "state": True}]},
      "Migration capability 'xbzrle' is not supported here; "
      f"leave it off (those that can be on: {', '.join(sorted(SUPPORTED))})"),
-    ({"capabilities": EVENTS, "parameters": {"downtime-limit": 9, "cpu-throttle-tailslow": True}},
-     "Migration parameter 'cpu-throttle-tailslow' is not supported here; leave it at its default, False"),
+    ({"capabilities": EVENTS, "parameters": {"downtime-limit": 9, "direct-io": True}},
+     "Migration parameter 'direct-io' is not supported here; leave it at its default, False"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 2_000_001}},
      "Migration parameter downtime-limit: 2000001 is not an integer from 0 to 2000000 ms"),
     ({"capabilities": EVENTS, "parameters": {"downtime-limit": 9}, "job_id": "0"},
