@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,11 @@ from tests.phases.copy_kit import (
 from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, TokenNotGranted, TokenWithheld
 from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import faults
+from vmm.kvm.faults import PagesFromLink
+from vmm.migration.page_frames import Frame, FrameKind
+from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.registry import StateRegistry
+from vmm.phases.postcopy import hang_up
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -347,3 +352,54 @@ async def test_what_a_guest_writes_all_the_time_is_whole_there(tmp_path: Path) -
         report = reader.look()
         assert report is not None
         assert report.intact, str(report)
+
+
+async def test_a_break_before_the_state_is_in_force_leaves_the_guest_at_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_off(link: PagesFromLink) -> None:
+        hang_up(link._links[0])
+
+    monkeypatch.setattr(PagesFromLink, "say_loaded", breaks_off)
+    async with started() as source, empty() as destination:
+        fill(source)
+        await begin(source, destination, tmp_path / "main")
+        info = await outcome(source)
+        assert info["status"] == "failed"
+        assert info["error-desc"].endswith("the guest goes on in the source")
+        await goes_on(source)
+        # It is not known there whose the guest is, and so it does not run.
+        await outcome(destination, "postcopy-paused")
+        assert await status(destination) == "paused"
+
+
+async def test_a_break_in_the_moment_in_which_the_guest_is_let_go_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_heard = PageServer._has_heard
+
+    def is_cut_off(server: PageServer, frame: Frame, main: socket.socket, bell: int) -> bool:
+        if frame.kind is FrameKind.LOADED:
+            assert server._loaded is not None
+            server._loaded()
+            main.shutdown(socket.SHUT_RDWR)
+            raise LinkBroken("the test has cut it")
+        return has_heard(server, frame, main, bell)
+
+    monkeypatch.setattr(PageServer, "_has_heard", is_cut_off)
+    async with started() as source, empty() as destination:
+        fill(source)
+        await begin(source, destination, tmp_path / "main")
+        await outcome(source, "postcopy-paused")
+        await outcome(destination, "postcopy-paused")
+        assert await status(source) == "postmigrate"
+        assert await status(destination) == "paused"
+        monkeypatch.undo()
+        uri = f"unix:{tmp_path / 'again'}"
+        await destination.execute("migrate-recover", uri=uri)
+        await source.execute("migrate", uri=uri, resume=True)
+        await in_status(destination, "running")
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
