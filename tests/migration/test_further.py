@@ -9,7 +9,7 @@ from zlib import crc32
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.errors import MigrationPeerGone, StreamCorrupt
@@ -72,6 +72,7 @@ def test_what_is_none_is_named(data: bytes, reason: str) -> None:
     assert str(caught.value) == f"State stream: {reason}"
 
 
+@settings(deadline=None)  # of a loaded machine nothing is known
 @given(st.integers(0, SIZE * 8 - 1))
 def test_whatever_bit_is_flipped_it_is_none(bit: int) -> None:
     data = bytearray(Preamble("preempt", 0, IDENTITY).encode())
@@ -80,6 +81,7 @@ def test_whatever_bit_is_flipped_it_is_none(bit: int) -> None:
         Preamble.decode(bytes(data))
 
 
+@settings(deadline=None)  # of a loaded machine nothing is known
 @given(st.binary(min_size=SIZE, max_size=SIZE))
 def test_any_bytes_are_one_or_are_refused(data: bytes) -> None:
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zlib import crc32
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmm.errors import StreamCorrupt
@@ -90,6 +90,7 @@ def test_what_is_none_is_named(data: bytes, what: str) -> None:
     assert f": {what}" in str(caught.value)
 
 
+@settings(deadline=None)  # of a loaded machine nothing is known
 @given(st.integers(0, len(written()) * 8 - 1))
 def test_whatever_bit_is_flipped_it_is_noticed(bit: int) -> None:
     data = bytearray(written())
@@ -98,6 +99,7 @@ def test_whatever_bit_is_flipped_it_is_noticed(bit: int) -> None:
         read(bytes(data))
 
 
+@settings(deadline=None)  # of a loaded machine nothing is known
 @given(st.integers(0, len(written()) - 1))
 def test_wherever_it_ends_it_is_noticed(size: int) -> None:
     with pytest.raises(StreamCorrupt):
