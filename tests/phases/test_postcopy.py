@@ -10,6 +10,7 @@ import pytest
 import trio
 
 import vmm
+from tests.migration.pki import NAME, Pki
 from tests.phases.copy_kit import (
     HANGS,
     commands,
@@ -24,6 +25,7 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
+from tests.phases.test_tls import given
 from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, TokenNotGranted, TokenWithheld
 from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import faults
@@ -81,9 +83,14 @@ async def completed(*machines: EmbeddedMachine) -> None:
 
 
 @asynccontextmanager
-async def half_gone(path: Path) -> AsyncGenerator[tuple[EmbeddedMachine, EmbeddedMachine], None]:
-    """Have a guest run at a destination, and the rest of it wait at the source."""
+async def half_gone(
+    path: Path, *, credentials: Path | None = None
+) -> AsyncGenerator[tuple[EmbeddedMachine, EmbeddedMachine], None]:
+    """Have a guest run at a destination, and the rest of it wait at the source; with TLS by the credentials there."""
     async with started() as source, empty() as destination:
+        if credentials is not None:
+            await given(source, credentials, "client", tls_hostname=NAME)
+            await given(destination, credentials, "server")
         fill(source)
         await begin(source, destination, path)
         await in_status(destination, "running")
@@ -197,6 +204,26 @@ async def test_a_connection_that_breaks_is_replaced(side: str, tmp_path: Path) -
         await source.execute("migrate", uri=f"tcp:127.0.0.1:{await port_of(destination)}", resume=True)
         info = await outcome(source, "postcopy-active", "completed")
         assert "error-desc" not in info
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
+
+
+async def test_a_connection_with_tls_is_replaced_by_one_with_tls(tmp_path: Path) -> None:
+    credentials = Pki.make(tmp_path).folder()
+    async with half_gone(tmp_path / "main", credentials=credentials) as (source, destination):
+        await source.execute("migrate-pause")
+        for machine in (source, destination):
+            await outcome(machine, "postcopy-paused")
+        uri = f"unix:{tmp_path / 'again'}"
+        await destination.execute("migrate-recover", uri=uri)
+        async with await trio.open_unix_socket(str(tmp_path / "again")) as plain:
+            await plain.send_all(Frame(FrameKind.RESUME, 0, 1).encode() + bytes(4096))
+            with trio.fail_after(HANGS):
+                said = b"".join([data async for data in plain])
+            assert Frame(FrameKind.HAVE, 0, 1).encode()[:4] not in said  # no more than an alert of TLS
+        await source.execute("migrate", uri=uri, resume=True)
         await let_all_come(source)
         await completed(source, destination)
         assert filled(destination)

@@ -340,8 +340,9 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                             from vmm.phases.postcopy import OutgoingPostcopy, run_postcopy_source
 
                             rest = OutgoingPostcopy(
-                                steering.server, flow.connection, steering.urgent, steering.identity, progress
-                            )
+                                steering.server, flow.connection, steering.urgent, steering.identity, progress,
+                                lambda again: again.open(running.residents, tls=_tls(run, again)),
+                            )  # fmt: skip
                             await run_postcopy_source(phase, rest)
                 except* VmmError as group:
                     failure = next(error for error in leaves(group) if isinstance(error, VmmError))

@@ -29,7 +29,8 @@ from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, Str
 from vmm.kvm.page_file import checksum
 from vmm.kvm.page_map import PageMap
 from vmm.migration.address import ExecAddress, FileAddress
-from vmm.migration.connect import connect_channel, listen
+from vmm.migration.connect import listen
+from vmm.migration.connection import Connection
 from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.page_server import LinkBroken
 from vmm.migration.pump import in_thread
@@ -45,11 +46,11 @@ if TYPE_CHECKING:
     from vmm.kvm.faults import PagesFromLink
     from vmm.migration.address import SocketAddress
     from vmm.migration.connect import Listener
-    from vmm.migration.connection import Connection
     from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase, Residents, Turn
     from vmm.phases.running import Run
+    from vmm.phases.tls_objects import Tls
 
 WITHHELD: Final = (
     MayPlugDevice, MayCreateBackend, MayOpenHostFile, MaySetMigrationCap, MayStartMigration, MayRestoreGuest,
@@ -187,6 +188,8 @@ class OutgoingPostcopy:
     identity: bytes
     """Names the migration, 16 bytes."""
     progress: MigrationProgress
+    dial: Callable[[CopyPlan], Awaitable[Connection]]
+    """Connects anew, as the first time: with TLS, if that is set."""
 
 
 async def run_postcopy_source(migrating: Phase, outgoing: OutgoingPostcopy) -> None:
@@ -248,9 +251,7 @@ async def _resumed(resumption: _Resumption, outgoing: OutgoingPostcopy) -> Conne
         progress.advance(MigrationStatus.POSTCOPY_RECOVER_SETUP)
         connection: Connection | None = None
         try:
-            address = turn.value.address
-            assert not isinstance(address, (ExecAddress, FileAddress)), "checked when it was posted"
-            connection = await connect_channel(address, within=_GREETING)
+            connection = await outgoing.dial(turn.value)
             progress.advance(MigrationStatus.POSTCOPY_RECOVER)
             with trio.move_on_after(_GREETING) as patience:
                 outgoing.server.todo = await _lacking(connection, outgoing)
@@ -376,9 +377,10 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
     if machine.made.migration.capabilities["postcopy-blocktime"]:
         progress.follow_blocktime(lambda: blocktime(run, pages))
     complete = False
-    connection: trio.SocketStream | None = None
+    connection: Connection | None = None
     try:
         async with running.child("postcopy") as phase:
+            door = _Door(machine.made.incoming.streams.tls, phase.residents)
 
             def grants(mint: Mint) -> PostcopyGrants:
                 return PostcopyGrants(steer_postcopy=mint(MaySteerPostcopy, target))
@@ -390,11 +392,11 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
                     machine.made.host.complain(str(broken))
                     progress.note_break(str(broken))
                     progress.advance(_PAUSED)
-                    fresh = await _recovered(target, incoming, progress)
+                    fresh = await _recovered(target, incoming, progress, door)
                     if connection is not None:
-                        connection.socket.close()
+                        connection.close()
                     connection = fresh
-                    target.link = connection.socket.fileno()
+                    target.link = connection.fd
                     await trio.to_thread.run_sync(pages.relink, target.link, None)
                     progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
                     if not incoming.ours:
@@ -410,24 +412,52 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
         progress.keep_blocktime()
         pages.close()
         if connection is not None:
-            connection.socket.close()
+            connection.close()
         incoming.over()
     target.listeners.close()
     progress.advance(MigrationStatus.COMPLETED)
 
 
-async def _recovered(target: _Target, incoming: IncomingPostcopy, progress: MigrationProgress) -> trio.SocketStream:
+@final
+@attrs.frozen
+class _Door:
+    """Lets a source in that connects anew, as the first time: with TLS, if that is set."""
+
+    tls: Callable[[], Tls | None]
+    residents: Residents
+
+    async def admit(self, sock: trio.socket.SocketType) -> Connection | None:
+        """Return the connection; None where there is no TLS with who has connected."""
+        connection = Connection(sock)
+        try:
+            tls = self.tls()
+            secured = connection if tls is None else await tls.secure(connection, "source", within=_GREETING)
+        except VmmError:
+            connection.close()
+            return None
+        except BaseException:
+            connection.close()
+            raise
+        return secured.serve(self.residents)
+
+
+async def _recovered(
+    target: _Target, incoming: IncomingPostcopy, progress: MigrationProgress, door: _Door
+) -> Connection:
     """Wait for a connection of the source's, and tell it what is here."""
     while True:
         turn = await target.listeners.take()
         with closing(turn.value) as listener:
             turn.succeed()
             while True:
-                stream = trio.SocketStream(await listener.accept())
-                if await _greet(stream, incoming):
+                connection = await door.admit(await listener.accept())
+                if connection is None:
+                    continue
+                assert connection.stream is not None, "a socket"
+                if await _greet(connection.stream, incoming):
                     progress.advance(MigrationStatus.POSTCOPY_RECOVER)
-                    return stream
-                stream.socket.close()
+                    return connection
+                connection.close()
 
 
 async def _greet(stream: trio.SocketStream, incoming: IncomingPostcopy) -> bool:
