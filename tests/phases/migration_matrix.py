@@ -182,7 +182,8 @@ async def settled(it: Move, state: str, refused: str) -> Seen:
     if it.source.alive:
         info = await outcome(it.here)
         if info["status"] != "completed":
-            await end_of(it.destination)  # for want of a guest
+            if state != "head":  # which may not have been sent yet: then the destination listens on
+                await end_of(it.destination)  # for want of a guest
             return Seen("source", info.get("error-desc", info["status"]), "")
         if not it.destination.alive:
             return Seen(LOST, "", "")
