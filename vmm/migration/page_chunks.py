@@ -172,10 +172,11 @@ class PageIntake:
         if is_packed and (self._packing is None or self._packing.method != chunk.method):
             raise StreamCorrupt(reason=f"{where} are packed in a way that its terms do not say")
         target = self._packed if is_packed else buffer
-        if ahead := reader.take_content():
+        # Without content, what comes next may be that of a later record.
+        if ahead := reader.take_content() if chunk.content else b"":
             ffi.memmove(target, ahead, len(ahead))
             chunk.done = len(ahead)
-        if reader.content:
+        if chunk.done < chunk.content:
             complete = bulk.read_by(lambda: int(lib.tv_chunk_read(chunk, bulk.fd, target)))
             bulk.bytes += chunk.done - len(ahead)
             reader.pass_content(chunk.done - len(ahead))

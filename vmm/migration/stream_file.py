@@ -237,8 +237,9 @@ class _Reading:
     def _take_live(self, record: RamPages) -> None:
         found, reader = self._found, self._reader
         offset = reader.offset
-        content = reader.take_content()
-        if reader.content:
+        # Without content, what comes next may be that of a later record.
+        content = reader.take_content() if record.content else b""
+        if len(content) < record.content:
             more = self._exactly("content of RAM", self._at, reader.content)
             self._at += len(more)
             reader.pass_content(len(more))
