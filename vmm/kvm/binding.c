@@ -232,6 +232,7 @@ struct tv_ring {
     uint32_t size;
     uint32_t next;
     uint64_t taken; /* entries so far */
+    uint64_t relieved; /* how many of them when KVM last ran the vCPU no further */
 };
 
 static void tv_rings_prepare(struct tv_rings *rings, int vm)
@@ -350,14 +351,15 @@ static void tv_rings_use(struct tv_rings *rings, uint64_t *map)
 }
 
 /*
- * KVM runs a vCPU whose ring is almost full no further. One that has nothing to be taken out has been written over: what
- * was lost of it nobody knows.
+ * KVM runs a vCPU whose ring is almost full no further. Whoever collects may have emptied it in that very moment. One
+ * of which nothing was taken out since the last time has been written over: what was lost of it nobody knows.
  */
 static int tv_ring_relieve(struct tv_cpu *cpu)
 {
-    uint64_t before = cpu->ring.taken;
     int result = cpu->rings ? tv_rings_collect(cpu->rings, &cpu, 1, NULL, 0) : -ENODEV;
+    uint64_t before = cpu->ring.relieved;
 
+    cpu->ring.relieved = cpu->ring.taken;
     return result < 0 ? result : cpu->ring.taken == before ? -EOVERFLOW : 0;
 }
 

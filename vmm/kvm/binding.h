@@ -177,6 +177,7 @@ struct tv_cpu {
 int tv_cpu_map_ring(struct tv_cpu *cpu, struct tv_rings *rings, uint32_t size);
 int tv_rings_collect(struct tv_rings *rings, struct tv_cpu **cpus, uint32_t count, uint64_t *into, uint64_t words);
 void tv_rings_use(struct tv_rings *rings, uint64_t *map);
+int tv_ring_relieve(struct tv_cpu *cpu);
 int tv_cpu_map(struct tv_cpu *cpu, int fd, uint64_t run_size);
 void tv_cpu_unmap(struct tv_cpu *cpu);
 int tv_run(struct tv_cpu *cpu);
