@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
+import struct
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,7 +14,9 @@ import trio
 
 from tests.migration.pki import NAME, Pki
 from vmm.errors import HostFileRefused, MigrationPeerGone, OptionInvalid, TlsFailed, VmmError
+from vmm.hw.doorbell import open_doorbell
 from vmm.migration.tls import secure
+from vmm.migration.tls_relay import Closed, Relay
 from vmm.nursery_tree import Residents
 from vmm.phases.commands_objects import TlsCredsX509
 from vmm.phases.host import HostFiles
@@ -369,6 +373,50 @@ async def test_what_breaks_tls_later_is_the_reason(pki: Pki) -> None:
         end.close()
         server.serve(residents)
         server.close()
+
+
+async def test_what_a_peer_said_before_it_broke_off_arrives(pki: Pki) -> None:
+    async with tcp_pair() as (near, far), trio.open_nursery() as nursery:
+        own = trio.socket.from_stdlib_socket(socket.socket(fileno=os.dup(near.fileno())))
+        server = creds(pki.folder(), "server").context
+
+        def refuse() -> None:
+            raw = socket.socket(fileno=far.detach())
+            raw.setblocking(True)
+            with server.wrap_socket(raw, server_side=True) as tls:
+                tls.sendall(b"no")
+                tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        end = None
+        async with trio.open_nursery() as both:
+            both.start_soon(trio.to_thread.run_sync, refuse)
+            end = await secure(own, creds(pki.folder(), "client"), "destination", hostname=NAME, within=HANGS)
+        # It has broken off, with what was said unread, when there is something to be sent.
+        broken = select.poll()
+        broken.register(near.fileno(), 0)
+        await trio.to_thread.run_sync(broken.poll, HANGS * 1000)
+        await stream(end).send_all(b"more of the state")
+        end.serve(Residents(nursery))
+        assert await read_all(end) == b"no"
+        end.close()
+
+
+async def test_whoever_speaks_no_tls_and_goes_on_fills_no_memory(pki: Pki) -> None:
+    net, peer = socket.socketpair()
+    with peer, trio.socket.from_stdlib_socket(net) as sock, open_doorbell() as bell:
+        relay = Relay(sock, creds(pki.folder(), "server").context, server=True, hostname=None)
+
+        def speak() -> None:
+            peer.sendall(b"This is not TLS." * (1 << 16))
+            peer.shutdown(socket.SHUT_WR)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, speak)
+            with pytest.raises(Closed):
+                await trio.to_thread.run_sync(relay.shake_hands, bell)
+        # No more than what had come before it was looked at.
+        assert relay._arrived.pending < len(relay._buffer)
+        relay.close()
 
 
 # --- the files --------------------------------------------------------------------------------------------------

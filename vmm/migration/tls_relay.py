@@ -125,7 +125,8 @@ class Relay:
             # To close with something unread would be a reset, which may overtake the alert.
             while self._net_open and time.monotonic() < limit:
                 self._wait(bell, {self._net: select.POLLIN}, limit)
-                self._take_in()
+                with suppress(BlockingIOError):  # what comes is dropped
+                    self._net_open = os.readv(self._net, [self._buffer]) > 0
         except OSError:
             return
 
@@ -220,6 +221,8 @@ class Relay:
         # It may have said why before: an alert, or a word, which is still to be read.
         self._take_in()
         self._decrypt(bell)
+        if self.inner is not None:
+            self._deliver(self.inner)
         raise Closed(error if self._net_open else None) from error
 
     # From the network to the engine.
