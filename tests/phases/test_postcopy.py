@@ -30,16 +30,20 @@ from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, T
 from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import faults
 from vmm.kvm.faults import PagesFromLink
+from vmm.migration.outflow import Outflow
 from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.registry import StateRegistry
+from vmm.phases import copying
+from vmm.phases.copying import Canceller
 from vmm.phases.postcopy import hang_up
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from vmm.embedding import EmbeddedMachine
+    from vmm.migration.connection import Connection
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -304,6 +308,39 @@ async def test_a_state_that_is_not_taken_stays_at_the_source(tmp_path: Path, mon
         assert parts(source).memory.absent is None
         await goes_on(source)
         await outcome(destination, "failed")
+
+
+async def test_whoever_calls_it_off_just_before_the_source_lets_go_keeps_the_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, made = Outflow.serve_until_loaded, []
+
+    class Noted(Canceller):  # type: ignore[misc]  # to have the one of this migration
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    async def cancelled_in_this_moment(
+        self: Outflow, server: PageServer, urgent: Connection | None, let_go: Callable[[], object]
+    ) -> None:
+        def cancel_first() -> None:
+            made[0].cancel("by this test")
+            let_go()
+
+        await serve(self, server, urgent, cancel_first)
+
+    monkeypatch.setattr(copying, "Canceller", Noted)
+    monkeypatch.setattr(Outflow, "serve_until_loaded", cancelled_in_this_moment)
+    async with started() as source, empty() as destination:
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.execute("migrate", uri=uri, capabilities=POSTCOPY, parameters=SLOW)
+        await outcome(source, "active")
+        await source.execute("migrate-start-postcopy")
+        assert (await outcome(source))["status"] == "cancelled"
+        assert await status(source) == "running"
+        await goes_on(source)
+        assert await status(destination) != "running"
 
 
 async def test_a_guest_that_stands_goes_and_stands(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class MigrationStatus(StrEnum):
 _S = MigrationStatus
 
 _POSTCOPY: Final[Mapping[MigrationStatus, frozenset[MigrationStatus]]] = {
-    _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED}),
+    _S.POSTCOPY_DEVICE: frozenset({_S.POSTCOPY_ACTIVE, _S.POSTCOPY_PAUSED, _S.CANCELLING}),
     _S.POSTCOPY_ACTIVE: frozenset({_S.POSTCOPY_PAUSED, _S.COMPLETED}),
     _S.POSTCOPY_PAUSED: frozenset({_S.POSTCOPY_RECOVER_SETUP}),
     _S.POSTCOPY_RECOVER_SETUP: frozenset({_S.POSTCOPY_RECOVER, _S.POSTCOPY_PAUSED}),

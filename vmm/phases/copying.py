@@ -6,6 +6,7 @@ the two sides agree by words which of the two runs (`vmm.migration.words`).
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import closing
 from functools import partial
@@ -23,6 +24,7 @@ from vmm.migration.convergence import Convergence
 from vmm.migration.further import open_channels
 from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
+from vmm.migration.pump import Stopped
 from vmm.migration.ram import RamSender
 from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import IDENTITY_SIZE, Section
@@ -472,16 +474,21 @@ async def _hand_on(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> No
     await copy.flow.hand_on(sections, ram)
     server = PageServer(may.ram(), ram.todo, lambda: int(parameters.values["max-postcopy-bandwidth"]))
     progress.follow_ram(lambda: server.statistics(ram.statistics()))
+    patience = trio.CancelScope()
 
     def let_go() -> None:
-        # A cancellation before this stops the thread that asks; one after it has no effect.
+        # A cancellation before this stops the thread that asks, also in this very moment; one after it has no effect.
+        if patience.cancel_called or copy.canceller.scope.cancel_called:
+            raise Stopped
+        patience.deadline = math.inf
         copy.canceller.let_go = True
         run.here = False
         copy.steering.server = server
 
     late = False
     try:
-        with trio.move_on_after(_ANSWERING) as patience:
+        with patience:
+            patience.deadline = trio.current_time() + _ANSWERING
             await copy.flow.serve_until_loaded(server, copy.steering.urgent, let_go)
         late = patience.cancelled_caught
     except VmmError:
