@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import socket
 from contextlib import closing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
+import trio.lowlevel
+import trio.testing
 
 from tests.kvm.tiny import TinyMachine
 from vmm.errors import GuestPageLost, HostFileRefused, PageFaultsUnavailable
 from vmm.hostio import create_ram
 from vmm.kvm import _faults, faults
 from vmm.kvm._mapped import ffi, lib
-from vmm.kvm.faults import KeptPages, PagesFromFile, require_features
+from vmm.kvm.faults import KeptPages, PagesFromFile, PagesFromLink, require_features
 from vmm.kvm.memory import PAGE_SIZE, GuestMemory
 from vmm.kvm.page_file import PageFile, all_pages
+from vmm.kvm.page_map import PageMap
+from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -213,6 +218,51 @@ async def test_a_file_that_takes_no_more_costs_the_guest_nothing(memory: GuestMe
         for page in range(PAGES):
             memory.write(page * PAGE_SIZE, b"goes on")
     os.close(fd)
+
+
+async def test_it_is_over_only_once_the_last_page_is_kept(memory: GuestMemory) -> None:
+    last = (PAGES - 1) * PAGE_SIZE
+    later = create_ram(PAGE_SIZE, "later")
+    os.write(later, b"later ")
+    memory.clear()
+    memory.write(last, b"before")
+    ours, theirs = socket.socketpair()
+    over: list[object] = []
+    ended = trio.Event()
+
+    async def watch() -> None:
+        over.append(await pages.wait_over())
+        ended.set()
+
+    with (
+        ours, theirs,
+        closing(GuestMemory.from_memfd(create_ram(memory.size, "slow"), memory.size)) as slow,
+        closing(PagesFromLink(slow, PageMap(PAGES), ours.fileno(), None, 1)),
+        closing(GuestMemory.from_memfd(create_ram(memory.size, "file"), memory.size)) as taken,
+    ):  # fmt: skip
+        file = PageFile(taken.fd, 0, PAGES)
+        assert slow._bytes is not None
+        absent = memoryview(slow._bytes).cast("B")[:PAGE_SIZE]  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            # Whoever writes to the file waits until what is being written there has come.
+            nursery.start_soon(trio.to_thread.run_sync, os.pwrite, taken.fd, absent, 0)
+            for kind in (FrameKind.BEGIN, FrameKind.NEED):
+                Frame.decode(await trio.to_thread.run_sync(theirs.recv, FRAME_SIZE), kind)
+            with closing(KeptPages(memory, file)) as pages:
+                pages.begin()
+                nursery.start_soon(watch)
+                nursery.start_soon(trio.to_thread.run_sync, memory.fill, last, later, 0, 6)
+                while pages.report().passed < PAGES - 64:
+                    await trio.lowlevel.checkpoint()
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                # The thread that goes through all pages is at its end. The other one waits for the file.
+                early = list(over)
+                theirs.sendall(Frame(FrameKind.ZEROS, 0, 1).encode())
+                await ended.wait()
+        assert (early, over) == ([], [None])
+        assert memory.read(last, 6) == b"later "
+        assert taken.read(last, 6) == b"before"
+    os.close(later)
 
 
 async def test_keeping_can_be_given_up(memory: GuestMemory, file: PageFile) -> None:

@@ -330,7 +330,10 @@ static int tf_protection(tf_server *server, uint64_t first, uint64_t count, int 
     return 0;
 }
 
-/* Writes pages out that this thread has claimed, and lets the guest write them. 0, or the server has failed. */
+/*
+ * Writes pages out that this thread has claimed, and lets the guest write them. 0, or the server has failed. The last one
+ * to be done is the end, whichever thread has it: until then the other may be at a page that the guest wants to change.
+ */
 static int tf_keep(tf_server *server, uint64_t first, uint64_t count)
 {
     const struct tf_plan *plan = &server->plan;
@@ -354,7 +357,6 @@ static int tf_keep(tf_server *server, uint64_t first, uint64_t count)
         if (!take)
             start = page + 1;
     }
-    tf_note(&server->report.passed, count);
     if (!error)
         error = tf_protection(server, first, count, 0);
     if (error) {
@@ -362,6 +364,8 @@ static int tf_keep(tf_server *server, uint64_t first, uint64_t count)
         tf_unregister(server);
         return -1;
     }
+    if (__atomic_add_fetch(&server->report.passed, count, __ATOMIC_ACQ_REL) == plan->pages)
+        tf_end(server, TF_COMPLETE, 0, 0, 0);
     return 0;
 }
 
@@ -396,8 +400,6 @@ static void *tf_move_out(void *arg)
         if (count < TP_RUN)
             page++; /* it was claimed by the other thread, or is the end */
     }
-    if (page >= pages)
-        tf_end(server, TF_COMPLETE, 0, 0, 0);
     return NULL;
 }
 
