@@ -245,6 +245,8 @@ async def test_before_the_guest_can_be_ours_a_break_lets_everybody_go_on(target:
         with trio.fail_after(HANGS):
             assert "closed the connection" in str(await link.wait_changed())
         assert touch(target, 9) == bytes(PAGE_SIZE)
+        with pytest.raises(MigrationPeerGone, match="The source closed the connection; the guest stays there"):
+            link.say_loaded()
 
 
 async def test_whoever_waits_goes_on_when_it_is_given_up(target: GuestMemory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -26,9 +27,17 @@ from tests.phases.copy_kit import (
     ticked,
 )
 from tests.phases.test_tls import given
-from vmm.errors import MigrationRefused, PageFaultsUnavailable, StateRejected, TokenNotGranted, TokenWithheld
+from vmm.errors import (
+    HostFileRefused,
+    MigrationRefused,
+    PageFaultsUnavailable,
+    StateRejected,
+    TokenNotGranted,
+    TokenWithheld,
+)
 from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import faults
+from vmm.kvm._faults import lib as pages_lib
 from vmm.kvm.faults import PagesFromLink
 from vmm.migration.outflow import Outflow
 from vmm.migration.page_frames import Frame, FrameKind
@@ -341,6 +350,58 @@ async def test_whoever_calls_it_off_just_before_the_source_lets_go_keeps_the_gue
         assert await status(source) == "running"
         await goes_on(source)
         assert await status(destination) != "running"
+
+
+async def test_a_connection_that_breaks_before_the_state_is_in_force_leaves_the_guest_at_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = PagesFromLink.say_loaded
+
+    def cut(pages: PagesFromLink) -> None:
+        hang_up(pages._links[0])
+        while pages._state().state == pages_lib.TF_RUNS:
+            os.sched_yield()
+        says(pages)
+
+    monkeypatch.setattr(PagesFromLink, "say_loaded", cut)
+    async with started() as source, empty() as destination:
+        fill(source)
+        await destination.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}", exit_on_error=False)
+        await source.execute("migrate", uri=f"unix:{tmp_path / 'main'}", capabilities=POSTCOPY, parameters=SLOW)
+        await outcome(source, "active")
+        await source.execute("migrate-start-postcopy")
+        assert (await outcome(source))["status"] == "failed"
+        info = await outcome(destination, "failed", "postcopy-active", "postcopy-paused")
+        assert (info["status"], info.get("error-desc")) == (
+            "failed", "The source closed the connection; the guest stays there",
+        )  # fmt: skip
+        await goes_on(source)
+        # And another one can come.
+        await destination.execute("migrate-incoming", uri=f"unix:{tmp_path / 'again'}", exit_on_error=False)
+
+
+async def test_what_cannot_be_gone_on_with_there_is_resumed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relink = PagesFromLink.relink
+
+    def fails(*_: object) -> None:
+        monkeypatch.setattr(PagesFromLink, "relink", relink)
+        raise HostFileRefused(action="duplicate", path="descriptor 5", reason="no descriptor is left")
+
+    async with half_gone(tmp_path / "main") as (source, destination):
+        monkeypatch.setattr(PagesFromLink, "relink", fails)
+        for turn in range(2):
+            if not turn:
+                await source.execute("migrate-pause")
+            await outcome(source, "postcopy-paused")
+            await outcome(destination, "postcopy-paused")
+            await destination.execute("migrate-recover", uri=f"unix:{tmp_path / str(turn)}")
+            await source.execute("migrate", uri=f"unix:{tmp_path / str(turn)}", resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
 
 
 async def test_a_guest_that_stands_goes_and_stands(tmp_path: Path) -> None:

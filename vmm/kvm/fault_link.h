@@ -106,18 +106,21 @@ static void tl_break(tf_server *server, int error)
         tf_unregister(server);
 }
 
-static void tl_say(tf_server *server, uint32_t kind, uint64_t page, uint32_t count)
+/* 0; or -1, and nothing was said: the server rests, or is at its end. */
+static int tl_say(tf_server *server, uint32_t kind, uint64_t page, uint32_t count)
 {
     struct tl_frame frame = { .kind = kind, .page = page, .count = count };
-    int error = 0;
+    int error, says;
 
     tl_seal(&frame);
     pthread_mutex_lock(&server->saying);
-    if (tf_runs(server))
-        error = tl_write(server, server->link, &frame, sizeof frame);
-    pthread_mutex_unlock(&server->saying);
+    says = tf_runs(server);
+    error = says ? tl_write(server, server->link, &frame, sizeof frame) : 0;
+    /* Here, as it is of this connection, and not of one that may follow. */
     if (error)
         tl_break(server, error);
+    pthread_mutex_unlock(&server->saying);
+    return says ? 0 : -1;
 }
 
 /*
@@ -329,15 +332,15 @@ static tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here
     return server;
 }
 
-/* Says that the guest's state is in force here. */
-static void tf_say_loaded(tf_server *server)
+/* Says that the guest's state is in force here. 0; or -1, and it was not said: the guest is certainly the source's. */
+static int tf_say_loaded(tf_server *server)
 {
     server->loaded = 1;
-    tl_say(server, TL_LOADED, 0, 0);
+    return tl_say(server, TL_LOADED, 0, 0);
 }
 
-/* Has a server that rests go on over other connections. 0, or minus an errno. */
-static int tf_relink(tf_server *server, int link, int urgent)
+/* Has a server that rests go on over other connections. Where that cannot be it rests again. */
+static void tf_relink(tf_server *server, int link, int urgent)
 {
     uint64_t pages = server->plan.pages;
     int error;
@@ -346,17 +349,20 @@ static int tf_relink(tf_server *server, int link, int urgent)
     if (server->urgent >= 0)
         shutdown(server->urgent, SHUT_RDWR);
     tl_join(server);
+    pthread_mutex_lock(&server->saying); /* whoever still says something over the old ones has failed by then */
     server->link = link;
     server->urgent = urgent;
     pthread_mutex_lock(&server->lock);
     server->report.error = 0;
     __atomic_store_n(&server->report.state, TF_RUNS, __ATOMIC_RELEASE);
     pthread_mutex_unlock(&server->lock);
+    pthread_mutex_unlock(&server->saying);
     error = tl_begin(server);
+    if (error)
+        tl_break(server, error);
     for (uint64_t page = 0; !error && page < pages; page++)
         if (tp_has(server->claimed, page) && !tp_has(server->done, page))
             tl_say(server, TL_NEED, page, 1);
-    return error;
 }
 
 /* Waits until a page is here that has been asked for; 0, or it rests, or is at its end. */

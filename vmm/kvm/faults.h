@@ -42,8 +42,8 @@ int tf_begin_protection(tf_server *server);
 tf_server *tf_serve_link(const struct tf_plan *plan, const uint64_t *here, int link, int urgent, uint32_t cpus,
                          int bell, int *error);
 uint64_t tf_waited(tf_server *server, uint32_t thread);
-void tf_say_loaded(tf_server *server);
-int tf_relink(tf_server *server, int link, int urgent);
+int tf_say_loaded(tf_server *server);
+void tf_relink(tf_server *server, int link, int urgent);
 void tf_here(tf_server *server, uint64_t *here);
 int tf_require(tf_server *server, uint64_t first, uint64_t count);
 void tf_report(tf_server *server, struct tf_report *report);

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -55,7 +55,12 @@ class _Server:
         self._action: Final = action
         self._file: Final = file  # whose tables are C's as long as there is a server
         self._fd: Final = hostio.dup(file.fd) if file is not None else -1
-        self._bell: Final = hostio.open_eventfd()
+        try:
+            self._bell: Final = hostio.open_eventfd()
+        except VmmError:
+            if self._fd >= 0:
+                os.close(self._fd)
+            raise
         self._server: CData | None = None
 
     def _make(self, features: Iterable[str], make: Callable[[CData, CData], CData]) -> CData:
@@ -208,7 +213,11 @@ class PagesFromLink(_Server):
         super().__init__(memory, "run the guest before all of its RAM is there")
         self._links: list[int] = []
         words = ffi.cast("uint64_t *", here.words)
-        link, rush = self._own(link, urgent)
+        try:
+            link, rush = self._own(link, urgent)
+        except VmmError:
+            self._close_descriptors()
+            raise
         try:
             self._make(
                 LINK_FEATURES, lambda plan, error: lib.tf_serve_link(plan, words, link, rush, cpus, self._bell, error)
@@ -220,8 +229,15 @@ class PagesFromLink(_Server):
 
     def _own(self, link: int, urgent: int | None) -> tuple[int, int]:
         """Return copies of two descriptors, for the threads to have as long as they run; -1 for None."""
-        self._links = [hostio.dup(fd) for fd in (link, urgent) if fd is not None]
-        return self._links[0], -1 if urgent is None else self._links[1]
+        with ExitStack() as stack:
+            links = []
+            for fd in (link, urgent):
+                if fd is not None:
+                    links.append(hostio.dup(fd))
+                    stack.callback(os.close, links[-1])
+            stack.pop_all()
+        self._links = links
+        return links[0], -1 if urgent is None else links[1]
 
     def _disown(self) -> None:
         links, self._links = self._links, []
@@ -245,8 +261,13 @@ class PagesFromLink(_Server):
         return None if state.state == lib.TF_COMPLETE else self._failure(state)
 
     def say_loaded(self) -> None:
-        """Say that the guest's state is in force here."""
-        lib.tf_say_loaded(self._server)
+        """Say that the guest's state is in force here.
+
+        Raises:
+            MigrationPeerGone: the connection broke before that was said, and the guest is the source's.
+        """
+        if lib.tf_say_loaded(self._server):
+            raise self._failure(self._state(), "the guest stays there")
 
     async def wait_ours(self) -> MigrationPeerGone | None:
         """Wait until the source has let the guest go (None), or the connection is broken, and then return how."""
@@ -262,13 +283,15 @@ class PagesFromLink(_Server):
             os.eventfd_read(self._bell)
 
     def relink(self, link: int, urgent: int | None) -> None:
-        """Go on over another connection. What was asked for and has not come is asked for again. For a thread."""
-        before, self._links = self._links, []
-        error = lib.tf_relink(self._server, *self._own(link, urgent))
+        """Go on over another connection. What was asked for and has not come is asked for again. For a thread.
+
+        Raises:
+            HostFileRefused: no descriptor is left. It is as it was before.
+        """
+        before = self._links
+        lib.tf_relink(self._server, *self._own(link, urgent))
         for fd in before:
             os.close(fd)
-        if error:
-            raise self._refused(-error)
 
     def here(self) -> PageMap:
         """Return the pages that are there."""
@@ -284,11 +307,13 @@ class PagesFromLink(_Server):
         """Return how long a thread has waited for pages, in ms; with 0, how long all vCPUs have at the same time."""
         return int(lib.tf_waited(self._server, thread)) // 1_000_000
 
-    def _failure(self, state: CData) -> MigrationPeerGone:
+    def _failure(
+        self, state: CData, outcome: str = "the guest waits for its pages; see migrate-recover"
+    ) -> MigrationPeerGone:
         known = {errno.EPIPE: "closed the connection", errno.EBADMSG: "sent damaged pages"}
         known[errno.EPROTO] = "sent what are no pages of this guest"
         what = known.get(-state.error, f"is gone ({os.strerror(-state.error)})")
-        return MigrationPeerGone(peer="source", what=what, outcome="the guest waits for its pages; see migrate-recover")
+        return MigrationPeerGone(peer="source", what=what, outcome=outcome)
 
     def close(self) -> None:
         """Release, and end the threads: what was absent is zero. Idempotent."""

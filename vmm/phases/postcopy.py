@@ -397,7 +397,12 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
                         connection.close()
                     connection = fresh
                     target.link = connection.fd
-                    await trio.to_thread.run_sync(pages.relink, target.link, None)
+                    try:
+                        await trio.to_thread.run_sync(pages.relink, target.link, None)
+                    except VmmError as error:
+                        machine.made.host.complain(str(error))
+                        hang_up(connection.fd)
+                        continue
                     progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
                     if not incoming.ours:
                         incoming.ours = True
