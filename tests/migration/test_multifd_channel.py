@@ -5,25 +5,35 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING
+from contextlib import asynccontextmanager, closing
+from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 import pytest
+import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vmm import hostio
 from vmm.errors import StreamCorrupt
 from vmm.hw.doorbell import Doorbell
+from vmm.kvm.memory import PAGE_SIZE, GuestMemory
+from vmm.migration.connection import Connection
 from vmm.migration.multifd import ChannelWriter
-from vmm.migration.multifd_intake import ChannelReader
+from vmm.migration.multifd_intake import ChannelReader, MultifdIntake
 from vmm.migration.pump import Bulk
 from vmm.migration.ram_records import DATA, RAW, RUN, TABLE, ZERO, RamPages, RamPass
 from vmm.migration.stream_records import End
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from vmm.migration.stream_records import Record
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+HANGS: Final = 30.0
+"""Seconds after which a test says that what it waits for does not come. No outcome depends on it."""
 
 ZEROS = TABLE.pack(1, RAW, 0) + RUN.pack(0x1000, 3, ZERO)
 
@@ -104,3 +114,31 @@ def test_whatever_bit_is_flipped_it_is_noticed(bit: int) -> None:
 def test_wherever_it_ends_it_is_noticed(size: int) -> None:
     with pytest.raises(StreamCorrupt):
         read(written()[:size])
+
+
+@asynccontextmanager
+async def intake(said: bytes) -> AsyncGenerator[MultifdIntake]:
+    """Yield a destination's channels, of which there is one, on which `said` comes and nothing more for now."""
+    near, far = socket.socketpair()
+    with far, closing(GuestMemory.from_memfd(hostio.create_ram(PAGE_SIZE, "test"), PAGE_SIZE)) as memory:
+        connection = Connection(trio.socket.from_stdlib_socket(near))
+        far.sendall(said)
+        with closing(MultifdIntake(memory, [connection], store=True, packings=[None])) as channels:
+            yield channels
+
+
+async def test_a_pass_that_does_not_come_next_is_not_waited_for() -> None:
+    async with intake(b"") as channels:
+        with trio.fail_after(HANGS), pytest.raises(StreamCorrupt) as caught:
+            await channels.beside(lambda: trio.to_thread.run_sync(channels.begins, 7))
+    assert str(caught.value) == "State stream: it begins pass 7 over RAM, expected pass 1"
+
+
+async def test_a_channel_that_has_ended_is_not_waited_for() -> None:
+    def stream() -> None:
+        for number in (1, 2, 3):
+            channels.begins(number)
+
+    async with intake(b"".join(ChannelWriter().end())) as channels:
+        with trio.fail_after(HANGS):
+            await channels.beside(lambda: trio.to_thread.run_sync(stream))

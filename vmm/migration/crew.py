@@ -13,6 +13,8 @@ from vmm.migration.pump import ChannelBroken
 
 JobT = TypeVar("JobT")
 
+_FOREVER: Final = 1 << 62
+"""More passes than there can be."""
 _WAITING: Final = 2
 """Jobs that wait for a thread at most, besides that which it is at."""
 
@@ -129,7 +131,13 @@ class PassGate:
     def release(self) -> None:
         """Let them go on to their end: the stream has no further pass."""
         with self._turn:
-            self._stream = 1 << 62
+            self._stream = _FOREVER
+            self._turn.notify_all()
+
+    def left(self, thread: int) -> None:
+        """Note that a channel has come to its end: nobody waits for it any more."""
+        with self._turn:
+            self._passes[thread] = _FOREVER
             self._turn.notify_all()
 
     def abort(self) -> None:

@@ -123,10 +123,18 @@ class MultifdIntake:
         self._connections: Final = connections
         self._intakes: Final = [PageIntake(memory, store=store, packing=packing) for packing in packings]
         self._gate: Final = PassGate(len(connections))
+        self._passes = 0  # that have begun
         self._failure: VmmError | None = None
 
     def begins(self, number: int) -> None:
-        """Wait until all of the pass before `number` is there; then let that begin. In the stream's own thread."""
+        """Wait until all of the pass before `number` is there; then let that begin. In the stream's own thread.
+
+        Raises:
+            StreamCorrupt: another one comes next. Nobody would be listening while that was waited for.
+        """
+        self._passes += 1
+        if number != self._passes:
+            raise StreamCorrupt(reason=f"it begins pass {number} over RAM, expected pass {self._passes}")
         self._gate.begins(number)
 
     async def beside(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -182,6 +190,7 @@ class MultifdIntake:
                         reason=f"multifd channel {index} ends pass {record.number}, expected pass {passes}"
                     )
                 self._gate.ended(index, passes)
+            self._gate.left(index)
 
         async with connection.explained():
             try:
