@@ -376,7 +376,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                 ran = run.gang.running
                 # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
                 with trio.CancelScope(shield=True):
-                    await run.gang.stop()
+                    await run.gang.halt()
                     await machine.rest()
                 # A vCPU may have failed in the moment of the stop: then the guest runs on nowhere.
                 ran = ran and run.status.running
@@ -405,6 +405,8 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                     run.here = False
         finally:
             progress.pause_ends()
+            with trio.CancelScope(shield=True):
+                await run.gang.stop()  # whose tasks may not have ended yet
             if run.here:
                 _take_back_ram(run)
                 machine.wake()
