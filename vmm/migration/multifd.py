@@ -16,7 +16,7 @@ from vmm.errors import VmmError
 from vmm.migration.crew import Aborted, JobQueues
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
-from vmm.migration.ram_records import RamPages, RamPass
+from vmm.migration.ram_records import PAGE_SIZE, RamPages, RamPass
 from vmm.migration.stream import encode_record
 from vmm.migration.stream_records import End
 from vmm.migration.zero_copy import ZeroCopy
@@ -155,6 +155,7 @@ class MultifdSink:
         ]
         self._queues: Final[JobQueues[_Job]] = JobQueues(len(connections))
         self._pass = 0
+        self._handed_over = 0  # pages, in stripes
         self._failure: VmmError | ChannelBroken | None = None
 
     @property
@@ -178,6 +179,13 @@ class MultifdSink:
         return self._main.bytes + self.further_bytes
 
     @property
+    def under_way(self) -> int:
+        """About how many bytes more that will be: the pages that wait, by what those before them have taken."""
+        gone = self.data_pages + self.zero_pages
+        each = self.further_bytes / gone if gone else PAGE_SIZE
+        return round((self._handed_over - gone) * each)
+
+    @property
     def copied_all_the_same(self) -> int:
         """How often a pass's pages were copied though they need not have been."""
         return sum(sender.zero_copy.missed for sender in self._senders if sender.zero_copy is not None)
@@ -185,6 +193,7 @@ class MultifdSink:
     def send(self, todo: PageMap, region: Region, first: int, end: int) -> int:
         """Leave one stripe to its channel's thread; see `PageSink`."""
         end = min(end, (first // STRIPE + 1) * STRIPE)
+        self._handed_over += todo.count(first, end)
         self._queues.put(first // STRIPE % len(self._senders), _Stripe(todo, region, first, end))
         return end
 

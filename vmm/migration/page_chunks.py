@@ -37,6 +37,10 @@ class PageSink(Protocol):
     def bytes(self) -> int:
         """What was written so far, all of it."""
 
+    @property
+    def under_way(self) -> int:
+        """About how many bytes more that will be, once all has gone that `send` was given."""
+
     def send(self, todo: PageMap, region: Region, first: int, end: int) -> int:
         """Send some of the pages in `todo` from `first` to before `end`, all of `region`, and take them out of it.
 
@@ -81,6 +85,11 @@ class ChannelSink:
     def bytes(self) -> int:
         """What was written so far, all of it."""
         return self._bulk.bytes
+
+    @property
+    def under_way(self) -> int:
+        """Nothing: `send` returns when it has gone."""
+        return 0
 
     def send(self, todo: PageMap, region: Region, first: int, end: int) -> int:
         """Send one chunk; see `PageSink`."""

@@ -95,7 +95,7 @@ class Precopy:
         for _ in self.ram.pages(sink):
             if self._watcher.hurries:
                 break
-            limiter.wait(bulk, sink.bytes, self._limit)
+            limiter.wait(bulk, lambda: sink.bytes + sink.under_way, self._limit)
         sink.flush()
         self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
@@ -127,14 +127,17 @@ class _Limiter:
         self._since = time.monotonic()
         self._sent = sent
 
-    def wait(self, bulk: Bulk, sent: int, limit: Callable[[], int]) -> None:
-        """Wait until `sent` bytes may have been sent at `limit` bytes a second, which may change; 0 is no limit."""
+    def wait(self, bulk: Bulk, sent: Callable[[], int], limit: Callable[[], int]) -> None:
+        """Wait until `sent` bytes may have been sent at `limit` bytes a second, which may change; 0 is no limit.
+
+        What is handed over and not sent yet is among `sent`, by an estimate, so that may change too.
+        """
         while rate := limit():
-            now = time.monotonic()
-            ahead = (sent - self._sent) / rate - (now - self._since)
+            now, found = time.monotonic(), sent()
+            ahead = (found - self._sent) / rate - (now - self._since)
             if ahead <= _BURST:
                 if ahead < 0:
                     # What was not used is not saved up.
-                    self._since, self._sent = now, sent
+                    self._since, self._sent = now, found
                 return
             bulk.wait(min(ahead, _LOOK))
