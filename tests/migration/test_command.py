@@ -148,6 +148,18 @@ async def test_the_end_of_the_machine_ends_the_command() -> None:
     async with trio.open_nursery() as nursery:
         residents = Residents(nursery)
         connection = start_command(ExecAddress([*SHELL, "sleep 1000"]), "out", two_way=False).serve(residents)
+        connection.close()
+        await residents._leave_all()
+
+
+async def test_what_was_said_last_is_passed_on_though_the_machine_ends(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        residents = Residents(nursery)
+        address = ExecAddress([*SHELL, f"cat > {tmp_path}/said"])
+        connection = start_command(address, "out", two_way=True).serve(residents)
+        assert connection.stream is not None
+        await connection.stream.send_all(b"yours")
         connection.part()
         connection.close()
         await residents._leave_all()
+    assert (tmp_path / "said").read_bytes() == b"yours"

@@ -69,8 +69,10 @@ class Ends:
     server: Connection | VmmError
 
 
-async def shaken(nursery: trio.Nursery, client: TlsCredentials, server: TlsCredentials, **options: Any) -> Ends:
-    """Shake hands, and return what came of it."""
+async def shaken(
+    nursery: trio.Nursery, client: TlsCredentials, server: TlsCredentials, *, serve: bool = True, **options: Any
+) -> Ends:
+    """Shake hands, and return what came of it; without `serve`, nobody passes on anything yet."""
     ends, residents = Ends(), Residents(nursery)
     async with tcp_pair() as (near, far):
 
@@ -79,7 +81,8 @@ async def shaken(nursery: trio.Nursery, client: TlsCredentials, server: TlsCrede
         ) -> None:
             own = trio.socket.from_stdlib_socket(socket.socket(fileno=os.dup(sock.fileno())))
             try:
-                setattr(ends, name, (await secure(own, creds, peer, within=HANGS, **options)).serve(residents))
+                end = await secure(own, creds, peer, within=HANGS, **options)
+                setattr(ends, name, end.serve(residents) if serve else end)
             except VmmError as error:
                 setattr(ends, name, error)
 
@@ -164,6 +167,30 @@ async def test_what_was_said_before_the_channel_was_closed_arrives(pki: Pki) -> 
         client.part()
         client.close()
         assert await read_all(server) == b"yours"
+
+
+async def test_what_was_said_last_arrives_though_the_machine_ends(pki: Pki) -> None:
+    async with trio.open_nursery() as nursery:
+        ends = await shaken(nursery, creds(pki.folder(), "client"), creds(pki.folder(), "server"), serve=False)
+        client, server = ends.client, ends.server
+        assert not isinstance(client, VmmError), client
+        assert not isinstance(server, VmmError), server
+        server.serve(Residents(nursery))
+
+        heard: list[bytes] = []
+
+        async def hear() -> None:
+            heard.append(await read_all(server))
+            server.close()
+
+        nursery.start_soon(hear)
+        await stream(client).send_all(b"yours")
+        client.part()
+        residents = Residents(nursery)
+        client.serve(residents)
+        client.close()
+        await residents._leave_all()
+    assert heard == [b"yours"]
 
 
 async def test_a_peer_that_dies_is_the_end_and_nobodys_doing(pki: Pki) -> None:

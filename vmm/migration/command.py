@@ -122,7 +122,8 @@ class _Command:
             raise self._failure()
 
     def end(self, *, gently: bool) -> None:
-        """Kill it, or give it some time."""
+        """Kill it, or give it some time, also where the machine ends meanwhile: what was said last says whose it is."""
+        self._limit.shield = gently
         self._limit.deadline = trio.current_time() + _LINGERING if gently else -float("inf")
 
     def _failure(self) -> MigrationCommandFailed:

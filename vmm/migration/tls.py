@@ -138,7 +138,8 @@ class _Attendant:
         """Do nothing: a socket's peer is heard, by words."""
 
     def end(self, *, gently: bool) -> None:
-        """End it, or give it some time."""
+        """End it, or give it some time, also where the machine ends meanwhile: what was said last says whose it is."""
+        self._limit.shield = gently
         self._limit.deadline = trio.current_time() + _LINGERING if gently else -float("inf")
 
     def failed(self, what: str, instead: str) -> TlsFailed:
