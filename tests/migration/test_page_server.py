@@ -249,7 +249,8 @@ async def test_before_the_guest_can_be_ours_a_break_lets_everybody_go_on(target:
             link.say_loaded()
 
 
-async def test_whoever_waits_goes_on_when_it_is_given_up(target: GuestMemory) -> None:
+@pytest.mark.parametrize("closes", [False, True], ids=["release", "close"])
+async def test_whoever_waits_goes_on_when_it_is_given_up(closes: bool, target: GuestMemory) -> None:
     with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
         with trio.fail_after(HANGS):
             async with trio.open_nursery() as nursery:
@@ -260,7 +261,11 @@ async def test_whoever_waits_goes_on_when_it_is_given_up(target: GuestMemory) ->
 
                 nursery.start_soon(use)
                 assert (await asked_for(pair.source)).page == 9
-                link.release()
+                if closes:
+                    link.close()
+                    link.require(9, 1)
+                else:
+                    link.release()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, final
 
@@ -62,6 +63,8 @@ class _Server:
                 os.close(self._fd)
             raise
         self._server: CData | None = None
+        self._idle: Final = threading.Condition()
+        self._users = 0  # threads that use the server, which is there as long
 
     def _make(self, features: Iterable[str], make: Callable[[CData, CData], CData]) -> CData:
         """Have `make` make the server, from a plan, or say why not."""
@@ -94,10 +97,11 @@ class _Server:
             reason = "the guest's RAM must be a memfd or a file on tmpfs, in pages of 4096 bytes; it is something else"
         return PageFaultsUnavailable(action=self._action, reason=reason)
 
-    def _state(self) -> CData:
-        assert self._server is not None, "a server of faults was used after close()"
+    def _state(self, server: CData | None = None) -> CData:
+        server = server or self._server
+        assert server is not None, "a server of faults was used after close()"
         report = ffi.new("struct tf_report *")
-        lib.tf_report(self._server, report)
+        lib.tf_report(server, report)
         return report
 
     def report(self) -> FaultReport:
@@ -114,6 +118,21 @@ class _Server:
     def _failure(self, state: CData) -> VmmError:
         raise NotImplementedError
 
+    def _require(self, first: int, count: int) -> None:
+        # Any thread, also while another one closes this: then nobody waits for anything any more.
+        with self._idle:
+            server = self._server
+            if server is None:
+                return
+            self._users += 1
+        try:
+            if lib.tf_require(server, first, count):
+                raise self._failure(self._state(server))
+        finally:
+            with self._idle:
+                self._users -= 1
+                self._idle.notify_all()
+
     def release(self) -> None:
         """Let everybody go on who waits. Idempotent."""
         if self._server is not None:
@@ -121,8 +140,12 @@ class _Server:
 
     def close(self) -> None:
         """Release, and end the threads. Idempotent."""
-        server, self._server = self._server, None
+        with self._idle:
+            server, self._server = self._server, None
         if server is not None:
+            lib.tf_release(server)
+            with self._idle:
+                self._idle.wait_for(lambda: not self._users)
             lib.tf_free(server)
             self._close_descriptors()
 
@@ -151,9 +174,7 @@ class PagesFromFile(_Server):
         Raises:
             GuestPageLost: one of them cannot be had, or one before.
         """
-        assert self._server is not None, "a server of faults was used after close()"
-        if lib.tf_require(self._server, first, count):
-            raise self._failure(self._state())
+        self._require(first, count)
 
     def _failure(self, state: CData) -> VmmError:
         assert self._file is not None
@@ -250,9 +271,7 @@ class PagesFromLink(_Server):
         Raises:
             MigrationPeerGone: the connection is broken, or it has been given up.
         """
-        assert self._server is not None, "a server of faults was used after close()"
-        if lib.tf_require(self._server, first, count):
-            raise self._failure(self._state())
+        self._require(first, count)
 
     async def wait_changed(self) -> MigrationPeerGone | None:
         """Wait until all pages are there (None), or the connection is broken, and then return how."""
