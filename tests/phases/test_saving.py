@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
     from vmm.capabilities import MayWriteGuestMemory
     from vmm.embedding import EmbeddedMachine
+    from vmm.nursery_tree import Phase, Turn
+    from vmm.phases.copying import CopyPlan, Gone
+    from vmm.phases.running import Run
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -84,6 +87,43 @@ async def test_a_guest_comes_back_from_a_sparse_file(tmp_path: Path) -> None:
         assert look(destination).ticks == ticks
         await destination.execute("cont")
         await goes_on(destination)
+
+
+async def test_what_is_used_for_the_first_time_until_the_guest_stands_is_saved_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Run] = []
+    begins, held, over = trio.Event(), trio.Event(), trio.Event()
+    run_saving = saving.run_saving
+
+    async def noted(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:
+        runs.append(run)
+        begins.set()
+        await held.wait()
+        return await run_saving(running, run, plan, turn)
+
+    async def hold() -> None:
+        await begins.wait()
+        async with runs[0].control:
+            held.set()
+            await over.wait()
+
+    monkeypatch.setattr(saving, "run_saving", noted)
+    async with started() as source, trio.open_nursery() as nursery:
+        await source.execute("stop")
+        nursery.start_soon(hold)
+        await source.execute("migrate", uri=f"file:{tmp_path / 'state'}", capabilities=MAPPED)
+        with trio.fail_after(HANGS):
+            while not runs[0].control.statistics().tasks_waiting:
+                await trio.lowlevel.checkpoint()
+        parts(source).memory.write(BYSTANDER, b"at last")
+        over.set()
+        assert (await outcome(source))["status"] == "completed"
+        before = ram(source)
+    async with empty(autostart=False) as destination:
+        await destination.execute("migrate-incoming", uri=f"file:{tmp_path / 'state'}")
+        await in_status(destination, "paused")
+        assert ram(destination) == before
 
 
 async def test_a_guest_is_saved_while_it_runs_and_what_it_writes_again_goes_to_its_place(tmp_path: Path) -> None:

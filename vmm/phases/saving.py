@@ -160,15 +160,16 @@ class _Save:
         """
         progress, ram = self.progress, self.file.ram
         todo = PageMap(ram.record.pages)
-        if log is None:
-            todo.merge(self.run.machine.memory.touched())
-        else:
+        if log is not None:
             await self._in_passes(log, todo)
         async with self._standing() as (may, pause):
             sections = _sections(may, pause)
             ram.stands()
             if log is not None:
                 log.collect(todo)
+            else:
+                # Not before: devices, or a `cont` that came meanwhile, may have used some for the first time.
+                todo.merge(self.run.machine.memory.touched())
             await ram.save(todo, self._report)
             self._report()
             progress.advance(MigrationStatus.DEVICE)
