@@ -89,6 +89,13 @@ def test_a_stream_is_shown_with_recipe_state_and_ram(said: Said, tmp_path: Path)
     ]
 
 
+def test_nothing_in_a_file_is_a_command_to_the_terminal(said: Said, tmp_path: Path) -> None:
+    one = put(tmp_path, "one", b"".join(StreamWriter("a\x1b[2J\x9b1m\u202e").finish()))
+    two = put(tmp_path, "two", b"".join(StreamWriter("b\x07").finish()))
+    assert said("dump", one)[1].splitlines()[1] == "machine   a\\x1b[2J\\x9b1m\\u202e"
+    assert said("diff", one, two)[1].splitlines()[0] == "machine: a\\x1b[2J\\x9b1m\\u202e | b\\x07"
+
+
 def test_as_json_all_of_it_is_there(said: Said, tmp_path: Path) -> None:
     pages = Pages.of((8 * PAGE, b"a" * PAGE), (10 * PAGE, b"b" * 2 * PAGE))
     status, out, _ = said("dump", "--json", put(tmp_path, "s", stream(RamPass(1), pages, RamPass(2))))

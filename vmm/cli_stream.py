@@ -63,8 +63,13 @@ def run_stream(options: argparse.Namespace) -> int:
         print()
     else:
         for line in describe(found):
-            print(line)
+            print(_harmless(line))
     return SAME
+
+
+def _harmless(line: str) -> str:
+    """Return a line without what a terminal would obey: the file may be anybody's."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
 
 def _load(path: str, offset: int) -> StreamFile:
@@ -209,7 +214,7 @@ def shown(value: Any) -> str:
 def _diff(one: StreamFile, two: StreamFile) -> int:
     lines = list(differences(one, two))
     for line in lines:
-        print(line)
+        print(_harmless(line))
     return DIFFERENT if lines else SAME
 
 
