@@ -273,6 +273,7 @@ async def test_whoever_waits_goes_on_when_it_is_given_up(closes: bool, target: G
     [
         (b"x" * FRAME_SIZE, "a damaged frame of pages: 7878"),
         (Frame(FrameKind.NEED, PAGES, 1).encode(), f"the destination waits for page {PAGES} of {PAGES}"),
+        (Frame(FrameKind.NEED, 0, PAGES).encode(), f"the destination waits for {PAGES} pages in a frame, expected 1"),
         (
             Frame(FrameKind.PAGES, 1, 1).encode(),
             "a frame of pages of kind 1, expected NEED or GOT or BEGIN or LOADED or REFUSED",

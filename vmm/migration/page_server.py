@@ -125,9 +125,11 @@ class PageServer:
                     if not told:
                         raise StreamCorrupt(reason="the destination has all pages before they were sent")
                     return
-                if frame.page + frame.pages > self.todo.pages:
+                if frame.page >= self.todo.pages:
                     raise StreamCorrupt(reason=f"the destination waits for page {frame.page} of {self.todo.pages}")
-                asked.extend(range(frame.page, frame.page + frame.pages))
+                if frame.pages != 1:
+                    raise StreamCorrupt(reason=f"the destination waits for {frame.pages} pages in a frame, expected 1")
+                asked.append(frame.page)
             if asked:
                 page = asked.popleft()
                 self.requests += 1
