@@ -153,6 +153,15 @@ def test_a_directory_that_is_gone_is_told(directory: SnapshotDirectory, tmp_path
     assert str(caught.value) == f"Cannot write {tmp_path}/a.tvmm: No such file or directory"
 
 
+def test_what_was_to_be_done_in_a_directory_that_is_deleted_meanwhile_is_refused(tmp_path: Path) -> None:
+    made = SnapshotDirectory(hostio.open_directory(str(tmp_path)), str(tmp_path))
+    save(made, "a")
+    made.close()
+    for use, tag in ((made.begin, "b"), (made.open, "a"), (made.remove, "a")):
+        with pytest.raises(HostFileRefused, match=r"Cannot use .*: its object has been deleted meanwhile"):
+            use(tag)
+
+
 def test_what_is_no_directory_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / "f").touch()
     with pytest.raises(HostFileRefused, match=f"Cannot read {tmp_path}/f: Not a directory"):

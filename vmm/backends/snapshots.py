@@ -37,7 +37,7 @@ class SnapshotDirectory:
     """
 
     def __init__(self, fd: int, path: str) -> None:
-        self._fd: Final = fd
+        self._fd = fd
         self.path: Final = path
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -53,8 +53,9 @@ class SnapshotDirectory:
         return {"directory": self._fd}
 
     def close(self) -> None:
-        """Close it."""
-        os.close(self._fd)
+        """Close it. A snapshot that is to be made or removed by then is refused."""
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def tags(self) -> list[str]:
         """Return the tags of all snapshots, in order. Raises `HostFileRefused`."""
@@ -62,14 +63,14 @@ class SnapshotDirectory:
         return sorted(tag for tag in tags if _TAG.fullmatch(tag))
 
     def require_new(self, tag: str) -> None:
-        """Raise `OptionInvalid` if `tag` can be none, `NameTaken` if there is such a snapshot."""
-        _check(tag)
+        """Raise `OptionInvalid` if `tag` can be none, `NameTaken` if there is such a snapshot; `HostFileRefused`."""
+        self._require_tag(tag)
         if os.access(f"{tag}{SUFFIX}", os.F_OK, dir_fd=self._fd, follow_symlinks=False):
             raise NameTaken(what="Snapshot", name=tag)
 
     def require(self, tag: str) -> None:
-        """Raise `OptionInvalid` if `tag` can be none, `BackendNotFound` if there is no such snapshot."""
-        _check(tag)
+        """Raise `OptionInvalid` if `tag` can be none, `BackendNotFound` if it is of none; `HostFileRefused`."""
+        self._require_tag(tag)
         if not os.access(f"{tag}{SUFFIX}", os.F_OK, dir_fd=self._fd, follow_symlinks=False):
             known = f"; there are: {', '.join(self.tags()) or 'none'}"
             raise BackendNotFound(what="Snapshot", name=tag, known=known)
@@ -109,6 +110,13 @@ class SnapshotDirectory:
                         os.unlink(name, dir_fd=self._fd)
                 finally:
                     os.close(fd)
+
+    def _require_tag(self, tag: str) -> None:
+        if not _TAG.fullmatch(tag):
+            wanted = "a tag: a letter or a digit, then letters, digits, '-', '_' and '.', at most 127 in all"
+            raise OptionInvalid(option="tag", value=tag, wanted=wanted)
+        if self._fd < 0:
+            raise HostFileRefused(action="use", path=self.path, reason="its object has been deleted meanwhile")
 
     def _names(self) -> list[str]:
         try:
@@ -166,9 +174,3 @@ class Unfinished:
             with suppress(OSError):
                 os.unlink(self._name, dir_fd=self._directory)
             os.close(self._fd)
-
-
-def _check(tag: str) -> None:
-    if not _TAG.fullmatch(tag):
-        wanted = "a tag: a letter or a digit, then letters, digits, '-', '_' and '.', at most 127 in all"
-        raise OptionInvalid(option="tag", value=tag, wanted=wanted)
