@@ -26,9 +26,17 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
-from vmm.errors import GuestPageLost, InvalidState, MigrationRefused, PageFaultsUnavailable, StreamCorrupt
+from vmm.errors import (
+    GuestPageLost,
+    HostFileRefused,
+    InvalidState,
+    MigrationRefused,
+    PageFaultsUnavailable,
+    StreamCorrupt,
+)
 from vmm.guests.dirtier import DirtierReader
 from vmm.migration.mapped_ram import MappedReader
+from vmm.migration.registry import CheckedState
 from vmm.migration.stream import StreamReader
 from vmm.migration.stream_records import RamMapped
 from vmm.phases import saving
@@ -323,6 +331,29 @@ async def test_a_damaged_page_is_refused_before_the_guest_runs(tmp_path: Path) -
         async with empty() as destination:
             await destination.execute("migrate-incoming", uri=f"file:{tmp_path / 'state'}")
             await trio.sleep_forever()
+
+
+async def test_a_state_that_cannot_be_put_in_force_is_seen_through_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: CheckedState) -> None:
+        raise HostFileRefused(action="set", path="a vCPU", reason="the host won't")
+
+    async with started() as machine:
+        await save(machine, tmp_path / "state")
+        await machine.execute("cont")
+        await machine.execute("migrate-set-parameters", x_restore_on_demand=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckedState, "apply", fails)
+            with pytest.raises(HostFileRefused, match="the host won't"):
+                await machine.execute("loadvm", name=str(tmp_path / "state"))
+        assert await status(machine) == "internal-error"
+        with trio.fail_after(HANGS):
+            while parts(machine).memory.absent is not None:
+                await trio.lowlevel.checkpoint()
+        await machine.execute("loadvm", name=str(tmp_path / "state"))
+        await machine.execute("cont")
+        await goes_on(machine)
 
 
 @pytest.mark.parametrize("what", ["bitmap", "sums"])

@@ -408,6 +408,7 @@ async def _restore(phase: Phase, run: Run, saved: SavedState, turn: Turn[Plan]) 
         try:
             await run_restoring(phase, run, saved, turn.succeed if is_job else lambda: None)
         except VmmError:
+            run.see_pages_come(phase)  # of a guest that is neither the old nor the new one
             if not turn.settled:
                 raise
             return
