@@ -217,6 +217,10 @@ HOSTILE: Final[dict[str, tuple[Callable[[list[Any]], list[Any]], str]]] = {
         changed(Terms, lambda it: [attrs.evolve(it, multifd=2, id="00" * 16)]),
         "The source opens further channels, and nobody listens for them here: await it on tcp:, unix: or vsock:",
     ),
+    "pages that nobody could be asked for": (
+        changed(Terms, lambda it: [attrs.evolve(it, postcopy=True, id="00" * 16)]),
+        "'postcopy' without 'answers' or 'id': nobody could be asked for the pages that are left",
+    ),
     "pages without a table": (
         changed(Pages, lambda it: [Pages(RamPages(struct.pack("<IIQ", 2, 0, 0)), b"")]),
         "a malformed list of RAM pages: 2 runs of pages, expected 1 to 512, all of them in it",

@@ -60,4 +60,6 @@ class Terms:
             raise Misshapen(f"'compression' is {terms.compression!r}, expected one of {get_args(Compression)}")
         if terms.id and (len(terms.id) != _ID_DIGITS or terms.id.strip("0123456789abcdef")):
             raise Misshapen(f"'id' is not {_ID_DIGITS} hexadecimal digits")
+        if terms.postcopy and not (terms.answers and terms.id):
+            raise Misshapen("'postcopy' without 'answers' or 'id': nobody could be asked for the pages that are left")
         return terms
