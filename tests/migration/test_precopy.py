@@ -10,6 +10,8 @@ import pytest
 from vmm import hostio
 from vmm.kvm.memory import PAGE_SIZE, GuestMemory
 from vmm.kvm.page_map import PageMap
+from vmm.migration import precopy
+from vmm.migration import ram as ram_module
 from vmm.migration.connection import Connection
 from vmm.migration.multifd import STRIPE, MultifdSink
 from vmm.migration.precopy import Precopy
@@ -82,10 +84,64 @@ def test_what_was_handed_over_counts_for_the_rate_before_it_was_sent() -> None:
     parameters = {"max-bandwidth": 1, "avail-switchover-bandwidth": 0, "downtime-limit": 300}
     sink = Later(parameters)
     with ram() as memory:
-        precopy = Precopy(RamSender(memory, None), parameters, Deaf())
-        precopy.run(StreamWriter("test", version=PAGES_VERSION), cast("Bulk", sink), sink)
+        Precopy(RamSender(memory, None), parameters, Deaf()).run(
+            StreamWriter("test", version=PAGES_VERSION), cast("Bulk", sink), sink
+        )
     assert sink.waits == [STRIPE * PAGE_SIZE]
     assert sink.bytes == PAGES * PAGE_SIZE
+
+
+class Clock:
+    """Stands still but for what is done with it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Writer:
+    """A guest that writes the same MiB all the time."""
+
+    def start(self) -> None:
+        """Nothing."""
+
+    def stop(self) -> None:
+        """Nothing."""
+
+    def protect(self, first: int, pages: int) -> None:
+        """Nothing."""
+
+    def collect(self, into: PageMap) -> None:
+        into.add(0, 256)
+
+
+def test_a_network_that_was_slow_in_the_first_pass_is_measured_again_by_small_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(precopy, "time", clock)
+    monkeypatch.setattr(ram_module, "time", clock)
+
+    class Network(Later):
+        def flush(self) -> None:
+            clock.now += 0.001 if self.bytes else 100.0
+            super().flush()
+
+    class Patient(Deaf):
+        def passed(self, number: int) -> None:
+            assert number < 20, "it goes on for ever"
+
+    parameters = {"max-bandwidth": 0, "avail-switchover-bandwidth": 0, "downtime-limit": 300}
+    sink = Network(parameters)
+    with ram() as memory:
+        sender = RamSender(memory, Writer())
+        clock.now += 1000  # while the destination makes the machine
+        Precopy(sender, parameters, Patient()).run(
+            StreamWriter("test", version=PAGES_VERSION), cast("Bulk", sink), sink
+        )
+    assert sender.statistics().mbps == round(sink.bytes * 8 / 1e6 / (clock.now - 1100), 3)
 
 
 async def test_several_channels_say_what_waits_for_them() -> None:

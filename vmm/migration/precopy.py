@@ -21,7 +21,7 @@ _BURST: Final = 0.05
 _LOOK: Final = 0.1
 """Seconds after which a wait for a limited rate looks whether that is another one now."""
 _MEASURED: Final = 4 << 20
-"""Bytes that a pass must have had for its bandwidth to be believed."""
+"""Bytes that must have gone for their bandwidth to be believed, in as many passes as that takes."""
 
 
 class Watcher(Protocol):
@@ -54,6 +54,7 @@ class Precopy:
         self._parameters: Final = parameters
         self._watcher: Final = watcher
         self._bandwidth: float | None = None  # bytes a second
+        self._sent, self._seconds = 0, 0.0  # since that was found
 
     def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
@@ -99,8 +100,7 @@ class Precopy:
         sink.flush()
         self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
-        if sent >= _MEASURED or self._bandwidth is None:
-            self._bandwidth = sent / seconds
+        self._measure(sent, seconds)
         left = self.ram.collect() * PAGE_SIZE
         self.ram.dirty_rate = round(left / PAGE_SIZE / seconds)
         expected = left / self._rate() * 1000
@@ -109,6 +109,13 @@ class Precopy:
             return True
         self._watcher.after_pass(sent, left, seconds)
         return False
+
+    def _measure(self, sent: int, seconds: float) -> None:
+        self._sent += sent
+        self._seconds += seconds
+        if self._sent >= _MEASURED or self._bandwidth is None:
+            self._bandwidth = self._sent / self._seconds
+            self._sent, self._seconds = 0, 0.0
 
     def _limit(self) -> int:
         """Return how many bytes a second may go now; 0 is no limit."""

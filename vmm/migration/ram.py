@@ -43,7 +43,7 @@ class RamSender:
     def __init__(self, memory: GuestMemory, log: DirtyPages | None) -> None:
         self.memory: Final = memory
         self._log: Final = log
-        self._begun: Final = time.monotonic()
+        self._begun = time.monotonic()
         self.extents: Final = tuple((region.address, region.size) for region in memory.regions)
         self.todo: Final = PageMap(memory.size // PAGE_SIZE)
         """Pages that have to go, for the first time or again."""
@@ -62,6 +62,7 @@ class RamSender:
 
     def begin(self) -> None:
         """Begin the first pass. Raises `KvmCallFailed`."""
+        self._begun = time.monotonic()
         if self._log is not None:
             self._log.start()
         self.todo.merge(self.memory.touched())
