@@ -29,6 +29,7 @@ from tests.phases.copy_kit import (
 from tests.phases.test_tls import given
 from vmm.errors import (
     HostFileRefused,
+    MigrationPeerGone,
     MigrationRefused,
     PageFaultsUnavailable,
     StateRejected,
@@ -45,6 +46,7 @@ from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.registry import StateRegistry
 from vmm.phases import copying
 from vmm.phases.copying import Canceller
+from vmm.phases.machine import Machine
 from vmm.phases.postcopy import hang_up
 
 if TYPE_CHECKING:
@@ -401,6 +403,33 @@ async def test_what_cannot_be_gone_on_with_there_is_resumed_again(
         await let_all_come(source)
         await completed(source, destination)
         assert filled(destination)
+        await goes_on(destination)
+
+
+async def test_a_reset_that_takes_what_does_not_come_is_told_and_can_be_had_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Machine.power_on_again
+
+    def with_more(machine: Machine) -> None:
+        machine.memory.write(BYSTANDER + (PAGES - 1) * 4096, b"firmware")
+        again(machine)
+
+    async with half_gone(tmp_path / "main") as (source, destination):
+        await source.execute("migrate-pause")
+        await outcome(source, "postcopy-paused")
+        await outcome(destination, "postcopy-paused")
+        monkeypatch.setattr(Machine, "power_on_again", with_more)
+        parts(destination).bells.request_reset()
+        await in_status(destination, "internal-error")
+        with pytest.raises(MigrationPeerGone, match="the guest waits for its pages; see migrate-recover"):
+            await destination.execute("system_reset")
+        await destination.execute("migrate-recover", uri=f"unix:{tmp_path / 'again'}")
+        await source.execute("migrate", uri=f"unix:{tmp_path / 'again'}", resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        await destination.execute("system_reset")
+        await destination.execute("cont")
         await goes_on(destination)
 
 

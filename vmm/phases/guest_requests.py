@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
 import trio
 
+from vmm.errors import VmmError
 from vmm.hw.doorbell import make_doorbell
 
 if TYPE_CHECKING:
@@ -106,4 +108,5 @@ class GuestRequests:
                         await self._run.gang.stop()
                         host.ending.end("guest-reset")
                     else:
-                        await self._run.reset_because("guest-reset")
+                        with suppress(VmmError):  # which has been told
+                            await self._run.reset_because("guest-reset")

@@ -157,10 +157,19 @@ class Run:
             raise InvalidState(what=what, state="here: the guest has been handed over", instead=instead)
 
     async def reset_because(self, cause: str) -> None:
-        """Reset for `cause`, a QAPI ShutdownCause. Called with `control` held."""
+        """Reset for `cause`, a QAPI ShutdownCause. Called with `control` held.
+
+        Raises:
+            VmmError: it cannot be, as RAM that it takes is not here; the guest stands, as is told, until another reset.
+        """
         ran = self.gang.running and self.status.running
         await self.gang.stop()
-        self.machine.power_on_again()
+        try:
+            self.machine.power_on_again()
+        except VmmError as error:
+            self.machine.made.host.complain(f"{error}; the machine stands until system_reset")
+            self.status.stands("internal-error", failure=str(error))
+            raise
         self.machine.made.host.events.emit("RESET", {"guest": cause.startswith("guest"), "reason": cause})
         if ran:
             self.gang.start_nowait()
