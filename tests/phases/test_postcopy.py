@@ -29,6 +29,7 @@ from tests.phases.copy_kit import (
 from tests.phases.test_tls import given
 from vmm.errors import (
     HostFileRefused,
+    InvalidState,
     MigrationPeerGone,
     MigrationRefused,
     PageFaultsUnavailable,
@@ -547,6 +548,9 @@ async def test_a_break_in_the_moment_in_which_the_guest_is_let_go_is_mended(
         await outcome(source, "postcopy-paused")
         await outcome(destination, "postcopy-paused")
         assert await status(source) == "postmigrate"
+        for command in ("cont", "stop", "system_reset"):
+            with pytest.raises(InvalidState, match="nobody knows whose the guest is: the connection broke"):
+                await destination.execute(command)
         assert await status(destination) == "paused"
         monkeypatch.undo()
         uri = f"unix:{tmp_path / 'again'}"

@@ -405,9 +405,11 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
                         continue
                     progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
                     if not incoming.ours:
-                        incoming.ours = True
+                        incoming.ours = run.here = True
+                        run.doubt = ""
                         if runs:
                             await run.cont()
+                        machine.bells.bell.ring()  # for what was asked for before it was known
                 complete = True
     finally:
         if not complete:

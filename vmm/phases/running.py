@@ -83,6 +83,8 @@ class Run:
         self.machine = machine
         self.here = here
         """Whether the guest is this process's to run. Changed under `control`, or before anybody else has it."""
+        self.doubt = ""
+        """Why nobody here knows whether it is, where it is then not run; empty where that is known."""
         self.lost = ""
         """Why the guest, which has gone, is known to be nowhere; empty if it is not."""
         self.leaves = False
@@ -152,6 +154,9 @@ class Run:
 
     def _require_here(self, what: str) -> None:
         # For a command that waited while the guest was given away: nothing here may touch it any more.
+        if self.doubt:
+            instead = "migrate-recover here, and migrate with resume at the source, find out"
+            raise InvalidState(what=what, state=f"while nobody knows whose the guest is: {self.doubt}", instead=instead)
         if not self.here:
             instead = "the process that has it answers at this machine's own monitor sockets"
             raise InvalidState(what=what, state="here: the guest has been handed over", instead=instead)
@@ -266,7 +271,9 @@ class Copied:
     async def take_up(self, run: Run, *, start: bool) -> None:
         """Go on where it stood; run it if it ran and `start` says so."""
         pause = self.pause
-        start = start and (self.rest is None or self.rest.ours)
+        if self.rest is not None and not self.rest.ours:
+            start = run.here = False
+            run.doubt = "the connection broke as its source was to let it go"
         run.machine.bells.forget()  # What a client of qtest did here before.
         if pause.runs and start:
             run.machine.processors.note_pause()
