@@ -20,6 +20,7 @@ from tests.phases.copy_kit import (
     status,
 )
 from vmm.errors import VmmError
+from vmm.phases import copying
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +70,34 @@ async def test_a_migration_that_waits_is_cancelled_and_the_guest_goes_on(tmp_pat
         await source.execute("migrate_cancel")
         assert (await outcome(source))["status"] == "cancelled"
         await goes_on(source)
+
+
+async def test_a_migration_is_cancelled_while_it_is_connected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connecting = trio.Event()
+
+    async def connect(address: object, *, within: float) -> None:
+        connecting.set()
+        await trio.sleep_forever()
+
+    async with started() as source:
+        with monkeypatch.context() as patch:
+            patch.setattr(copying, "connect_channel", connect)
+            async with trio.open_nursery() as nursery:
+
+                async def cancelled() -> None:
+                    with refusal_of("The migration was cancelled by "):
+                        await source.execute("migrate", uri="tcp:192.0.2.1:1")
+
+                nursery.start_soon(cancelled)
+                await connecting.wait()
+                await source.execute("migrate_cancel")
+        assert await status(source) == "running"
+        assert await source.execute("query-migrate") == {}
+        async with empty() as destination:
+            uri = f"unix:{tmp_path / 'main'}"
+            await destination.execute("migrate-incoming", uri=uri)
+            await source.execute("migrate", uri=uri)
+            assert (await outcome(source))["status"] == "completed"
 
 
 async def test_a_migration_that_does_not_wait_is_not_told_to_go_on(tmp_path: Path) -> None:

@@ -289,7 +289,13 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     tls = _tls(run, plan)
     further = None if left is not None else plan_channels(migration, plan.address, tls)
     _require_postcopy_possible(migration, plan)
-    connection = await plan.open(running.residents, two_way=two_way, tls=tls)
+    calling_off = run.machine.made.host.calling_off
+    calling_off.begin()
+    try:
+        with calling_off.block():
+            connection = await plan.open(running.residents, two_way=two_way, tls=tls)
+    finally:
+        calling_off.end()
     if migration.capabilities["postcopy-ram"] and connection.stream is None:
         connection.close()
         raise _unanswered()
