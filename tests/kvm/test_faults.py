@@ -265,6 +265,27 @@ async def test_it_is_over_only_once_the_last_page_is_kept(memory: GuestMemory) -
     os.close(later)
 
 
+async def test_what_was_never_used_is_not_used_to_be_kept(memory: GuestMemory, file: PageFile) -> None:
+    memory.clear()
+    for page in (0, 1, 64, 1000, 2047):
+        memory.write(page * PAGE_SIZE, content(page) or b"\0")
+    before = memory.read(1000 * PAGE_SIZE, PAGE_SIZE)
+    with closing(KeptPages(memory, file)) as pages:
+        pages.begin()
+        memory.write(500 * PAGE_SIZE, b"later")
+        memory.write(2047 * PAGE_SIZE, b"later")
+        assert await pages.wait_over() is None
+        report = pages.report()
+        assert (report.passed, report.moved) == (PAGES, 4)
+    assert os.fstat(memory.fd).st_blocks * 512 == 6 * PAGE_SIZE
+    with closing(GuestMemory.from_memfd(create_ram(memory.size, "copy"), memory.size)) as copy:
+        file.load(copy, 0, PAGES)
+        for page in (0, 1, 64, 2047):
+            assert copy.read(page * PAGE_SIZE, PAGE_SIZE) == content(page)
+        assert not any(copy.read(500 * PAGE_SIZE, PAGE_SIZE))
+        assert copy.read(1000 * PAGE_SIZE, PAGE_SIZE) == before == bytes(PAGE_SIZE)
+
+
 async def test_keeping_can_be_given_up(memory: GuestMemory, file: PageFile) -> None:
     for _ in range(20):
         pages = KeptPages(memory, file)

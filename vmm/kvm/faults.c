@@ -34,6 +34,8 @@ enum { TF_RUNS, TF_COMPLETE, TF_FAILED, TF_BROKEN };
 #define TF_AHEAD 16u
 /* Pages that the other thread moves at once. */
 #define TF_PIECE 256u
+/* Pages that are let go at once of those that were never used. */
+#define TF_UNUSED 32768u
 
 struct tf_plan {
     uintptr_t base;
@@ -42,6 +44,7 @@ struct tf_plan {
     uint64_t offset;
     uint64_t *listed;
     uint32_t *sums;
+    int ram;
 };
 
 struct tf_report {
@@ -333,14 +336,15 @@ static int tf_protection(tf_server *server, uint64_t first, uint64_t count, int 
 /*
  * Writes pages out that this thread has claimed, and lets the guest write them. 0, or the server has failed. The last one
  * to be done is the end, whichever thread has it: until then the other may be at a page that the guest wants to change.
+ * What was never used is zero, and is not looked at, as that would use it.
  */
-static int tf_keep(tf_server *server, uint64_t first, uint64_t count)
+static int tf_keep(tf_server *server, uint64_t first, uint64_t count, int used)
 {
     const struct tf_plan *plan = &server->plan;
     uint64_t start = first, end = first + count;
     int error = 0;
 
-    for (uint64_t page = first; !error && page <= end; page++) {
+    for (uint64_t page = first; used && !error && page <= end; page++) {
         const char *at = (const char *)plan->base + page * TP_PAGE;
         int take = page < end && !tp_is_zero(at);
 
@@ -382,23 +386,48 @@ static void tf_keep_before_write(tf_server *server, uint64_t page)
     pthread_mutex_unlock(&server->lock);
     /* Whoever has claimed it before lets the guest write it, or has done so. */
     if (keeps && !tp_add(server->claimed, page))
-        tf_keep(server, page, 1);
+        tf_keep(server, page, 1, 1);
+}
+
+/* Finds the pages from `page` on that were ever used: from `*data` to before `*hole`, which is behind `page`. */
+static void tf_find_used(const tf_server *server, uint64_t page, uint64_t *data, uint64_t *hole)
+{
+    uint64_t pages = server->plan.pages;
+    off_t at = lseek(server->plan.ram, (off_t)(page * TP_PAGE), SEEK_DATA), end;
+
+    *data = *hole = pages;
+    if (at < 0) {
+        if (errno != ENXIO) /* which says that nothing is left */
+            *data = page;
+    } else if ((uint64_t)at / TP_PAGE < pages) {
+        *data = (uint64_t)at / TP_PAGE;
+        end = lseek(server->plan.ram, at, SEEK_HOLE);
+        if (end > at && ((uint64_t)end + TP_PAGE - 1) / TP_PAGE < pages)
+            *hole = ((uint64_t)end + TP_PAGE - 1) / TP_PAGE;
+    }
 }
 
 static void *tf_move_out(void *arg)
 {
     tf_server *server = arg;
-    uint64_t pages = server->plan.pages, page = 0;
+    uint64_t pages = server->plan.pages, page = 0, data = 0, hole = 0;
 
     while (tf_runs(server) && page < pages) {
-        uint64_t count = 0;
-        while (count < TP_RUN && page + count < pages && !tp_add(server->claimed, page + count))
+        uint64_t count = 0, most, end;
+        int used;
+        /* Those that are used for the first time from here on are written: the other thread has them. */
+        if (page >= hole)
+            tf_find_used(server, page, &data, &hole);
+        used = page >= data;
+        most = used ? TP_RUN : TF_UNUSED;
+        end = used ? hole : data;
+        while (count < most && page + count < end && !tp_add(server->claimed, page + count))
             count++;
-        if (count && tf_keep(server, page, count))
+        if (count && tf_keep(server, page, count, used))
             return NULL;
         page += count;
-        if (count < TP_RUN)
-            page++; /* it was claimed by the other thread, or is the end */
+        if (count < most && page < end)
+            page++; /* it was claimed by the other thread */
     }
     return NULL;
 }

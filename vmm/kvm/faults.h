@@ -21,6 +21,7 @@ struct tf_plan {
     uint64_t offset;    /* of page 0 in it */
     uint64_t *listed;   /* pages that are in the file: read, or filled in by what protects */
     uint32_t *sums;     /* of each page; likewise */
+    int ram;            /* the memory object that is mapped; stays the caller's */
 };
 
 struct tf_report {

@@ -70,6 +70,7 @@ class _Server:
         """Have `make` make the server, from a plan, or say why not."""
         plan = ffi.new("struct tf_plan *")
         plan.base, plan.pages = self._memory.hva(0), self._memory.size // PAGE_SIZE
+        plan.ram = self._memory.fd
         if self._file is not None:
             plan.fd, plan.offset = self._fd, self._file.offset
             # The other module's, and the same to C.
