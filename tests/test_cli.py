@@ -134,7 +134,7 @@ REFUSED = {
     "-kernel none": f"{CLI} 2 (machine-set): Cannot read none: No such file or directory",
     "-kernel f": f"{CLI} 2 (machine-set): Cannot boot f: it is empty",
     "-kernel builtin:x": f"{CLI} 2 (machine-set): Cannot boot built-in guest 'x': there are heartbeat, deadline, "
-    "chatter",
+    "chatter, dirtier",
     "-kernel k -initrd none": f"{CLI} 2 (machine-set): Cannot read none: No such file or directory",
 }  # fmt: skip
 

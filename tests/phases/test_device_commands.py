@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import trio
 
 import vmm
 from tests.leaks import Held
@@ -175,6 +176,9 @@ async def test_plugging_in_and_taking_off_a_hundred_times_leaves_nothing() -> No
         await advance(machine, "running")
         await machine.execute("cont")
         await machine.execute("object-add", **RANDOM)
+        (vcpu,) = machine._host.tree.view(Machine).vcpus
+        while not vcpu.thread_id:  # which is named by then
+            await trio.lowlevel.checkpoint()
         before = Held.now()
         for _ in range(100):
             await machine.execute("device_add", driver=RNG, rng="rng1")

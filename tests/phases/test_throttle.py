@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING, final
 
@@ -71,9 +72,11 @@ async def test_a_new_share_counts_at_once_and_none_frees_all(autojump_clock: tri
         nursery.start_soon(throttle.serve)
         await trio.sleep(1)
         assert vcpu.times == []
+        autojump_clock.autojump_threshold = math.inf  # while a thread is at work, no time passes
         await trio.to_thread.run_sync(throttle.set, 99)
         await trio.testing.wait_all_tasks_blocked()
         assert [seconds for _, seconds in vcpu.times] == [0.99]
+        autojump_clock.autojump_threshold = 0
         throttle.set(50)
         await trio.sleep(0.03)
         assert [seconds for _, seconds in vcpu.times[1:3]] == [0.01, 0.01]

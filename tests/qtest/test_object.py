@@ -94,7 +94,7 @@ async def test_the_tree_shows_the_token_where_it_is_granted(tmp_path: Path) -> N
 
 def test_the_token_is_withheld_while_a_guest_changes_hands() -> None:
     granting = phases_granting([Need("access", (MayInject,), None)])
-    assert granting == ["devices", "running", "migrating"]
+    assert granting == ["devices", "running", "migrating", "postcopy"]
 
 
 async def test_it_is_listed_with_the_monitors(tmp_path: Path) -> None:

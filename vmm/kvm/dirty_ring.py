@@ -97,6 +97,9 @@ _SIZE: Final = (_FIRST + _COUNT) * PAGE_SIZE
 _WITHIN: Final = 10.0
 """Seconds for some twenty thousand instructions, on a host however busy."""
 
+_ROUNDS: Final = 16
+"""Again and again, the entries given back between: where rings lose pages, they do not each time."""
+
 
 def require_working_rings(kvm: Kvm) -> None:
     """Run a few instructions of a guest, and see whether its ring, which is too small for it, says what they write.
@@ -132,7 +135,7 @@ def _work(kvm: Kvm) -> bool:
         stack.callback(watchdog.cancel)
         vm.rings.begin(memory)
         watchdog.start()
-        for _ in range(2):  # again, once the entries were given back
+        for _ in range(_ROUNDS):
             before = ports.writes
             vcpu.enter(lambda: None)
             found = PageMap(_SIZE // PAGE_SIZE)

@@ -17,6 +17,7 @@ import trio
 from vmm.capabilities import (
     MayCancelMigration,
     MayCreateBackend,
+    MayInject,
     MayOpenHostFile,
     MayPlugDevice,
     MayRestoreGuest,
@@ -205,7 +206,7 @@ async def run_postcopy_source(migrating: Phase, outgoing: OutgoingPostcopy) -> N
                 cancel_migration=mint(MayCancelMigration, resumption),
             )
 
-        async with phase.window(grants, withholds=(MayRunVcpus,)):
+        async with phase.window(grants, withholds=(MayRunVcpus, MayInject)):
             progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
             connection, urgent = outgoing.connection, outgoing.urgent
             while True:
