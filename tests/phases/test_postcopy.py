@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
+import trio.testing
 
 import vmm
 from tests.migration.pki import NAME, Pki
@@ -401,6 +402,26 @@ async def test_what_cannot_be_gone_on_with_there_is_resumed_again(
             await outcome(destination, "postcopy-paused")
             await destination.execute("migrate-recover", uri=f"unix:{tmp_path / str(turn)}")
             await source.execute("migrate", uri=f"unix:{tmp_path / str(turn)}", resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        assert filled(destination)
+        await goes_on(destination)
+
+
+async def test_where_the_source_is_awaited_in_vain_can_be_changed(tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        await source.execute("migrate-pause")
+        await outcome(source, "postcopy-paused")
+        await outcome(destination, "postcopy-paused")
+        await destination.execute("migrate-recover", uri=f"unix:{tmp_path / 'wrong'}")
+        async with await trio.open_unix_socket(str(tmp_path / "wrong")) as stranger:
+            await trio.testing.wait_all_tasks_blocked()
+            await destination.execute("migrate-pause")
+            await outcome(destination, "postcopy-paused")
+            assert await stranger.receive_some() == b""
+        uri = f"unix:{tmp_path / 'right'}"
+        await destination.execute("migrate-recover", uri=uri)
+        await source.execute("migrate", uri=uri, resume=True)
         await let_all_come(source)
         await completed(source, destination)
         assert filled(destination)

@@ -337,13 +337,18 @@ class _Target:
         self._progress: Final = progress
         self.listeners: Final[Inbox[Listener]] = Inbox("postcopy")
         self.link: int | None = None
+        self.waits: trio.CancelScope | None = None
+        """Of the wait for a source, where it is listened for."""
 
     def start(self) -> None:
         """Refuse: it has been done, and not here."""
         raise MigrationRefused(reason="migrate-start-postcopy: the guest runs here already; it is for the source")
 
     def pause(self) -> None:
-        """Break the connection. Raises `MigrationRefused` where there is none."""
+        """Break the connection, or listen no more for one. Raises `MigrationRefused` where there is none."""
+        if self.waits is not None:
+            self.waits.cancel()
+            return
         if self.link is None:
             raise MigrationRefused(reason=f"migrate-pause: the postcopy is {self._progress.status.value}, not active")
         hang_up(self.link)
@@ -455,17 +460,31 @@ async def _recovered(
     """Wait for a connection of the source's, and tell it what is here."""
     while True:
         turn = await target.listeners.take()
-        with closing(turn.value) as listener:
+        found: Connection | None = None
+        with closing(turn.value) as listener, trio.CancelScope() as target.waits:
             turn.succeed()
-            while True:
-                connection = await door.admit(await listener.accept())
-                if connection is None:
-                    continue
-                assert connection.stream is not None, "a socket"
-                if await _greet(connection.stream, incoming):
-                    progress.advance(MigrationStatus.POSTCOPY_RECOVER)
-                    return connection
-                connection.close()
+            while found is None:
+                found = await _met(listener, incoming, door)
+        target.waits = None
+        if found is not None:
+            progress.advance(MigrationStatus.POSTCOPY_RECOVER)
+            return found
+        progress.advance(_PAUSED)
+
+
+async def _met(listener: Listener, incoming: IncomingPostcopy, door: _Door) -> Connection | None:
+    """Wait for whoever connects; return the connection if it is the source's."""
+    connection = await door.admit(await listener.accept())
+    if connection is None:
+        return None
+    known = False
+    try:
+        assert connection.stream is not None, "a socket"
+        known = await _greet(connection.stream, incoming)
+    finally:
+        if not known:
+            connection.close()
+    return connection if known else None
 
 
 async def _greet(stream: trio.SocketStream, incoming: IncomingPostcopy) -> bool:
