@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import pytest
+import trio
+import trio.testing
 
 from vmm import hostio
 from vmm.errors import HostFileRefused
-from vmm.migration.address import DescriptorAddress, InetAddress
+from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress
 from vmm.migration.connect import connect, listen
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import trio
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -30,6 +32,25 @@ async def test_what_is_no_hosts_name_is_refused_as_an_address(host: str) -> None
     with pytest.raises(HostFileRefused) as caught:
         await listen(InetAddress(host, "0"))
     assert str(caught.value).startswith(f"Cannot listen on {host} port 0: it has no host's name (")
+
+
+async def test_whoever_connects_while_no_descriptor_is_left_is_served_later(tmp_path: Path) -> None:
+    address = UnixAddress(str(tmp_path / "here"))
+    with closing(await listen(address)) as listener, await connect(address, within=10):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        come: list[trio.socket.SocketType] = []
+
+        async def accept() -> None:
+            come.append(await listener.accept())
+
+        async with trio.open_nursery() as nursery:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                nursery.start_soon(accept)
+                await trio.testing.wait_all_tasks_blocked()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        come[0].close()
 
 
 def test_an_offset_that_no_file_can_have_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:

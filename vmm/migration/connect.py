@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _BACKLOG: Final = 16
 """Connections that wait for an accept."""
 
+_LACKING: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_AGAIN: Final = 0.1
+"""Seconds after which it is tried again where the host lacks what a connection takes."""
+
 
 def _name(address: UnixAddress | VsockAddress | DescriptorAddress) -> str:
     match address:
@@ -195,8 +199,15 @@ class Listener:
     """The same socket, where it has a path to remove."""
 
     async def accept(self) -> trio.socket.SocketType:
-        """Wait for the next connection."""
-        sock, _ = await self.sock.accept()
+        """Wait for the next connection. Whoever comes while the host lacks what one takes is served later."""
+        while True:
+            try:
+                sock, _ = await self.sock.accept()
+                break
+            except OSError as error:
+                if error.errno not in _LACKING:
+                    raise
+                await trio.sleep(_AGAIN)
         if isinstance(self.address, DescriptorAddress):
             bound_silence(sock)  # it may have been connected before the listener came here, of which it has the rest
         return sock
