@@ -124,6 +124,21 @@ def test_what_a_writer_has_left_that_died_is_removed_and_what_one_writes_is_not(
     assert sorted(os.listdir(tmp_path)) == [".b.0123456789abcdef.part", ".notes.part", "c.tvmm"]
 
 
+def test_what_is_swept_before_it_is_locked_is_made_again(
+    directory: SnapshotDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = hostio.lock_saved_state
+
+    def sweeps(fd: int, path: str) -> bool:
+        monkeypatch.setattr(hostio, "lock_saved_state", lock)
+        directory.sweep()
+        return lock(fd, path)
+
+    monkeypatch.setattr(hostio, "lock_saved_state", sweeps)
+    save(directory, "a")
+    assert os.listdir(tmp_path) == ["a.tvmm"]
+
+
 @pytest.mark.parametrize("broken", ["file", "directory"])
 def test_a_disk_that_fails_leaves_no_snapshot(
     directory: SnapshotDirectory, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

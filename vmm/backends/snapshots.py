@@ -134,11 +134,16 @@ class Unfinished:
         self._directory: Final = directory
         self._tag: Final = tag
         self._path: Final = path
-        self._name: Final = f".{tag}.{secrets.token_hex(8)}.part"
-        self._fd = host_dirs.create_within(directory, self._name, path)
+        while not self._make():
+            self.close()  # whoever cleans up took it for one whose writer has died
+
+    def _make(self) -> bool:
+        """Make its file under its first name; return whether it is locked, and has that name."""
+        self._name = f".{self._tag}.{secrets.token_hex(8)}.part"
+        self._fd = host_dirs.create_within(self._directory, self._name, self._path)
         self._done = False
         try:
-            hostio.lock_saved_state(self._fd, path)
+            return hostio.lock_saved_state(self._fd, self._path) and os.fstat(self._fd).st_nlink > 0
         except BaseException:
             self.close()
             raise
