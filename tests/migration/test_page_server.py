@@ -230,6 +230,18 @@ async def test_a_source_that_has_not_sent_all_can_be_given_up(target: GuestMemor
         link.close()
 
 
+async def test_a_source_that_is_there_and_sends_nothing_is_not_waited_for_for_ever(target: GuestMemory) -> None:
+    with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1, 0.01)) as link:
+        for _ in range(2):
+            with pytest.raises(MigrationPeerGone, match=r"The source has not sent a page within 0\.01 s; "):
+                target.read(9 * PAGE_SIZE, 1)
+        pair.source.sendall(Frame(FrameKind.ZEROS, 9, 1).encode())
+        with trio.fail_after(HANGS):
+            while 9 not in link.here():
+                await trio.lowlevel.checkpoint()
+        assert target.read(9 * PAGE_SIZE, 1) == b"\0"
+
+
 async def test_a_damaged_page_is_not_put_in_place(target: GuestMemory) -> None:
     with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
         sums = bytes(4)

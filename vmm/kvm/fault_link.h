@@ -365,13 +365,17 @@ static void tf_relink(tf_server *server, int link, int urgent)
             tl_say(server, TL_NEED, page, 1);
 }
 
-/* Waits until a page is here that has been asked for; 0, or it rests, or is at its end. */
+/* Waits until a page is here that has been asked for; 0, or it rests, or is at its end, or patience is. */
 static int tl_require(tf_server *server, uint64_t page)
 {
+    uint64_t until = tl_now() + server->plan.patience * 1000000ull;
+    struct timespec late = { (time_t)(until / 1000000000u), (long)(until % 1000000000u) };
+    int error = 0;
+
     tl_ask(server, page);
     pthread_mutex_lock(&server->lock);
-    while (!tp_has(server->done, page) && server->report.state == TF_RUNS && !server->released)
-        pthread_cond_wait(&server->arrived, &server->lock);
+    while (!error && !tp_has(server->done, page) && server->report.state == TF_RUNS && !server->released)
+        error = pthread_cond_timedwait(&server->arrived, &server->lock, &late);
     pthread_mutex_unlock(&server->lock);
     return tp_has(server->done, page) ? 0 : -1;
 }

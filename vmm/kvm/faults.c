@@ -45,6 +45,7 @@ struct tf_plan {
     uint64_t *listed;
     uint32_t *sums;
     int ram;
+    uint32_t patience;
 };
 
 struct tf_report {
@@ -504,6 +505,7 @@ static tf_server *tf_make(const struct tf_plan *plan, int bell, uint64_t feature
     struct uffdio_api api = { .api = UFFD_API, .features = features };
     struct uffdio_register range = { .mode = mode };
     tf_server *server = calloc(1, sizeof *server);
+    pthread_condattr_t clock;
 
     if (!server) {
         *error = -ENOMEM;
@@ -515,7 +517,10 @@ static tf_server *tf_make(const struct tf_plan *plan, int bell, uint64_t feature
     server->released = 1; /* nothing is registered yet */
     pthread_mutex_init(&server->lock, NULL);
     pthread_mutex_init(&server->saying, NULL);
-    pthread_cond_init(&server->arrived, NULL);
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&server->arrived, &clock);
+    pthread_condattr_destroy(&clock);
     server->link = server->urgent = -1;
     server->done = calloc(words, 8);
     server->claimed = calloc(words, 8);

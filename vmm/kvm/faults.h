@@ -22,6 +22,7 @@ struct tf_plan {
     uint64_t *listed;   /* pages that are in the file: read, or filled in by what protects */
     uint32_t *sums;     /* of each page; likewise */
     int ram;            /* the memory object that is mapped; stays the caller's */
+    uint32_t patience;  /* ms that `tf_require` waits for a page that comes over a connection */
 };
 
 struct tf_report {

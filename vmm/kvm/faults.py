@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _ABSENT: Final = ("MISSING_SHMEM",)
 LINK_FEATURES: Final = ("MISSING_SHMEM", "THREAD_ID")
 """What `PagesFromLink` needs, by the names of linux/userfaultfd.h."""
+PATIENCE: Final = 5.0
+"""Seconds that the loop waits, and answers nobody, for a page of a source that is there."""
 KEPT_FEATURES: Final = ("PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM")
 """What `KeptPages` needs, by the names of linux/userfaultfd.h."""
 
@@ -62,6 +64,7 @@ class _Server:
             if self._fd >= 0:
                 os.close(self._fd)
             raise
+        self._patience = 0.0
         self._server: CData | None = None
         self._idle: Final = threading.Condition()
         self._users = 0  # threads that use the server, which is there as long
@@ -70,7 +73,7 @@ class _Server:
         """Have `make` make the server, from a plan, or say why not."""
         plan = ffi.new("struct tf_plan *")
         plan.base, plan.pages = self._memory.hva(0), self._memory.size // PAGE_SIZE
-        plan.ram = self._memory.fd
+        plan.ram, plan.patience = self._memory.fd, round(self._patience * 1000)
         if self._file is not None:
             plan.fd, plan.offset = self._fd, self._file.offset
             # The other module's, and the same to C.
@@ -221,18 +224,22 @@ class PagesFromLink(_Server):
     If it breaks, everybody waits on, until there is another one (`relink`), or it is given up (`release`).
     """
 
-    def __init__(self, memory: GuestMemory, here: PageMap, link: int, urgent: int | None, cpus: int) -> None:
+    def __init__(
+        self, memory: GuestMemory, here: PageMap, link: int, urgent: int | None, cpus: int, patience: float = PATIENCE
+    ) -> None:
         """Begin. Pages that are not in `here` are absent (`GuestMemory.forget`), and nobody uses the memory yet.
 
         Args:
             link: a connected socket, to ask and to be answered by; it is copied.
             urgent: another one, by which comes what was asked for; likewise.
             cpus: number of vCPUs, for `waited`.
+            patience: seconds that `require` waits for a page.
 
         Raises:
             PageFaultsUnavailable: the host lacks what this takes.
         """
         super().__init__(memory, "run the guest before all of its RAM is there")
+        self._patience = patience
         self._links: list[int] = []
         words = ffi.cast("uint64_t *", here.words)
         try:
@@ -270,7 +277,7 @@ class PagesFromLink(_Server):
         """Wait, without the interpreter's lock, until these pages are there.
 
         Raises:
-            MigrationPeerGone: the connection is broken, or it has been given up.
+            MigrationPeerGone: the connection is broken, or it has been given up; or none came in time.
         """
         self._require(first, count)
 
@@ -332,6 +339,7 @@ class PagesFromLink(_Server):
     ) -> MigrationPeerGone:
         known = {errno.EPIPE: "closed the connection", errno.EBADMSG: "sent damaged pages"}
         known[errno.EPROTO] = "sent what are no pages of this guest"
+        known[0] = f"has not sent a page within {self._patience:g} s"
         what = known.get(-state.error, f"is gone ({os.strerror(-state.error)})")
         return MigrationPeerGone(peer="source", what=what, outcome=outcome)
 
