@@ -304,6 +304,27 @@ async def test_a_source_that_hears_nonsense_breaks_off(data: bytes, text: str, s
             assert (await serve(server, pair)).startswith(text)
 
 
+async def test_whoever_ends_with_something_unread_has_closed_the_connection(
+    source: GuestMemory, target: GuestMemory
+) -> None:
+    ended: list[str] = []
+    with closing(Pair()) as pair, trio.fail_after(HANGS):
+
+        async def run() -> None:
+            ended.append(await serve(PageServer(source, absent(), lambda: 0), pair))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run)
+            await trio.to_thread.run_sync(pair.target.recv, 1)
+            pair.target.close()
+    assert ended == ["the destination closed the connection"]
+    with closing(Pair()) as pair, closing(PagesFromLink(target, here(), pair.target.fileno(), None, 1)) as link:
+        pair.source.close()  # in which it is said that pages can be taken in
+        with trio.fail_after(HANGS):
+            failure = await link.wait_changed()
+        assert str(failure).startswith("The source closed the connection; ")
+
+
 async def test_a_limited_source_sends_what_is_asked_for_all_the_same(source: GuestMemory) -> None:
     server = PageServer(source, absent(), lambda: 1)
     server._at = 100

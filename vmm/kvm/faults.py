@@ -338,6 +338,7 @@ class PagesFromLink(_Server):
         self, state: CData, outcome: str = "the guest waits for its pages; see migrate-recover"
     ) -> MigrationPeerGone:
         known = {errno.EPIPE: "closed the connection", errno.EBADMSG: "sent damaged pages"}
+        known[errno.ECONNRESET] = known[errno.EPIPE]
         known[errno.EPROTO] = "sent what are no pages of this guest"
         known[0] = f"has not sent a page within {self._patience:g} s"
         what = known.get(-state.error, f"is gone ({os.strerror(-state.error)})")

@@ -96,6 +96,8 @@ class PageServer:
             rush = main if urgent is None else socket.socket(fileno=os.dup(urgent))
             try:
                 self._run(main, rush, bell, loaded)
+            except (BrokenPipeError, ConnectionResetError) as error:
+                raise LinkBroken("the destination closed the connection") from error
             except OSError as error:
                 raise LinkBroken(os.strerror(error.errno or 0)) from error
             except StreamCorrupt as error:

@@ -94,9 +94,9 @@ class Precopy:
         begun, before = time.monotonic(), sink.bytes
         limiter = _Limiter(before)
         for _ in self.ram.pages(sink):
-            if self._watcher.hurries:
-                break
             limiter.wait(bulk, lambda: sink.bytes + sink.under_way, self._limit)
+            if self._watcher.hurries:  # which ends that wait too
+                break
         sink.flush()
         self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
