@@ -59,6 +59,8 @@ class Move:
     here: QmpClient
     there: QmpClient
     uri: str
+    aside: QmpClient | None = None
+    """Another session of the source's, for what is not waited for."""
 
     def struck(self, fault: str) -> Process:
         """Return whom a fault strikes."""
