@@ -148,6 +148,18 @@ def test_rings_that_say_nothing_are_found_out(monkeypatch: pytest.MonkeyPatch) -
         kvm.close()
 
 
+def test_a_ring_in_which_no_entry_was_free_has_lost_some(machine: TinyMachine) -> None:
+    log = DirtyLog(machine.vm, machine.memory)
+    log.start()
+    ring = machine.fds[0].cpu.ring
+    write_pages(machine, 300, 5)
+    ring.size = 4  # as if it had been written over from its beginning on
+    with pytest.raises(KvmCallFailed, match=r"^KVM_RESET_DIRTY_RINGS failed for a ring that was written over, so that"):
+        pages_of(log)
+    ring.size = RING
+    log.stop()
+
+
 def test_one_that_whoever_collects_has_emptied_in_that_moment_has_lost_nothing(machine: TinyMachine) -> None:
     log = DirtyLog(machine.vm, machine.memory)
     log.start()

@@ -224,6 +224,7 @@ struct tv_rings {
     uint64_t first[TV_RING_SLOTS]; /* the page at which each slot begins */
     uint64_t pages[TV_RING_SLOTS];
     uint64_t *map;                 /* the set; NULL while nobody wants to know */
+    int lost;                      /* whether a ring was written over since that was said */
     pthread_mutex_t lock;
 };
 
@@ -241,15 +242,17 @@ static void tv_rings_prepare(struct tv_rings *rings, int vm)
     pthread_mutex_init(&rings->lock, NULL);
 }
 
-/* With the lock held. */
+/* With the lock held. A vCPU leaves some entries free. Where none is, it went on with a ring that was full. */
 static void tv_ring_take(struct tv_rings *rings, struct tv_ring *ring)
 {
-    for (;;) {
+    for (uint32_t begun = ring->next;;) {
         struct kvm_dirty_gfn *entry = &ring->entries[ring->next % ring->size];
         uint32_t slot = entry->slot & 0xffff;
 
-        if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY)
+        if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY) {
+            rings->lost |= ring->next - begun >= ring->size;
             return;
+        }
         if (rings->map && slot < rings->slots && entry->offset < rings->pages[slot]) {
             uint64_t page = rings->first[slot] + entry->offset;
             rings->map[page / 64] |= 1ull << page % 64;
@@ -325,7 +328,7 @@ static int tv_cpu_map_ring(struct tv_cpu *cpu, struct tv_rings *rings, uint32_t 
     return 0;
 }
 
-/* Empties these rings; with `into`, moves the set of pages there. 0, or minus errno. */
+/* Empties these rings; with `into`, moves the set of pages there. 0, or minus errno: EOVERFLOW if some are missing. */
 static int tv_rings_collect(struct tv_rings *rings, struct tv_cpu **cpus, uint32_t count, uint64_t *into, uint64_t words)
 {
     int result;
@@ -338,8 +341,10 @@ static int tv_rings_collect(struct tv_rings *rings, struct tv_cpu **cpus, uint32
         into[word] |= rings->map[word];
         rings->map[word] = 0;
     }
+    if (result >= 0)
+        result = into && rings->lost ? -EOVERFLOW : 0;
     pthread_mutex_unlock(&rings->lock);
-    return result < 0 ? result : 0;
+    return result;
 }
 
 /* Says where the pages go from here on; NULL: nowhere. */
@@ -347,6 +352,7 @@ static void tv_rings_use(struct tv_rings *rings, uint64_t *map)
 {
     pthread_mutex_lock(&rings->lock);
     rings->map = map;
+    rings->lost = 0;
     pthread_mutex_unlock(&rings->lock);
 }
 

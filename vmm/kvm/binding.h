@@ -160,7 +160,7 @@ struct tv_rings {
     uint64_t pages[...];
     ...;
 };
-struct tv_ring { uint32_t next; uint64_t taken; ...; };
+struct tv_ring { uint32_t size; uint32_t next; uint64_t taken; ...; };
 #define TV_RING_SLOTS ...
 void tv_rings_prepare(struct tv_rings *rings, int vm);
 
