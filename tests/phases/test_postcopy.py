@@ -408,6 +408,23 @@ async def test_what_cannot_be_gone_on_with_there_is_resumed_again(
         await goes_on(destination)
 
 
+async def test_where_nobody_can_answer_it_is_not_gone_on_with(tmp_path: Path) -> None:
+    async with half_gone(tmp_path / "main") as (source, destination):
+        await source.execute("migrate-pause")
+        await outcome(source, "postcopy-paused")
+        await outcome(destination, "postcopy-paused")
+        read, write = os.pipe()
+        with pytest.raises(MigrationRefused, match="migrate: a postcopy goes on over a socket, which can answer"):
+            await source.execute("migrate", uri=f"fd:{write}", resume=True)
+        os.close(read)
+        uri = f"unix:{tmp_path / 'again'}"
+        await destination.execute("migrate-recover", uri=uri)
+        await source.execute("migrate", uri=uri, resume=True)
+        await let_all_come(source)
+        await completed(source, destination)
+        await goes_on(destination)
+
+
 async def test_where_the_source_is_awaited_in_vain_can_be_changed(tmp_path: Path) -> None:
     async with half_gone(tmp_path / "main") as (source, destination):
         await source.execute("migrate-pause")

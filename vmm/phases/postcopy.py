@@ -274,7 +274,8 @@ async def _lacking(connection: Connection, outgoing: OutgoingPostcopy) -> PageMa
     """Say who this is; return what the destination lacks. Raises `VmmError`."""
     pages = outgoing.server.todo.pages
     stream = connection.stream
-    assert stream is not None, "a socket"
+    if stream is None:
+        raise MigrationRefused(reason="migrate: a postcopy goes on over a socket, which can answer")
     try:
         await stream.send_all(Frame(FrameKind.RESUME, 0, pages).encode() + outgoing.identity)
         frame = Frame.decode(await _exactly(stream, FRAME_SIZE), FrameKind.HAVE, FrameKind.REFUSED)
