@@ -155,9 +155,8 @@ async def test_statistics_tell_what_was_sent_and_what_was_zero(tmp_path: Path) -
         assert found["total"] == 16 << 20
         assert found["remaining"] == 0
         assert found["page-size"] == 4096
-        # Some pages have gone twice, the second time while the guest stood.
-        again = found["normal"] + found["duplicate"] - (16 << 20) // 4096
-        assert 0 <= again <= found["downtime-bytes"] // 4096
+        # Each page has gone, and some twice: what the guest wrote meanwhile.
+        assert found["normal"] + found["duplicate"] >= (16 << 20) // 4096
         assert found["normal-bytes"] == 4096 * found["normal"]
         assert 0 < found["normal-bytes"] < found["transferred"] < found["normal-bytes"] + (1 << 16)
         assert found["dirty-sync-count"] >= 2

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from vmm.migration.stream_records import Section
 
 _OUTCOME: Final = "the guest goes on in the source"
+
+_AT_ONCE: Final = 64
+"""Pages that are sent on the loop: 256 KiB."""
 _LAST_WORDS: Final = 2.0
 """Seconds for a destination that has closed a channel to say why."""
 
@@ -121,7 +124,7 @@ class Outflow:
         await self._in_thread(work)
 
     async def send(self, sections: Iterable[Section], precopy: Precopy) -> None:
-        """Send all the rest, in a thread. The guest stands. A file is on its disk when this returns.
+        """Send all the rest. The guest stands. A file is on its disk when this returns.
 
         Raises:
             VmmError: it did not get there.
@@ -138,7 +141,16 @@ class Outflow:
             if self._connection.is_file:
                 _sync(self._fd)
 
-        await self._in_thread(work)
+        plain = self._multifd is None and not self._connection.is_file
+        if plain and precopy.ram.passes and precopy.ram.collect() <= _AT_ONCE:
+            # The way to a thread and back is longer than what little is left takes.
+            self._bulk.hold()
+            work(self._bulk)
+            rest = self._bulk.release()
+            if rest:
+                await self._in_thread(lambda bulk: bulk.write([rest]))
+        else:
+            await self._in_thread(work)
 
     async def hand_on(self, sections: Iterable[Section], ram: RamSender) -> None:
         """Send all the rest but the pages that `ram` has left, which come afterwards, in frames. The guest stands.

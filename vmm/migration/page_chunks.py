@@ -108,6 +108,8 @@ class ChannelSink:
         front[:head] = self._writer.ram_pages(front[head : head + size])
         if packed is not None:
             self._bulk.write([front[: head + size], packed])
+        elif self._bulk.holds:
+            self._bulk.write([front[: head + size], *self._content()])
         elif self._zero_copy is not None:
             self._bulk.write([front[: head + size]])
             self._zero_copy.send(self._content())

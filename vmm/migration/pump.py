@@ -54,7 +54,31 @@ class Bulk:
         self._bell: Doorbell | None = None
         self._peer = peer
         self.bytes = 0
-        """Read or written so far."""
+        """Read or written so far, and what is kept to be written."""
+        self._held: bytearray | None = None
+
+    def hold(self) -> None:
+        """Keep a copy of what is written from now on, in place of writing it. For little of it, and `write` alone."""
+        self._held = bytearray()
+
+    @property
+    def holds(self) -> bool:
+        """Whether what is written is kept."""
+        return self._held is not None
+
+    def release(self) -> memoryview:
+        """Write what was kept, as far as there is room for it at once; return the rest. Does not wait, never raises.
+
+        Whoever writes the rest learns what is wrong, if anything is.
+        """
+        assert self._held is not None
+        data, self._held = memoryview(self._held), None
+        try:
+            count = os.write(self.fd, data)
+        except OSError:
+            count = 0
+        self.bytes -= len(data) - count  # which is counted once it is written
+        return data[count:]
 
     def heed(self, bell: Doorbell) -> Self:
         """Stop where `bell` rings, from now on; return itself."""
@@ -68,6 +92,11 @@ class Bulk:
             ChannelBroken: the peer is gone, or has said something: it refused.
             HostFileRefused: a file could not be written.
         """
+        if self._held is not None:
+            for buffer in buffers:
+                self._held += buffer
+                self.bytes += len(buffer)
+            return
         left = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while left:
             self._look(select.POLLIN if self._peer else 0)
