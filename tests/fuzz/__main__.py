@@ -9,8 +9,12 @@ import time
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
+from tests.fuzz.channel_targets import CHANNEL_TARGETS
 from tests.fuzz.mutation import CASES, Case
-from tests.fuzz.targets import TARGETS, corpus_of
+from tests.fuzz.targets import TARGETS as STREAM_TARGETS
+from tests.fuzz.targets import corpus_of
+
+TARGETS = {**STREAM_TARGETS, **CHANNEL_TARGETS}
 
 _ROUND = 2000
 """Inputs between two looks at the clock."""
@@ -41,7 +45,7 @@ def main() -> int:
             @given(CASES)
             def round_of_inputs(case: Case) -> None:
                 nonlocal slowest
-                data = case.build(corpus)
+                data = case.build(corpus, target.repair)
                 at = time.monotonic()
                 target.take(data, case.cut(data))
                 slowest = max(slowest, time.monotonic() - at)

@@ -13,7 +13,7 @@ from vmm.kvm.page_file import checksum as crc32c
 from vmm.migration.stream import HEAD_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PREAMBLE: Final = 12
 _HEAD: Final = struct.Struct("<HHIII")
@@ -119,13 +119,13 @@ class Case:
     pieces: list[int]
     """Sizes of the pieces in which it comes; the last one goes on to the end."""
 
-    def build(self, corpus: Sequence[bytes]) -> bytes:
+    def build(self, corpus: Sequence[bytes], repair: Callable[[bytes], bytes]) -> bytes:
         """Return it."""
         data = bytearray(corpus[self.seed % len(corpus)])
         for edit in self.edits:
             if data:
                 edit.apply(data, corpus)
-        return repaired(bytes(data)) if self.repair else bytes(data)
+        return repair(bytes(data)) if self.repair else bytes(data)
 
     def cut(self, data: bytes) -> list[bytes]:
         """Return `data` in the pieces in which it comes."""
@@ -161,13 +161,13 @@ CASES: Final = st.builds(
 """Inputs."""
 
 
-def repaired(data: bytes) -> bytes:
-    """Make the checksums and the numbers of a state stream's records right, as far as there are records in `data`."""
-    if len(data) < PREAMBLE:
+def repaired(data: bytes, preamble: int = PREAMBLE) -> bytes:
+    """Make the checksums and the numbers of records right, as far as there are records in `data` behind a preamble."""
+    if len(data) < preamble:
         return data
-    out = bytearray(data[:PREAMBLE])
+    out = bytearray(data[:preamble])
     checksum = crc32(out)
-    at, number = PREAMBLE, 0
+    at, number = preamble, 0
     mapped: tuple[int, ...] | None = None
     while at + HEAD_SIZE <= len(data):
         kind, flags, _, size, _ = _HEAD.unpack_from(data, at)

@@ -7,6 +7,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.cpr.peer import frame, packed
+from tests.fuzz.channel_seeds import CHANNEL_SEEDS
 from tests.fuzz.targets import CORPUS, RAM
 from tests.migration.sample_stream import COMMANDS, build
 from tests.phases.streams import Pages, records_of, stream_of
@@ -144,7 +145,7 @@ def main() -> None:
     """Write what is not there yet."""
     makers = {
         "stream-header": _stream_headers, "device-section": _device_sections, "ram": _ram,
-        "saved-file": _saved_files, "cpr-channel": _cpr, "qmp": _qmp,
+        "saved-file": _saved_files, "cpr-channel": _cpr, "qmp": _qmp, **CHANNEL_SEEDS,
     }  # fmt: skip
     for target, make in makers.items():
         (CORPUS / target).mkdir(parents=True, exist_ok=True)

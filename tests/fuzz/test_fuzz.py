@@ -9,8 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.fuzz import seeds, targets
-from tests.fuzz.mutation import CASES, Case, repaired
-from tests.fuzz.targets import TARGETS, CprMessages, Target, TooSlow, corpus_of, in_time
+from tests.fuzz.__main__ import TARGETS
+from tests.fuzz.channel_targets import CHANNEL_TARGETS
+from tests.fuzz.mutation import CASES, Case
+from tests.fuzz.targets import CprMessages, Target, TooSlow, corpus_of, in_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +32,7 @@ def test_a_target_takes_whatever_comes(name: str) -> None:
         )  # fmt: skip
         @given(CASES)
         def some(case: Case) -> None:
-            data = case.build(corpus)
+            data = case.build(corpus, target.repair)
             target.take(data, case.cut(data))
 
         some()
@@ -48,9 +50,10 @@ def test_each_input_of_a_corpus_is_dealt_with(name: str) -> None:
 
 
 def test_a_stream_whose_checksums_are_right_is_left_as_it_is() -> None:
-    for name in ("stream-header", "device-section", "ram", "saved-file"):
-        for data in corpus_of(name):
-            assert repaired(data) == data
+    for name in ("stream-header", "device-section", "ram", "saved-file", *CHANNEL_TARGETS):
+        with TARGETS[name]() as target:
+            for data in corpus_of(name):
+                assert target.repair(data) == data
 
 
 def test_what_takes_too_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
