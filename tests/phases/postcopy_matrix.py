@@ -10,7 +10,9 @@ would put zeros there.
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+import signal
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -18,13 +20,13 @@ import pytest
 import trio
 
 from tests.phases.fault_matrix import Seen
-from tests.phases.migration_matrix import Move, end_of, runs, stop, without_names
+from tests.phases.migration_matrix import Move, end_of, runs, without_names
 from tests.phases.update_kit import Process, descriptors_in, due, open_bench, outcome, ready
 from vmm.guests.heartbeat import HeartbeatReader, read_header
 from vmm.qmp_client import CommandFailed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator
+    from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 
     from tests.phases.zygote import Zygote
     from vmm.qmp_client import QmpClient
@@ -96,6 +98,21 @@ async def until(what: str, holds: Callable[[], bool]) -> None:
     async with due(what):
         while not holds():  # noqa: ASYNC110
             await trio.sleep(0.005)
+
+
+async def stop(process: Process) -> None:
+    """Stop a process. A vCPU that waits for a page stops only once it has that, so that is not waited for."""
+    process.popen.send_signal(signal.SIGSTOP)
+    await until(f"the stop of process {process.pid}", lambda: set(states_in(process)) == {"T"})
+
+
+def states_in(process: Process) -> Iterator[str]:
+    """Yield the state of each thread of a process but the vCPUs and KVM's own."""
+    for path in Path(f"/proc/{process.pid}/task").glob("*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            name, _, rest = path.read_text().partition("(")[2].rpartition(")")
+            if not name.startswith(("vcpu", "kvm")):
+                yield rest.split()[0]
 
 
 async def says(client: QmpClient, status: str) -> dict[str, Any]:
