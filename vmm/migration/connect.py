@@ -198,14 +198,18 @@ class Listener:
     _bound: socket.socket | None = None
     """The same socket, where it has a path to remove."""
 
-    async def accept(self) -> trio.socket.SocketType:
-        """Wait for the next connection. Whoever comes while the host lacks what one takes is served later."""
+    async def accept(self, *, patient: bool = True) -> trio.socket.SocketType:
+        """Wait for the next connection.
+
+        Whoever comes while the host lacks what one takes is served later; without `patient` that is an `OSError`, for
+        whoever keeps a guest standing meanwhile.
+        """
         while True:
             try:
                 sock, _ = await self.sock.accept()
                 break
             except OSError as error:
-                if error.errno not in _LACKING:
+                if error.errno not in _LACKING or not patient:
                     raise
                 await trio.sleep(_AGAIN)
         if isinstance(self.address, DescriptorAddress):

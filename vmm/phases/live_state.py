@@ -90,7 +90,7 @@ async def _early_connection(channel: CprChannel, listener: Listener) -> socket.s
 async def _accepted(channel: CprChannel, listener: Listener) -> socket.socket:
     """Wait for a connection, the only one. Of other users none counts: anybody finds a name that is no file."""
     while True:
-        accepted = await listener.accept()
+        accepted = await listener.accept(patient=False)
         sock = socket.socket(fileno=accepted.detach())
         if channel.admits(sock):
             listener.close()
