@@ -56,6 +56,8 @@ if ((!minimal)); then
   command_of nasm nasm "assembles the tests' tiny guests"
   command_of zstd zstd "unpacks the box's kernel"
   command_of xz xz-utils "unpacks the packages of guests"
+  command_of openssl openssl "makes certificates for the tests of TLS"
+  command_of ip iproute2 "makes the network on which the box's tests lose packets"
   command_of shellcheck shellcheck "lint of the shell scripts"
 fi
 
