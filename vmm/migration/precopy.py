@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vmm.migration.ram import RamSender
     from vmm.migration.stream import StreamWriter
 
+_FEW: Final = 64 * PAGE_SIZE
+"""Bytes that take no time to speak of."""
 _BURST: Final = 0.05
 """Seconds by which a limited rate may be exceeded, and afterwards has to be waited for."""
 _LOOK: Final = 0.1
@@ -55,6 +57,7 @@ class Precopy:
         self._watcher: Final = watcher
         self._bandwidth: float | None = None  # bytes a second
         self._sent, self._seconds = 0, 0.0  # since that was found
+        self._had = ram.memory.size  # bytes that the present pass has
 
     def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
@@ -101,12 +104,17 @@ class Precopy:
         self.ram.note(sink)
         seconds, sent = max(time.monotonic() - begun, 1e-6), sink.bytes - before
         self._measure(sent, seconds)
-        left = self.ram.collect() * PAGE_SIZE
+        had, left = self._had, self.ram.collect() * PAGE_SIZE
+        self._had = left
         self.ram.dirty_rate = round(left / PAGE_SIZE / seconds)
         expected = left / self._rate() * 1000
         self._watcher.expects(expected)
-        if self._watcher.hurries or expected <= int(self._parameters["downtime-limit"]):
+        fits = expected <= int(self._parameters["downtime-limit"])
+        # Another pass is worth it, too, as long as it makes the pause much shorter than it has to be.
+        if self._watcher.hurries or (fits and (left <= _FEW or left > had / 2)):
             return True
+        if fits:
+            return False
         self._watcher.after_pass(sent, left, seconds)
         return False
 
