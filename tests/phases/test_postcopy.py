@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -237,8 +237,10 @@ async def test_a_connection_with_tls_is_replaced_by_one_with_tls(tmp_path: Path)
         await destination.execute("migrate-recover", uri=uri)
         async with await trio.open_unix_socket(str(tmp_path / "again")) as plain:
             await plain.send_all(Frame(FrameKind.RESUME, 0, 1).encode() + bytes(4096))
-            with trio.fail_after(HANGS):
-                said = b"".join([data async for data in plain])
+            said = bytearray()
+            with trio.fail_after(HANGS), suppress(trio.BrokenResourceError):  # it hangs up with something unread
+                async for data in plain:
+                    said += data
             assert Frame(FrameKind.HAVE, 0, 1).encode()[:4] not in said  # no more than an alert of TLS
         await source.execute("migrate", uri=uri, resume=True)
         await let_all_come(source)

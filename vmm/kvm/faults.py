@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, final
 
@@ -50,7 +51,7 @@ class FaultReport:
     """Pages that are done with, those that are zero included."""
 
 
-class _Server:
+class _Server(ABC):
     """A server of faults, from its threads' beginning to their end."""
 
     def __init__(self, memory: GuestMemory, action: str, file: PageFile | None = None) -> None:
@@ -119,8 +120,9 @@ class _Server:
             await trio.lowlevel.wait_readable(self._bell)
         return self._failure(state) if state.state == lib.TF_FAILED else None
 
+    @abstractmethod
     def _failure(self, state: CData) -> VmmError:
-        raise NotImplementedError
+        """Return what went wrong."""
 
     def _require(self, first: int, count: int) -> None:
         # Any thread, also while another one closes this: then nobody waits for anything any more.

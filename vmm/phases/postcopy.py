@@ -387,7 +387,7 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
     connection: Connection | None = None
     try:
         async with running.child("postcopy") as phase:
-            door = _Door(machine.made.incoming.streams.tls, phase.residents)
+            door = _Door(machine.made.incoming.streams.tls, running.residents)
 
             def grants(mint: Mint) -> PostcopyGrants:
                 return PostcopyGrants(steer_postcopy=mint(MaySteerPostcopy, target))
@@ -426,6 +426,8 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
         progress.keep_blocktime()
         pages.close()
         if connection is not None:
+            if complete:
+                connection.part()  # whoever serves it has the last frame to pass on
             connection.close()
         incoming.over()
     target.listeners.close()
