@@ -25,7 +25,8 @@ from vmm.cli_save import SaveFailed, SaveUnclear, save
 from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream_records import Home, RamInPlace
+from vmm.migration.ram_file_records import RamInPlace
+from vmm.migration.stream_records import Home
 from vmm.phases.machine import Machine
 from vmm.recipe import Recipe, Step
 

@@ -16,9 +16,10 @@ from tests.phases.streams import Pages, records_of, stream_of
 from vmm.cli import main
 from vmm.guests.heartbeat import HEADER_ADDRESS
 from vmm.migration.packing import packing
-from vmm.migration.ram_records import RamPages, RamPass
+from vmm.migration.ram_file_records import RamMapped
+from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass
 from vmm.migration.stream import StreamWriter
-from vmm.migration.stream_records import RamAbsent, RamContent, RamExtents, RamMapped, Section
+from vmm.migration.stream_records import Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -198,7 +198,9 @@ class Saved:
         Raises:
             SavedStateRefused, HostFileRefused: it is not, or is no saved machine.
         """
-        from vmm.migration.stream_records import PROCESSOR, Home, RamExtents, RamInPlace, RamMapped, Section
+        from vmm.migration.ram_file_records import RamInPlace, RamMapped
+        from vmm.migration.ram_records import RamExtents
+        from vmm.migration.stream_records import PROCESSOR, Home, Section
         from vmm.migration.stream_records import Recipe as RecipeRecord
 
         commands: list[Mapping[str, Any]] = []

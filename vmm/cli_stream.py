@@ -13,8 +13,8 @@ import attrs
 
 from vmm import hostio
 from vmm.errors import VmmError
+from vmm.migration.record_fields import PAGE_SIZE
 from vmm.migration.stream_file import StreamFile, read_stream_file
-from vmm.migration.stream_records import PAGE_SIZE
 
 if TYPE_CHECKING:
     import argparse

@@ -21,8 +21,9 @@ from tests.phases.copy_kit import outcome, parts, save, ticked
 from tests.phases.test_overrides import channels, update
 from vmm import hostio
 from vmm.cpr.channel import CprChannel
+from vmm.migration.ram_records import RamContent, RamExtents
 from vmm.migration.stream import StreamReader, StreamWriter
-from vmm.migration.stream_records import Header, Home, RamContent, RamExtents, Recipe, Section
+from vmm.migration.stream_records import Header, Home, Recipe, Section
 from vmm.phases.section_kinds import section_kinds
 
 if TYPE_CHECKING:

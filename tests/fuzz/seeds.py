@@ -13,17 +13,10 @@ from tests.migration.sample_stream import COMMANDS, build
 from tests.phases.streams import Pages, records_of, stream_of
 from vmm.hw.codec import Codecs
 from vmm.kvm.page_file import checksum
-from vmm.migration.ram_records import RAW, ZERO, RamPages, RamPass
+from vmm.migration.ram_file_records import RamMapped, RamMappedSums
+from vmm.migration.ram_records import RAW, ZERO, RamContent, RamExtents, RamPages, RamPass
 from vmm.migration.stream import FORMAT_VERSION, HEAD_SIZE, PAGES_VERSION, StreamWriter
-from vmm.migration.stream_records import (
-    PROCESSOR,
-    PROCESSOR_VERSION,
-    RamContent,
-    RamExtents,
-    RamMapped,
-    RamMappedSums,
-    recipe_digest,
-)
+from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
 from vmm.phases.board import STATES
 

@@ -23,9 +23,10 @@ from vmm.kvm.memory import GuestMemory
 from vmm.migration.connection import Connection
 from vmm.migration.inflow import Inflow
 from vmm.migration.ram import RamWriter
+from vmm.migration.ram_records import RamContent, RamExtents
 from vmm.migration.stream import StreamReader
 from vmm.migration.stream_file import read_stream_file
-from vmm.migration.stream_records import RamContent, RamExtents, Section
+from vmm.migration.stream_records import Section
 from vmm.monitor.json_stream import Fault, JsonStream, Limits, Message
 from vmm.monitor.requests import read_request
 from vmm.phases.board import STATES

@@ -16,9 +16,10 @@ from vmm.kvm.memory import PAGE_SIZE, GuestMemory
 from vmm.kvm.page_map import PageMap
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.mapped_ram import MappedReader
+from vmm.migration.ram_file_records import RamMapped, RamMappedSums
 from vmm.migration.section_payload import Misshapen
 from vmm.migration.stream import HEAD_SIZE, StreamReader, StreamWriter
-from vmm.migration.stream_records import End, RamMapped, RamMappedSums, Section
+from vmm.migration.stream_records import End, Section
 
 if TYPE_CHECKING:
     from collections.abc import Generator

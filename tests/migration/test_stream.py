@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tests.migration.sample_stream import COMMANDS, DIGEST, EXTENTS, MACHINE, SAMPLE_SECTIONS, build, read
 from tests.migration.test_section_payload import STATES
 from vmm.errors import StateRejected, StreamCorrupt
+from vmm.migration.ram_file_records import RamInPlace
+from vmm.migration.ram_records import RamExtents
 from vmm.migration.stream import HEAD_SIZE, SECTIONS_LIMIT, SKIPPABLE, StreamReader, StreamWriter, encode_record
-from vmm.migration.stream_records import End, Header, Home, RamExtents, RamInPlace, Recipe, Section
+from vmm.migration.stream_records import End, Header, Home, Recipe, Section
 
 if TYPE_CHECKING:
     from typing import Any

@@ -9,8 +9,9 @@ import trio.testing
 
 from tests.migration.sample_stream import COMMANDS, EXTENTS, MACHINE, SAMPLE_SECTIONS, build, writer_of_sample
 from vmm.errors import StreamCorrupt
+from vmm.migration.ram_records import RamExtents
 from vmm.migration.stream_io import StreamIntake, receive_stream, send_stream
-from vmm.migration.stream_records import RamExtents, Recipe
+from vmm.migration.stream_records import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

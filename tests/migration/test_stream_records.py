@@ -6,22 +6,10 @@ import pytest
 
 from tests.migration.sample_stream import COMMANDS
 from vmm.errors import MigrationRefused, OptionInvalid, StateRejected
+from vmm.migration.ram_file_records import RamInPlace
+from vmm.migration.ram_records import CONTENT_SIZE, EXTENTS_LIMIT, RamContent, RamExtents
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import (
-    CONTENT_SIZE,
-    EXTENTS_LIMIT,
-    RECIPE_LIMIT,
-    SECTION_LIMIT,
-    End,
-    Header,
-    Home,
-    RamContent,
-    RamExtents,
-    RamInPlace,
-    Recipe,
-    Section,
-    recipe_digest,
-)
+from vmm.migration.stream_records import RECIPE_LIMIT, SECTION_LIMIT, End, Header, Home, Recipe, Section, recipe_digest
 
 if TYPE_CHECKING:
     from typing import Any

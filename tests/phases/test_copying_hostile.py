@@ -16,9 +16,9 @@ import vmm
 from tests.phases.copy_kit import PREAMBLE, commands, goes_on, ram, save, started, status
 from tests.phases.streams import Pages, records_of, stream_of
 from vmm.errors import StateRejected, StreamCorrupt, VmmError
-from vmm.migration.ram_records import RamPages, RamPass
+from vmm.migration.ram_records import RamExtents, RamPages, RamPass
 from vmm.migration.stream import HEAD_SIZE
-from vmm.migration.stream_records import Header, RamExtents, Recipe, Section, recipe_digest
+from vmm.migration.stream_records import Header, Recipe, Section, recipe_digest
 from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:

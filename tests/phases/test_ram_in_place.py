@@ -28,7 +28,9 @@ from tests.phases.streams import Pages, records_of, stream_of
 from vmm import hostmem
 from vmm.errors import HostFileRefused, VmmError
 from vmm.migration.outflow import Outflow
-from vmm.migration.stream_records import Home, RamExtents, RamInPlace
+from vmm.migration.ram_file_records import RamInPlace
+from vmm.migration.ram_records import RamExtents
+from vmm.migration.stream_records import Home
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -36,9 +36,9 @@ from vmm.errors import (
 )
 from vmm.guests.dirtier import DirtierReader
 from vmm.migration.mapped_ram import MappedReader
+from vmm.migration.ram_file_records import RamMapped
 from vmm.migration.registry import CheckedState
 from vmm.migration.stream import StreamReader
-from vmm.migration.stream_records import RamMapped
 from vmm.phases import saving
 from vmm.phases.start import Start
 from vmm.recipe import Recipe

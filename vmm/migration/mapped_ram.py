@@ -17,8 +17,8 @@ import trio
 from vmm import hostio
 from vmm.errors import HostFileRefused, StreamCorrupt
 from vmm.kvm.page_file import PAGE_SIZE, PIECE_PAGES, PageFile, checksum, path_of
+from vmm.migration.ram_file_records import RamMapped, RamMappedSums
 from vmm.migration.status import MigrationRamStats
-from vmm.migration.stream_records import RamMapped, RamMappedSums
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -16,7 +16,8 @@ from vmm.errors import VmmError
 from vmm.migration.crew import Aborted, JobQueues
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
-from vmm.migration.ram_records import PAGE_SIZE, RamPages, RamPass
+from vmm.migration.ram_records import RamPages, RamPass
+from vmm.migration.record_fields import PAGE_SIZE
 from vmm.migration.stream import encode_record
 from vmm.migration.stream_records import End
 from vmm.migration.zero_copy import ZeroCopy

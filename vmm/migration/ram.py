@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, final
 from vmm.errors import MigrationRefused, StreamCorrupt
 from vmm.kvm.page_map import PageMap
 from vmm.migration.page_chunks import PageIntake
+from vmm.migration.record_fields import PAGE_SIZE
 from vmm.migration.status import MigrationRamStats
-from vmm.migration.stream_records import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.page_chunks import PageSink
     from vmm.migration.pump import Bulk
-    from vmm.migration.ram_records import RamPages
+    from vmm.migration.ram_file_records import RamInPlace, RamMapped
+    from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages
     from vmm.migration.stream import StreamReader
-    from vmm.migration.stream_records import RamAbsent, RamContent, RamExtents, RamInPlace, RamMapped
 
 _PROTECT: Final = 1 << 14
 """Pages that are protected at once before they are read, and that one piece lies within: 64 MiB."""

@@ -1,7 +1,8 @@
-"""Records of RAM that is sent while the guest may run: pages, which may come again, in passes.
+"""Records of RAM whose content is in the stream.
 
-As in `vmm.migration.stream_records`, a payload is hostile. What a page's place is in the guest's RAM, the helpers in C
-find out (`vmm/kvm/pages.c`, tv_chunk_parse): here is what can be said without a machine.
+Where the guest stands, all of it is in records of content, once. Where it may run, it is in pages, which may come
+again, in passes. As in `vmm.migration.stream_records`, a payload is hostile. What a page's place is in the guest's RAM,
+the helpers in C find out (`vmm/kvm/pages.c`, tv_chunk_parse): here is what can be said without a machine.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ from typing import ClassVar, Final, final
 
 import attrs
 
+from vmm.migration.record_fields import (
+    EXTENT_SIZE,
+    PAGE_SIZE,
+    extent_table,
+    pack_extents,
+    unpack_extents,
+    unpack_fixed,
+)
 from vmm.migration.section_payload import Misshapen
 
-PAGE_SIZE: Final = 4096
-CHUNK_PAGES: Final = 256  # with data, in one record
+EXTENTS_LIMIT: Final = 1 << 20  # bytes of payload
+CONTENT_SIZE: Final = 1 << 20  # bytes of RAM in one record of content, at most
+CONTENT_RUNS: Final = CONTENT_SIZE // PAGE_SIZE  # runs in one record, at most: each a page at least
+
+CHUNK_PAGES: Final = 256  # with data, in one record of pages
 CHUNK_RUNS: Final = 512
 TABLE: Final = struct.Struct("<IIQ")  # runs, method, bytes of content
 RUN: Final = struct.Struct("<QII")  # guest-physical address, pages, kind
@@ -24,7 +36,95 @@ DATA, ZERO = 0, 1
 RAW, ZLIB, ZSTD = 0, 1, 2
 """Methods: how the content is packed."""
 
+_WHERE: Final = struct.Struct("<I")
+_COUNT: Final = struct.Struct("<I")
 _PASS: Final = struct.Struct("<I")
+
+_IN_SHARED_MEMORY: Final = 0
+_IN_STREAM: Final = 1
+
+
+@final
+@attrs.frozen
+class RamExtents:
+    """Parts of the guest's RAM whose content belongs to this state."""
+
+    TYPE: ClassVar[int] = 4
+    NOUN: ClassVar[str] = "list of RAM extents"
+    LIMIT: ClassVar[int] = EXTENTS_LIMIT
+
+    extents: tuple[tuple[int, int], ...]
+    """Guest-physical address and bytes of each: whole pages, ascending, apart from each other."""
+    in_stream: bool = False
+    """Whether the content is in the records of content that follow, zeros left out; else it is in the memory object
+    whose descriptor was handed over."""
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for extents that are none."""
+        where = _IN_STREAM if self.in_stream else _IN_SHARED_MEMORY
+        payload = _WHERE.pack(where) + pack_extents(self.extents)
+        if len(payload) > EXTENTS_LIMIT:
+            raise ValueError(f"{len(self.extents)} extents do not fit into one record; write several")
+        self.decode(payload)
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamExtents:
+        """Undo `payload`, or raise `Misshapen`."""
+        table = extent_table(payload, _WHERE.size)
+        (where,) = _WHERE.unpack_from(payload)
+        if where not in (_IN_SHARED_MEMORY, _IN_STREAM):
+            raise Misshapen(
+                f"content of kind {where}, only {_IN_SHARED_MEMORY} (in shared memory) and {_IN_STREAM} (in this "
+                "stream) are read here"
+            )
+        return cls(unpack_extents(table), where == _IN_STREAM)
+
+
+@final
+@attrs.frozen
+class RamContent:
+    """What is in some pages of RAM: at most `CONTENT_SIZE` bytes, in runs of pages that lie together.
+
+    The record is a table (number of runs; of each its guest-physical address and bytes) and then the bytes. What no
+    record of a stream has is zero.
+    """
+
+    TYPE: ClassVar[int] = 5
+    NOUN: ClassVar[str] = "content of RAM"
+    LIMIT: ClassVar[int] = _COUNT.size + CONTENT_RUNS * EXTENT_SIZE + CONTENT_SIZE
+
+    runs: tuple[tuple[int, int], ...]
+    """As `RamExtents.extents`; at least one."""
+    data: tuple[bytes | memoryview, ...]
+    """Of each run."""
+
+    def table(self) -> bytes:
+        """Return what comes before the bytes."""
+        return _COUNT.pack(len(self.runs)) + pack_extents(self.runs)
+
+    def payload(self) -> bytes:
+        """Encode. Raises `ValueError` for runs that are none."""
+        payload = b"".join((self.table(), *self.data))
+        self.decode(payload)
+        return payload
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamContent:
+        """Undo `payload`, or raise `Misshapen`. The data are views of it."""
+        view = memoryview(payload)
+        count = _COUNT.unpack_from(payload)[0] if len(payload) >= _COUNT.size else 0
+        at = _COUNT.size + count * EXTENT_SIZE
+        if not 1 <= count <= CONTENT_RUNS or at > len(payload):
+            raise Misshapen(f"no table of 1 to {CONTENT_RUNS} runs at its beginning")
+        runs = unpack_extents(view[_COUNT.size : at])
+        if (size := sum(size for _, size in runs)) != len(payload) - at:
+            raise Misshapen(f"{len(payload) - at} bytes of content, its table says {size}")
+        data: list[memoryview] = []
+        for _, size in runs:
+            data.append(view[at : at + size])
+            at += size
+        return cls(runs, tuple(data))
 
 
 @final
@@ -107,6 +207,28 @@ class RamPass:
     @classmethod
     def decode(cls, payload: bytes) -> RamPass:
         """Undo `payload`, or raise `Misshapen`."""
-        if len(payload) != _PASS.size:
-            raise Misshapen(f"{len(payload)} bytes, expected {_PASS.size}")
-        return cls(*_PASS.unpack(payload))
+        return cls(*unpack_fixed(_PASS, payload))
+
+
+@final
+@attrs.frozen
+class RamAbsent:
+    """The pages that the destination has not got, or not as they are, while the guest begins to run there."""
+
+    TYPE: ClassVar[int] = 13
+    NOUN: ClassVar[str] = "list of absent pages"
+    LIMIT: ClassVar[int] = 64 << 20  # that of 2 TiB
+
+    words: bytes
+    """One bit for each page of all extents in a row, in little-endian words of 64."""
+
+    def payload(self) -> bytes:
+        """Encode."""
+        return self.words
+
+    @classmethod
+    def decode(cls, payload: bytes) -> RamAbsent:
+        """Undo `payload`, or raise `Misshapen`."""
+        if not payload or len(payload) % 8:
+            raise Misshapen(f"{len(payload)} bytes, expected words of 8")
+        return cls(payload)

@@ -31,21 +31,10 @@ from typing import TYPE_CHECKING, Any, Final, final
 from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
-from vmm.migration.ram_records import RamPages, RamPass
+from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
+from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import (
-    End,
-    Header,
-    Home,
-    RamAbsent,
-    RamContent,
-    RamExtents,
-    RamInPlace,
-    RamMapped,
-    RamMappedSums,
-    Recipe,
-    Section,
-)
+from vmm.migration.stream_records import End, Header, Home, Recipe, Section
 from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:

@@ -16,21 +16,11 @@ import attrs
 from vmm.errors import HostFileRefused, StreamCorrupt, Unsupported
 from vmm.kvm.page_file import checksum, path_of
 from vmm.migration.packing import packing
-from vmm.migration.ram_records import DATA, RAW, ZLIB, RamPages, RamPass
+from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
+from vmm.migration.ram_records import DATA, RAW, ZLIB, RamAbsent, RamContent, RamExtents, RamPages, RamPass
+from vmm.migration.record_fields import PAGE_SIZE
 from vmm.migration.stream import StreamReader
-from vmm.migration.stream_records import (
-    PAGE_SIZE,
-    Header,
-    Home,
-    RamAbsent,
-    RamContent,
-    RamExtents,
-    RamInPlace,
-    RamMapped,
-    RamMappedSums,
-    Recipe,
-    Section,
-)
+from vmm.migration.stream_records import Header, Home, Recipe, Section
 from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:

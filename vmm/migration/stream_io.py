@@ -8,8 +8,9 @@ import attrs
 import trio
 
 from vmm.errors import StreamCorrupt
+from vmm.migration.ram_records import RamExtents
 from vmm.migration.stream import STREAM_LIMIT, StreamReader
-from vmm.migration.stream_records import Header, RamExtents, Recipe, Section
+from vmm.migration.stream_records import Header, Recipe, Section
 
 if TYPE_CHECKING:
     import socket

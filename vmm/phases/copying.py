@@ -26,8 +26,9 @@ from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
 from vmm.migration.pump import Stopped
 from vmm.migration.ram import RamSender
+from vmm.migration.ram_file_records import IDENTITY_SIZE
 from vmm.migration.status import MigrationRamStats, MigrationStatus
-from vmm.migration.stream_records import IDENTITY_SIZE, Section
+from vmm.migration.stream_records import Section
 from vmm.migration.terms import Terms
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.further_channels import plan_channels

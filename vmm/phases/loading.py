@@ -9,16 +9,9 @@ import trio
 
 from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
 from vmm.migration.ram import RamWriter
-from vmm.migration.ram_records import RamPass
-from vmm.migration.stream_records import (
-    RamAbsent,
-    RamContent,
-    RamExtents,
-    RamInPlace,
-    RamMapped,
-    RamMappedSums,
-    Section,
-)
+from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
+from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPass
+from vmm.migration.stream_records import Section
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
