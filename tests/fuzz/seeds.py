@@ -15,8 +15,8 @@ from vmm.hw.codec import Codecs
 from vmm.kvm.page_file import checksum
 from vmm.migration.ram_file_records import RamMapped, RamMappedSums
 from vmm.migration.ram_records import RAW, ZERO, RamContent, RamExtents, RamPages, RamPass
-from vmm.migration.stream import FORMAT_VERSION, HEAD_SIZE, PAGES_VERSION, StreamWriter
-from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
+from vmm.migration.stream import HEAD_SIZE, StreamWriter
+from vmm.migration.stream_records import FORMAT_VERSION, PAGES_VERSION, PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
 from vmm.phases.board import STATES
 

@@ -16,8 +16,9 @@ from vmm.migration.inflow import Inflow
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.pump import Bulk
 from vmm.migration.ram import RamWriter
-from vmm.migration.stream import PAGES_VERSION, StreamWriter
+from vmm.migration.stream import StreamWriter
 from vmm.migration.stream_file import read_stream_file
+from vmm.migration.stream_records import PAGES_VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path

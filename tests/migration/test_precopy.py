@@ -17,7 +17,8 @@ from vmm.migration.multifd import STRIPE, MultifdSink
 from vmm.migration.precopy import Precopy
 from vmm.migration.pump import Bulk
 from vmm.migration.ram import RamSender
-from vmm.migration.stream import PAGES_VERSION, StreamWriter
+from vmm.migration.stream import StreamWriter
+from vmm.migration.stream_records import PAGES_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

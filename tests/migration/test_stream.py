@@ -14,7 +14,8 @@ from tests.migration.test_section_payload import STATES
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.ram_file_records import RamInPlace
 from vmm.migration.ram_records import RamExtents
-from vmm.migration.stream import HEAD_SIZE, SECTIONS_LIMIT, SKIPPABLE, StreamReader, StreamWriter, encode_record
+from vmm.migration.stream import HEAD_SIZE, SKIPPABLE, StreamReader, StreamWriter, encode_record
+from vmm.migration.stream_order import SECTIONS_LIMIT
 from vmm.migration.stream_records import End, Header, Home, Recipe, Section
 
 if TYPE_CHECKING:

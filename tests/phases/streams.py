@@ -9,8 +9,8 @@ import attrs
 
 from vmm.kvm._pages import ffi, lib
 from vmm.migration.ram_records import RamPages
-from vmm.migration.stream import PAGES_VERSION, StreamReader, StreamWriter
-from vmm.migration.stream_records import End, Header, Home
+from vmm.migration.stream import StreamReader, StreamWriter
+from vmm.migration.stream_records import PAGES_VERSION, End, Header, Home
 from vmm.migration.terms import Terms
 
 

@@ -16,8 +16,16 @@ from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamPages
 from vmm.migration.silence import silence
-from vmm.migration.stream import PAGES_VERSION, StreamReader
-from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, Header, Recipe, Section, recipe_digest
+from vmm.migration.stream import StreamReader
+from vmm.migration.stream_records import (
+    PAGES_VERSION,
+    PROCESSOR,
+    PROCESSOR_VERSION,
+    Header,
+    Recipe,
+    Section,
+    recipe_digest,
+)
 from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, say
 

@@ -15,8 +15,8 @@ from vmm.migration.page_server import LinkBroken
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamAbsent
 from vmm.migration.silence import silence
-from vmm.migration.stream import PAGES_VERSION, StreamWriter
-from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
+from vmm.migration.stream import StreamWriter
+from vmm.migration.stream_records import PAGES_VERSION, PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, say
 

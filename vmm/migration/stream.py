@@ -31,23 +31,22 @@ from typing import TYPE_CHECKING, Any, Final, final
 from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
-from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
-from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass
+from vmm.migration.ram_file_records import RamInPlace, RamMapped
+from vmm.migration.ram_records import RamContent, RamExtents, RamPages, RamPass
 from vmm.migration.section_payload import Misshapen
-from vmm.migration.stream_records import End, Header, Home, Recipe, Section
-from vmm.migration.terms import Terms
+from vmm.migration.stream_order import RECIPE_NUMBER, SECTIONS_LIMIT, UNLIMITED, Misplaced, RecordOrder
+from vmm.migration.stream_records import FORMAT_VERSION, KINDS, PAGES_VERSION, End, Header, Home, Recipe, Section, noun
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from vmm.migration.ram_file_records import RamMappedSums
+    from vmm.migration.ram_records import RamAbsent
     from vmm.migration.section_payload import StateValue
     from vmm.migration.stream_records import Record
+    from vmm.migration.terms import Terms
 
 MAGIC: Final = b"\x89TVMM\r\n\x1a"
-FORMAT_VERSION: Final = 1
-PAGES_VERSION: Final = 2
-"""Of a stream with terms and pages."""
-SECTIONS_LIMIT: Final = 4096
 STREAM_LIMIT: Final = 256 << 20  # bytes of a whole stream but RAM content, unless a reader is told otherwise
 UNKNOWN_LIMIT: Final = 16 << 20  # bytes of payload in a record that is skipped
 
@@ -58,13 +57,6 @@ _PREAMBLE: Final = struct.Struct("<8sHH")
 _HEAD: Final = struct.Struct("<HHIII")
 _CRC: Final = struct.Struct("<I")
 HEAD_SIZE: Final = _HEAD.size + _CRC.size
-
-_KINDS: Final[tuple[type[Record], ...]] = (
-    Header, Recipe, Section, RamExtents, RamContent, RamInPlace, RamMapped, RamMappedSums, RamAbsent, Home, Terms,
-    RamPages, RamPass, End,
-)  # fmt: skip
-_HEADER_NUMBER: Final = 0
-_RECIPE_NUMBER: Final = 1
 
 
 def encode_record(kind: int, number: int, payload: bytes, flags: int = 0) -> tuple[bytes, bytes]:
@@ -96,7 +88,7 @@ class StreamWriter:
 
     def recipe(self, commands: Iterable[Mapping[str, Any]]) -> None:
         """Add the recipe, before anything else. Raises `MigrationRefused` where it does not fit."""
-        if self._number != _RECIPE_NUMBER:
+        if self._number != RECIPE_NUMBER:
             raise ValueError("the recipe comes before all sections and RAM extents, and once")
         self._add(Recipe(tuple(commands)))
 
@@ -196,21 +188,16 @@ class StreamReader:
     def __init__(self, *, limit: int = STREAM_LIMIT, seekable: bool = False) -> None:
         """With `seekable`, the stream may go on at another place of its file: see `jump`."""
         self._limit: Final = limit
-        self._seekable: Final = seekable
         self.jump: int | None = None
         """Where the stream goes on, in bytes from its beginning; None where it goes on where it is. See `jumped`."""
-        self._kinds: Final[Mapping[int, type[Record]]] = {kind.TYPE: kind for kind in _KINDS}
         self._buffer = bytearray()
         self._offset = 0  # of the buffer's first byte in the stream
         self._checksum = 0
         self._version = FORMAT_VERSION
         self._number = -1  # of the record that comes next; -1 before the preamble
         self._head: tuple[int, int, int] | None = None  # type, payload bytes, CRC of the record that is coming in
-        self._names: Final[set[str]] = set()
-        self._ram = RamOrder()
-        self._mapped = False  # whether its pages have fixed places
+        self._order: Final = RecordOrder(seekable=seekable)
         self._content = 0  # bytes of records with RAM content so far, which the limit does not count
-        self._contents = 0  # such records
         self._pending = 0  # bytes that follow the last record and are not part of one
         self._ended = False
         self._failure: StreamCorrupt | None = None
@@ -287,7 +274,7 @@ class StreamReader:
             expected = f"record {self._number} at offset {self._offset}, after which an end record"
         else:
             kind, size, _ = self._head
-            expected = f"record {self._number} at offset {self._offset}: {self._noun(kind)} of {size} bytes"
+            expected = f"record {self._number} at offset {self._offset}: {noun(kind)} of {size} bytes"
         self._failure = StreamCorrupt(reason=f"it ends after {length} bytes; expected {expected}")
         raise self._failure
 
@@ -332,14 +319,13 @@ class StreamReader:
         with memoryview(self._buffer) as view:
             payload = bytes(view[start : start + size])
             if (found := crc32(payload)) != checksum:
-                raise self._corrupt(at, f"a damaged {self._noun(kind)}: {_differ(found, checksum)}")
+                raise self._corrupt(at, f"a damaged {noun(kind)}: {_differ(found, checksum)}")
             record = self._decode(at, kind, payload)
             self._checksum = crc32(view[at:start], self._checksum)
         if record is not None:
             records.append(record)
-        if kind in (RamContent.TYPE, RamPages.TYPE, RamPass.TYPE):
+        if isinstance(record, UNLIMITED):
             self._content += HEAD_SIZE + size
-            self._contents += 1
         if isinstance(record, RamPages):
             self._pending = record.content
         self._head = None
@@ -371,106 +357,39 @@ class StreamReader:
             raise self._corrupt(at, f"its number is {number}; a record is missing, repeated or out of order")
         if flags & ~SKIPPABLE:
             raise self._corrupt(at, f"unknown flags {flags:#06x}, expected 0 or {SKIPPABLE:#06x}")
-        if kind not in self._kinds and not flags & SKIPPABLE:
+        if kind not in KINDS and not flags & SKIPPABLE:
             raise self._corrupt(at, f"unknown type {kind}, not marked as one that can be skipped")
-        self._check_place(at, kind)
-        limit = self._kinds[kind].LIMIT if kind in self._kinds else UNKNOWN_LIMIT
+        try:
+            self._order.check_kind(kind, number, self._version)
+        except Misplaced as error:
+            raise self._corrupt(at, str(error)) from error
+        limit = KINDS[kind].LIMIT if kind in KINDS else UNKNOWN_LIMIT
         if size > limit:
-            raise self._corrupt(at, f"{self._noun(kind)} of {size} bytes, at most {limit} are read")
+            raise self._corrupt(at, f"{noun(kind)} of {size} bytes, at most {limit} are read")
         return kind, size, payload_checksum
-
-    def _check_place(self, at: int, kind: int) -> None:
-        if (kind == Header.TYPE) != (self._number == _HEADER_NUMBER):
-            raise self._corrupt(at, f"{self._noun(kind)}, expected the header as record 0 and nowhere else")
-        if kind == Recipe.TYPE and self._number != _RECIPE_NUMBER:
-            raise self._corrupt(at, "recipe, expected as record 1 or not at all")
-        if kind in (Terms.TYPE, RamPages.TYPE, RamPass.TYPE) and self._version < PAGES_VERSION:
-            raise self._corrupt(at, f"{self._noun(kind)}, which format version {self._version} has not")
-        if kind in (RamPages.TYPE, RamPass.TYPE) and not self._ram.listed:
-            raise self._corrupt(at, f"{self._noun(kind)}, expected after the RAM extents")
-        if self._number - self._contents > 3 * SECTIONS_LIMIT:
-            raise self._corrupt(at, f"at most {3 * SECTIONS_LIMIT} records are read")
 
     def _decode(self, at: int, kind: int, payload: bytes) -> Record | None:
         """Return the record, or None for one that is skipped."""
-        if kind not in self._kinds:
+        if kind not in KINDS:
             return None
         try:
-            record = self._kinds[kind].decode(payload)
+            record = KINDS[kind].decode(payload)
         except Misshapen as error:
-            raise self._corrupt(at, f"a malformed {self._noun(kind)}: {error}") from error
-        if isinstance(record, Section):
-            if record.name in self._names:
-                raise self._corrupt(at, f"section {record.name!r} is there a second time")
-            if len(self._names) == SECTIONS_LIMIT:
-                raise self._corrupt(at, f"section {record.name!r}, at most {SECTIONS_LIMIT} sections are read")
-            self._names.add(record.name)
-        elif isinstance(record, (RamExtents, RamContent)):
-            try:
-                self._ram.take(record)
-            except Misshapen as error:
-                raise self._corrupt(at, f"a misplaced {self._noun(kind)}: {error}") from error
-        elif isinstance(record, RamMapped):
-            self._check_map(at, record)
+            raise self._corrupt(at, f"a malformed {noun(kind)}: {error}") from error
+        try:
+            self._order.take(record, self._offset + at + HEAD_SIZE + len(payload))
+        except Misplaced as error:
+            raise self._corrupt(at, str(error)) from error
+        if isinstance(record, RamMapped):
+            self.jump = record.onward
         elif isinstance(record, End):
             if record != (expected := End(self._number, self._checksum)):
                 raise self._corrupt(at, f"the end of {_summary(record)}, expected {_summary(expected)}")
             self._ended = True
         return record
 
-    def _check_map(self, at: int, record: RamMapped) -> None:
-        end = self._offset + at + HEAD_SIZE + len(record.payload())
-        if not self._seekable:
-            raise self._corrupt(at, f"{record.NOUN}, which only a file can have")
-        if self._mapped or record.bitmap < end:
-            raise self._corrupt(at, f"{record.NOUN}, a second one, or with its bitmap at {record.bitmap}, before {end}")
-        self._mapped = True
-        self.jump = record.onward
-
-    def _noun(self, kind: int) -> str:
-        return self._kinds[kind].NOUN if kind in self._kinds else f"record of type {kind}"
-
     def _corrupt(self, at: int, what: str) -> StreamCorrupt:
         return StreamCorrupt(reason=f"record {self._number} at offset {self._offset + at}: {what}")
-
-
-@final
-class RamOrder:
-    """Follows extents and content of RAM through a stream: no byte comes twice, or from outside the extents."""
-
-    def __init__(self) -> None:
-        self._extents: list[tuple[int, int]] = []
-        self._listed = 0  # end of the last extent
-        self._at = 0  # end of the last run of content
-
-    @property
-    def listed(self) -> bool:
-        """Whether there were extents whose content is in the stream."""
-        return self._listed > 0
-
-    def take(self, record: RamExtents | RamContent) -> None:
-        """Follow one record. Raises `Misshapen` where it is out of place."""
-        if isinstance(record, RamContent):
-            for address, size in record.runs:
-                self._take_run(address, size)
-        elif record.in_stream:
-            for address, size in record.extents:
-                if address < self._listed:
-                    raise Misshapen(f"extent {address:#x} of {size:#x} bytes begins before the end of one before it")
-                self._extents.append((address, address + size))
-                self._listed = address + size
-
-    def _take_run(self, address: int, size: int) -> None:
-        while self._extents and self._extents[0][1] <= address:
-            self._extents.pop(0)
-        if address < self._at or not self._extents or not _inside(address, size, self._extents[0]):
-            raise Misshapen(f"{size:#x} bytes at {address:#x} are outside its extents, or not after what came before")
-        self._at = address + size
-
-
-def _inside(address: int, size: int, extent: tuple[int, int]) -> bool:
-    start, end = extent
-    return start <= address and address + size <= end
 
 
 def _differ(found: int, expected: int) -> str:

@@ -1,15 +1,15 @@
 """The records of a state stream: what each holds, and its payload as bytes.
 
 Those of RAM are in `vmm.migration.ram_records` and `ram_file_records`, the terms of a migration in `terms`.
-Framing, order and checksums are `vmm.migration.stream`'s. All integers are little-endian. A decoder gets a payload
-whose length is within the type's limit and whose checksum is right, and still treats it as hostile.
+Framing and checksums are `vmm.migration.stream`'s, order is `stream_order`'s. All integers are little-endian. A decoder
+gets a payload whose length is within the type's limit and whose checksum is right, and still treats it as hostile.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, final, get_args
 
 import attrs
 
@@ -22,6 +22,10 @@ from vmm.migration.terms import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+FORMAT_VERSION: Final = 1
+PAGES_VERSION: Final = 2
+"""Of a stream with terms and pages."""
 
 SECTION_LIMIT: Final = 16 << 20  # bytes of payload
 RECIPE_LIMIT: Final = 4 << 20  # bytes of payload
@@ -217,6 +221,14 @@ Record: TypeAlias = (
     | RamPass
     | End
 )
+
+KINDS: Final[Mapping[int, type[Record]]] = {kind.TYPE: kind for kind in get_args(Record)}
+"""By type."""
+
+
+def noun(kind: int) -> str:
+    """Return what a record of type `kind` is called."""
+    return KINDS[kind].NOUN if kind in KINDS else f"record of type {kind}"
 
 
 def recipe_digest(commands: Iterable[Mapping[str, Any]]) -> bytes:
