@@ -21,6 +21,7 @@ ORDER: Final = (
         "guests",
         "outside",
         "facets",
+        "tokens",
         "capabilities",
         "deferral",
         "nursery_tree",

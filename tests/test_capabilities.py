@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
+import pkgutil
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from vmm import capabilities
+from vmm import capabilities, tokens
 from vmm.capabilities import (
     ADMIN,
     KINDS,
@@ -39,6 +42,7 @@ from vmm.capabilities import (
     Token,
 )
 from vmm.errors import TokenOutOfScope, TokenRevoked
+from vmm.tokens import mechanism
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -225,14 +229,16 @@ def test_a_token_that_is_narrowed_cannot_be_used_for_what_has_no_name() -> None:
 # --- the closed set of kinds ------------------------------------------------------------------------------
 
 
-def test_every_kind_of_the_module_is_listed_once() -> None:
+def test_every_kind_is_listed_once_and_imported_from_one_module() -> None:
+    modules = [importlib.import_module(found.name) for found in pkgutil.iter_modules(tokens.__path__, "vmm.tokens.")]
     declared = {
         value
-        for name, value in vars(capabilities).items()
+        for name, value in chain.from_iterable(vars(module).items() for module in modules)
         if isinstance(value, type) and issubclass(value, Token) and value is not Token and not name.startswith("_")
     }
     assert declared == set(KINDS)
     assert len(KINDS) == len(set(KINDS))
+    assert all(getattr(capabilities, kind.__name__) is kind for kind in KINDS)
 
 
 @kinds
@@ -259,11 +265,11 @@ def test_no_kind_is_declared_outside_the_module() -> None:
         class MayDoAnything(Token[object]):
             wire_name = "may-do-anything"
 
-    assert str(caught.value) == "token kinds form a closed set: declare MayDoAnything in vmm.capabilities"
+    assert str(caught.value) == "token kinds form a closed set: declare MayDoAnything in vmm.tokens"
 
 
 def test_no_kind_is_derived_outside_the_module() -> None:
-    with pytest.raises(TypeError, match=r"^token kinds form a closed set: declare MayQuitTwice in vmm\.capabilities$"):
+    with pytest.raises(TypeError, match=r"^token kinds form a closed set: declare MayQuitTwice in vmm\.tokens$"):
 
         class MayQuitTwice(MayQuit):  # type: ignore[misc]
             pass
@@ -278,7 +284,7 @@ def test_only_a_mint_makes_tokens(kind: type[Token[Any]]) -> None:
 
 def test_a_second_key_opens_nothing() -> None:
     with pytest.raises(TypeError, match=r"^MayQuit is minted by a phase's window only$"):
-        MayQuit(capabilities._MintKey(), Cell(Ender(), "boot"), None)
+        MayQuit(mechanism._MintKey(), Cell(Ender(), "boot"), None)
 
 
 @kinds

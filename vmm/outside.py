@@ -1,6 +1,6 @@
 """A machine from outside of its guest: the facet of `may-inject`.
 
-The other facets stand beside their tokens in `vmm.capabilities`; this one is as long as several of them.
+The other facets stand in `vmm.facets`, or beside their tokens in `vmm.tokens`; this one is as long as several of them.
 """
 
 from __future__ import annotations
