@@ -65,8 +65,8 @@ async def original(folder: Path, *, file: bool = True, serial: bool = False) -> 
 
 
 @asynccontextmanager
-async def again(folder: Path, *options: str) -> AsyncGenerator[Running, None]:
-    recipe = resumed(str(folder / "saved"), parse(*options))
+async def again(folder: Path, *options: str, whole: bool = False) -> AsyncGenerator[Running, None]:
+    recipe = resumed(str(folder / "saved"), parse(*options), whole=whole)
     async with begun(recipe, folder / "qmp", autostart="-S" not in options) as running:
         yield running
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +19,33 @@ import trio
 from tests.phases.machine import Running, connected, monitor, parse
 from tests.phases.streams import Pages, records_of, stream_of
 from tests.phases.update_kit import GUEST
-from tests.saved_machines import HANGS, again, begun, files, grown, original, saved, status, steps, ticked, ticks
+from tests.saved_machines import (
+    HANGS,
+    SIZE,
+    again,
+    begun,
+    files,
+    grown,
+    original,
+    saved,
+    status,
+    steps,
+    ticked,
+    ticks,
+)
 from vmm import hostio
-from vmm.cli_resume import SavedStateRefused, claimed, resume_machine, resumed
+from vmm.cli_progress import Bar
+from vmm.cli_resume import Claim, Loading, SavedStateRefused, claimed, resume_machine, resumed
 from vmm.cli_save import SaveFailed, SaveUnclear, save
 from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
+from vmm.migration.mapped_file import MappedFile
+from vmm.migration.mapped_ram import MappedWriter
 from vmm.migration.outflow import Outflow
-from vmm.migration.ram_file_records import RamInPlace
+from vmm.migration.ram_file_records import RamInPlace, RamMapped
 from vmm.migration.stream_records import Home
+from vmm.phases.copying import Canceller
+from vmm.phases.foundation import Host
 from vmm.phases.machine import Machine
 from vmm.recipe import Recipe, Step
 
@@ -35,6 +54,9 @@ if TYPE_CHECKING:
 
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
+
+BYSTANDER = 12 << 20
+"""Address of RAM that the guest leaves alone."""
 
 
 # --- there and back ------------------------------------------------------------------------------------------
@@ -47,7 +69,7 @@ async def test_a_machine_goes_on_with_its_monitors_and_chardevs_at_their_paths(f
     assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
     records = records_of((tmp_path / "saved").read_bytes())
     assert any(isinstance(record, RamInPlace) for record in records) is file
-    assert any(isinstance(record, Pages) for record in records) is not file
+    assert any(isinstance(record, RamMapped) for record in records) is not file
     said = (tmp_path / "ser").read_bytes()
     async with again(tmp_path) as running, connected(tmp_path / "qmp") as client:
         assert await status(client) == "running"
@@ -119,6 +141,101 @@ async def test_it_can_be_saved_again(tmp_path: Path) -> None:
         await ticked(running, 15)
 
 
+async def test_ram_that_is_copied_has_its_places_in_a_sparse_file_and_comes_as_it_is_used(tmp_path: Path) -> None:
+    await saved(tmp_path, file=False)
+    found = (tmp_path / "saved").stat()
+    assert found.st_size > SIZE
+    assert found.st_blocks * 512 < SIZE // 4
+    on_demand = Step("migrate-set-parameters", {"x-restore-on-demand": True})
+    for whole in (False, True):
+        assert (on_demand in resumed(str(tmp_path / "saved"), parse(), whole=whole)) is not whole
+    async with again(tmp_path, whole=True) as running:
+        await ticked(running, 10)
+
+
+async def test_ram_that_was_copied_in_a_row_is_loaded_too(tmp_path: Path) -> None:
+    async with original(tmp_path, file=False), connected(tmp_path / "qmp") as client:
+        await client.execute("migrate", uri=f"file:{tmp_path}/saved", parameters={"mode": "cpr-reboot"})
+        with trio.fail_after(HANGS):
+            while (info := await client.execute("query-migrate"))["status"] != "completed":
+                assert info["status"] != "failed", info
+                await trio.sleep(0.005)
+    assert any(isinstance(record, Pages) for record in records_of((tmp_path / "saved").read_bytes()))
+    async with again(tmp_path) as running:
+        await ticked(running, 10)
+
+
+# --- the file that is used up ------------------------------------------------------------------------------------
+
+
+async def used_up(folder: Path, running: Running, claim: Claim) -> None:
+    """Do what `trio-vmm resume` does beside the machine."""
+    loading = Loading(Bar(None), claim)
+    loading.begun()
+    with trio.fail_after(HANGS):
+        await loading.watch(running.host)
+
+
+@pytest.mark.parametrize("file", [True, False], ids=["in place", "copied"])
+async def test_the_file_goes_once_all_of_the_guest_is_here(file: bool, tmp_path: Path) -> None:
+    await saved(tmp_path, file=file)
+    with claimed(str(tmp_path / "saved")) as claim:
+        async with again(tmp_path) as running:
+            await used_up(tmp_path, running, claim)
+            assert running.tree.view(Machine).memory.absent is None
+            assert "saved" not in files(tmp_path)
+            await ticked(running, 10)
+
+
+async def test_a_guest_whose_page_is_lost_stands_and_the_file_stays(tmp_path: Path) -> None:
+    async with original(tmp_path, file=False) as running, trio.open_nursery() as nursery:
+        running.tree.view(Machine).memory.write(BYSTANDER, b"then")
+        nursery.start_soon(save, str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+        with trio.fail_after(HANGS):
+            await running.ended.wait()
+    place = next(it for it in records_of((tmp_path / "saved").read_bytes()) if isinstance(it, RamMapped)).area
+    content = bytearray((tmp_path / "saved").read_bytes())
+    content[place + BYSTANDER] ^= 0x40
+    (tmp_path / "saved").write_bytes(content)
+    with claimed(str(tmp_path / "saved")) as claim:
+        async with again(tmp_path) as running:
+            await used_up(tmp_path, running, claim)
+            assert "saved" in files(tmp_path)
+            async with connected(tmp_path / "qmp") as client:
+                with trio.fail_after(HANGS):
+                    while await status(client) != "internal-error":  # noqa: ASYNC110 - it has no event
+                        await trio.sleep(0.005)
+
+
+async def test_another_file_of_that_name_stays_and_what_cannot_be_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(b"one")
+    with claimed(str(path)) as claim:
+        path.rename(tmp_path / "kept")
+        path.write_bytes(b"another")
+        assert claim.use_up() is None
+    with claimed(str(path)) as claim:
+        path.rename(tmp_path / "moved")
+        assert claim.use_up() is None
+    assert files(tmp_path) == ["kept", "moved"]
+
+    def denied(_: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    await saved(tmp_path)
+    said: list[str] = []
+    with claimed(str(path)) as claim:
+        async with again(tmp_path) as running:
+            with monkeypatch.context() as patch:
+                patch.setattr(Host, "complain", lambda _, text: said.append(text))
+                patch.setattr(os, "unlink", denied)
+                await used_up(tmp_path, running, claim)
+            await ticked(running, 10)
+    assert said == [f"Cannot remove {path}: Read-only file system"]
+
+
 # --- what keeps it from being saved ------------------------------------------------------------------------------
 
 
@@ -137,10 +254,12 @@ async def fails(folder: Path, kind: type[VmmError], running: Running, interrupti
     return str(caught.value)
 
 
-async def test_a_disk_that_is_full_leaves_the_guest_running_and_no_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [16384, 8 << 20], ids=["at once", "half way"])
+async def test_a_disk_that_is_full_leaves_the_guest_running_and_no_file(room: int, tmp_path: Path) -> None:
     async with original(tmp_path, file=False) as running:
+        running.tree.view(Machine).memory.write(BYSTANDER, b"behind that")
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             text = await fails(tmp_path, SaveFailed, running)
         finally:
@@ -152,23 +271,59 @@ async def test_a_disk_that_is_full_leaves_the_guest_running_and_no_file(tmp_path
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-async def test_an_interrupt_calls_it_off(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("file", "kind", "step"), [(True, Outflow, "leave"), (False, MappedWriter, "save")])
+async def test_an_interrupt_calls_it_off(
+    file: bool, kind: type, step: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interruption = Interruption()
-    leave = Outflow.leave
+    real = getattr(kind, step)
 
-    async def interrupt_first(self: Outflow, *arguments: Any) -> int:
+    async def interrupt_first(*arguments: Any) -> Any:
         interruption.comes()
         await trio.sleep(0.05)  # until it is called off; else it fails by what comes of it
-        return await leave(self, *arguments)
+        return await real(*arguments)
 
     if when == "before":
         interruption.comes()
-        monkeypatch.setattr(Outflow, "leave", interrupt_first)
-    else:
-        monkeypatch.setattr(Outflow, "leave", interrupt_first)
-    async with original(tmp_path) as running:
+    monkeypatch.setattr(kind, step, interrupt_first)
+    async with original(tmp_path, file=file) as running:
         text = await fails(tmp_path, Interrupted, running, interruption)
     assert text == "The save was interrupted: the machine goes on"
+
+
+async def test_an_interrupt_while_it_goes_to_its_disk_calls_it_off_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interruption, called_off = Interruption(), threading.Event()
+    finish, cancel = MappedFile.finish, Canceller.cancel
+
+    def interrupt_first(self: MappedFile, sections: Any) -> None:
+        trio.from_thread.run_sync(interruption.comes)
+        assert called_off.wait(HANGS)
+        finish(self, sections)
+
+    def note(self: Canceller, by: str) -> None:
+        cancel(self, by)
+        called_off.set()
+
+    monkeypatch.setattr(MappedFile, "finish", interrupt_first)
+    monkeypatch.setattr(Canceller, "cancel", note)
+    async with original(tmp_path, file=False) as running:
+        text = await fails(tmp_path, Interrupted, running, interruption)
+    assert text == "The save was interrupted: the machine goes on"
+
+
+async def test_what_was_set_for_a_migration_is_not_in_its_way(tmp_path: Path) -> None:
+    on = ("multifd", "pause-before-switchover", "return-path", "switchover-ack", "zero-copy-send", "auto-converge")
+    async with original(tmp_path, file=False) as running, connected(tmp_path / "qmp") as client:
+        states = [{"capability": name, "state": True} for name in on]
+        await client.execute("migrate-set-capabilities", capabilities=states)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(save, str(tmp_path / "qmp"), tmp_path / "saved", Interruption())
+            with trio.fail_after(HANGS):
+                await running.ended.wait()
+    async with again(tmp_path) as running:
+        await ticked(running, 10)
 
 
 async def test_a_place_that_cannot_be_is_told_before_anything_is_stopped(tmp_path: Path) -> None:
@@ -287,11 +442,11 @@ def test_of_two_that_resume_at_the_same_time_one_does(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with claimed(str(path)) as claim:
         with pytest.raises(SavedStateRefused) as caught:
-            resume_machine(str(path), parse())
+            resume_machine(str(path), parse(), whole=False)
         assert str(caught.value) == (
             f"Cannot resume from {path}: another process is resuming from it; its guest is that process's"
         )
-        claim.close()  # as it does once the guest is here
+        claim.close()  # as it does once all of the guest is here
         with claimed(str(path)):
             pass
 

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             save.add_argument("file", metavar="FILE", help="where to; readable by its owner alone")
         case "resume":
             resume.add_argument("file", metavar="FILE", help="what save has written")
+            resume.add_argument("--whole", action="store_true", help="load all of its RAM before the guest runs")
             _add_run(resume)
         case "restore":
             restore.add_argument(
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "resume":
                 from vmm.cli_resume import resume_machine
 
-                return resume_machine(options.file, options)
+                return resume_machine(options.file, options, whole=options.whole)
             case "restore":
                 from vmm.cli_resume import restore_machine
 

@@ -1,14 +1,15 @@
 """`trio-vmm resume` and `trio-vmm restore`: a machine from the file in which it was saved.
 
-`resume` goes on with a machine as it was, with its monitors, and uses the file up, which is removed once the guest is
-here. `restore` starts another one from it, as often as it is asked to, with the monitors that its own options say.
+`resume` goes on with a machine as it was, with its monitors, and uses the file up, which is removed once all of the
+guest is here. `restore` starts another one from it, as often as it is asked to, with the monitors that its own options
+say.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
@@ -44,20 +45,15 @@ class SavedStateRefused(VmmError):
     reason: str
 
 
-def resume_machine(path: str, options: argparse.Namespace) -> int:
+def resume_machine(path: str, options: argparse.Namespace, *, whole: bool) -> int:
     """Go on with the machine that is saved in `path`, in this process; return its exit status at its end."""
     from vmm.process import run_process
 
     target = os.path.abspath(path)
     with claimed(target) as claim, Bar.on_stderr(fields=_FIELDS) as bar:
-
-        def used_up() -> None:
-            with suppress(FileNotFoundError):
-                os.unlink(target)
-            claim.close()
-
-        beside = Loading(bar).watch
-        return run_process(resumed(target, options), options, os.environ, begun=used_up, beside=beside)
+        loading = Loading(bar, claim)
+        recipe = resumed(target, options, whole=whole)
+        return run_process(recipe, options, os.environ, begun=loading.begun, beside=loading.watch)
 
 
 def restore_machine(path: str, options: argparse.Namespace, *, whole: bool) -> int:
@@ -69,26 +65,58 @@ def restore_machine(path: str, options: argparse.Namespace, *, whole: bool) -> i
         return run_process(restored(target, options, whole=whole), options, os.environ, beside=Loading(bar).watch)
 
 
-@contextmanager
-def claimed(path: str) -> Generator[ExitStack, None, None]:
-    """Lock the file at `path`, until the block is left or what it is given is closed: of two that resume, one does.
+@final
+class Claim:
+    """A file that a machine is resumed from, locked."""
 
-    RAM that is in the file itself has no lock of its own.
+    def __init__(self, path: str) -> None:
+        """Lock it.
 
-    Raises:
-        SavedStateRefused, HostFileRefused: another process resumes from it, or it cannot be opened.
-    """
-    with ExitStack() as claim:
-        fd = hostio.open_saved_state(path, 0)
-        claim.callback(os.close, fd)
-        if not hostio.lock_saved_state(fd, path):
+        Raises:
+            SavedStateRefused, HostFileRefused: another process resumes from it, or it cannot be opened.
+        """
+        self.path: Final = path
+        self._fd = hostio.open_saved_state(path, 0)
+        if not hostio.lock_saved_state(self._fd, path):
+            self.close()
             reason = "another process is resuming from it; its guest is that process's"
             raise SavedStateRefused(what="resume", path=path, reason=reason)
+
+    def use_up(self) -> str | None:
+        """Remove the file, unless another one is there by now, and let go of it; return what went wrong, if it did."""
+        try:
+            if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+                os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            return str(hostio.refused("remove", self.path, error))
+        finally:
+            self.close()
+        return None
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+@contextmanager
+def claimed(path: str) -> Generator[Claim, None, None]:
+    """Lock the file at `path`, until the block is left or it is used up: of two that resume, one does.
+
+    RAM that is in the file of a back end has no lock of its own. Raises as `Claim`.
+    """
+    with closing(Claim(path)) as claim:
         yield claim
 
 
-def resumed(path: str, options: argparse.Namespace) -> Recipe:
+def resumed(path: str, options: argparse.Namespace, *, whole: bool = False) -> Recipe:
     """Return the recipe that goes on with the machine in `path`, with what `options` of `run` say besides.
+
+    Args:
+        whole: whether all of RAM is loaded before the guest runs, also where it could come as it is used.
 
     Raises:
         OptionInvalid: an option that has no place here.
@@ -96,6 +124,7 @@ def resumed(path: str, options: argparse.Namespace) -> Recipe:
     """
     more = _besides("resume", path, options)
     saved = Saved.read(path, "resume")
+    more = saved.coming(more, whole=whole)
     if not saved.has_home:
         reason = "it does not say what the machine had beside its guest; start it by restore"
         raise SavedStateRefused(what="resume", path=path, reason=reason)
@@ -108,14 +137,13 @@ def restored(path: str, options: argparse.Namespace, *, whole: bool = False) -> 
     What a file that was not written here says of its machine is data: of this host it has what is allowed by name.
 
     Args:
-        whole: whether all of RAM is loaded before the guest runs, also where it could come as it is used.
+        whole: as of `resumed`.
 
-    Raises: as `resumed`.
+    Raises: likewise.
     """
     more = _besides("restore", path, options)
     saved = Saved.read(path, "restore")
-    if saved.is_mapped and not whole:
-        more = Recipe(more.source, (*more, Step("migrate-set-parameters", {"x-restore-on-demand": True})))
+    more = saved.coming(more, whole=whole)
     if not saved.has_home:
         channel = {"channel-type": "main", "addr": {"transport": "file", "filename": path, "offset": 0}}
         return Recipe(f"of {path}", (*more, Step("migrate-incoming", {"channels": [channel]})))
@@ -143,19 +171,43 @@ _FIELDS: Final = ("rate", "left")
 
 @final
 class Loading:
-    """A guest that comes from a file, shown until it is here."""
+    """A guest that comes from a file, shown until all of it is here. Then the file is used up, if it is to be."""
 
-    def __init__(self, bar: Bar) -> None:
+    def __init__(self, bar: Bar, claim: Claim | None = None) -> None:
         self._bar = bar
+        self._claim = claim
+        self._begun = trio.Event()
+
+    def begun(self) -> None:
+        """Note that the machine is complete, and its guest has been loaded, or at least runs."""
+        self._begun.set()
 
     async def watch(self, host: Host) -> None:
         """Show how far it is."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._show, host)
+            await self._use_up(host)
+
+    async def _show(self, host: Host) -> None:
         from vmm.phases.migration_state import MigrationState  # Which a resumed machine imports anyway.
 
         with self._bar:
             while (figures := self._figures(host.tree, MigrationState)) is not None:
                 self._bar.show(figures)
                 await trio.sleep(self._bar.period)
+
+    async def _use_up(self, host: Host) -> None:
+        if self._claim is None:
+            return
+        from vmm.phases.migration_state import MigrationState  # Likewise.
+
+        await self._begun.wait()
+        absent = host.tree.view(MigrationState).absent
+        if absent is not None:
+            await absent.over.wait()
+        # One that could not be had may be there another time.
+        if (absent is None or absent.complete) and (complaint := self._claim.use_up()) is not None:
+            host.complain(complaint)
 
     @staticmethod
     def _figures(tree: Tree, kind: type[MigrationState]) -> Figures | None:
@@ -222,6 +274,12 @@ class Saved:
             raise SavedStateRefused(what=what, path=path, reason="it does not say what machine it is of")
         made = [step for step in _steps_of(path, commands) if step.execute != "finish-machine-init"]
         return cls(what, path, tuple(made), tuple(_steps_of(path, home or [])), home is not None, is_mapped)
+
+    def coming(self, more: Recipe, *, whole: bool) -> Recipe:
+        """Return `more` with how RAM comes: as it is used where that can be, unless it is to be there before."""
+        if not self.is_mapped or whole:
+            return more
+        return Recipe(more.source, (*more, Step("migrate-set-parameters", {"x-restore-on-demand": True})))
 
     def steps(self, more: Recipe, *, home: bool) -> Iterator[Step]:
         """Yield what makes the machine, without what `more` has in its place, by id.

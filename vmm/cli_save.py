@@ -1,7 +1,8 @@
 """`trio-vmm save`: a machine over an end of its process, or of its host's.
 
-RAM stays where it is if it is in a file (`memory-backend-file`); else it is copied. The file of a saved machine is
-whole or not there: it is written under another name beside it.
+RAM stays where it is if it is in a file (`memory-backend-file`); else each page has its place in the file of the saved
+machine, so that the guest need not wait for all of it when it comes back. The file of a saved machine is whole or not
+there: it is written under another name beside it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from vmm.qmp_client import QmpClient
 
 _WHAT: Final = "The save"
+
+_ON: Final = ("mapped-ram", "x-ignore-shared", "events")
+"""Migration capabilities: where RAM can stay it stays, else it has fixed places; and an event tells when it is over."""
+
+_OFF: Final = (
+    "auto-converge", "background-snapshot", "dirty-limit", "multifd", "pause-before-switchover", "postcopy-blocktime",
+    "postcopy-preempt", "postcopy-ram", "return-path", "switchover-ack", "zero-copy-send",
+)  # fmt: skip
+"""Those that an operator may have turned on for a migration, and that a save has no use for."""
 
 
 @final
@@ -98,10 +108,9 @@ async def _written(client: QmpClient, part: Path, interruption: Interruption, ba
     """Have the machine write `part`; return what `query-migrate` says once all is on disk."""
     try:
         await client.execute(
-            "migrate", parameters={"mode": "cpr-reboot"},
+            "migrate", parameters={"mode": "cpr-reboot", "tls-creds": ""},
             channels=[{"channel-type": "main", "addr": {"transport": "file", "filename": str(part), "offset": 0}}],
-            # The event tells at once when it is over.
-            capabilities=[{"capability": name, "state": True} for name in ("x-ignore-shared", "events")],
+            capabilities=[{"capability": name, "state": name in _ON} for name in (*_ON, *_OFF)],
         )  # fmt: skip
         info = await outcome(client, interruption, bar)
     except CommandFailed as error:

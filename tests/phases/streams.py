@@ -36,12 +36,16 @@ class Pages:
 
 
 def records_of(data: bytes) -> list[Any]:
-    """Return what a stream holds: records, and `Pages`."""
-    reader = StreamReader()
+    """Return what a stream holds: records, and `Pages`. Of RAM at fixed places the records alone."""
+    reader = StreamReader(seekable=True)
     found: list[Any] = []
+    rest = data
     while not reader.ended:
-        found += reader.feed(data)
-        data = b""
+        found += reader.feed(rest)
+        rest = b""
+        if reader.jump is not None:
+            rest = data[reader.jump :]
+            reader.jumped()
         if found and isinstance(found[-1], RamPages):
             found[-1] = Pages(found[-1], reader.take_content())
     return found

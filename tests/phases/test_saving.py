@@ -26,6 +26,7 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
+from tests.phases.memory_kit import in_file, recipe
 from vmm.errors import (
     GuestPageLost,
     HostFileRefused,
@@ -302,6 +303,27 @@ async def test_where_mapped_ram_cannot_be_is_said_by_name(tmp_path: Path, monkey
             await source.execute("migrate", uri=f"file:{tmp_path / 'state'}", capabilities=BACKGROUND)
         assert not (tmp_path / "state").exists()
         await goes_on(source)
+
+
+async def test_ram_in_a_file_stays_there_with_both_but_not_of_a_guest_that_goes_on(tmp_path: Path) -> None:
+    both = [*MAPPED, {"capability": "x-ignore-shared", "state": True}]
+    async with vmm.machine(recipe(in_file(tmp_path / "ram"))) as source:
+        await ticked(source, 5)
+        with pytest.raises(MigrationRefused, match="where a guest that goes on while it is saved"):
+            await source.execute("migrate", uri=f"file:{tmp_path / 'state'}", capabilities=[*both, *BACKGROUND[1:]])
+        assert not (tmp_path / "state").exists()
+        info = await save(source, tmp_path / "state", both)
+        assert info["ram"]["normal"] == info["ram"]["duplicate"] == 0
+        assert (tmp_path / "state").stat().st_size < 1 << 20
+
+
+async def test_in_mode_cpr_reboot_the_guest_stands_while_it_is_saved(tmp_path: Path) -> None:
+    async with started() as source:
+        uri = f"file:{tmp_path / 'state'}"
+        await source.execute("migrate", uri=uri, capabilities=MAPPED, parameters={"mode": "cpr-reboot"})
+        info = await outcome(source)
+        assert info["ram"]["dirty-sync-count"] == 1
+        assert info["ram"]["precopy-bytes"] == 0 < info["ram"]["downtime-bytes"]
 
 
 def damage(path: Path, at: int) -> None:

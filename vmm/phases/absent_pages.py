@@ -27,18 +27,19 @@ class AbsentPages:
         self._pages: Final = pages
         self.over: Final = trio.Event()
         """Set once all are there, or one is lost."""
+        self.complete = False
+        """Whether all are there."""
 
     async def serve(self) -> None:
         """Wait for them. If one is lost, the guest stands, and the run state says why."""
-        complete = False
         try:
             failure = await self._pages.wait_over()
-            complete = failure is None
+            self.complete = failure is None
             if failure is not None:
                 self._let_go()
                 await self._stand(failure)
         finally:
-            if not complete:
+            if not self.complete:
                 # Ended from outside, too: a vCPU may be waiting for a page, and would not come out of the guest.
                 self._let_go()
             self._pages.close()

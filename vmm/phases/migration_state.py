@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmm.errors import VmmError
     from vmm.migration.status import Side
     from vmm.monitor.events import EventHub
+    from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.jobs import Job, Jobs, JobType
 
 _INCOMING: Final = (
@@ -64,6 +65,8 @@ class MigrationState:
         self.parameters: Final = MigrationParameters()
         self.progress: MigrationProgress | None = None
         """The last or the present migration; None before the first."""
+        self.absent: AbsentPages | None = None
+        """The RAM of the guest that comes from a file as it is used, or has come; None where none came so."""
         self.dirty_rate = Measurement()
         """The last or the present measurement of what the guest writes."""
         self.limited: tuple[LimitedVcpu, ...] = ()

@@ -101,8 +101,8 @@ class Run:
         if pages is not None:
             from vmm.phases.absent_pages import AbsentPages  # Few guests come so.
 
-            self._absent = AbsentPages(self, pages)
-            phase.residents.start_soon("absent pages", self._absent.serve)
+            absent = self._absent = self.machine.made.migration.absent = AbsentPages(self, pages)
+            phase.residents.start_soon("absent pages", absent.serve)
 
     async def all_pages(self) -> None:
         """Wait until all of RAM is there, or is lost."""
@@ -255,7 +255,8 @@ def _way_of(run: Run, plan: CopyPlan) -> Callable[[Phase, Run, CopyPlan, Turn[An
     from vmm.phases.saving import require_saving_possible, run_saving  # Most guests are not saved.
 
     require_saving_possible(run, plan)
-    return run_saving
+    # What stays where it is has its place there.
+    return run_copying if capabilities["x-ignore-shared"] and run.machine.memory.can_stay else run_saving
 
 
 @final

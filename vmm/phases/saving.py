@@ -61,10 +61,10 @@ def require_saving_possible(run: Run, plan: CopyPlan) -> None:
         raise MigrationRefused(
             reason="migrate: mapped-ram gives each page a place, which only a file has; give a file:, or turn it off"
         )
-    if mapped and capabilities["x-ignore-shared"] and run.machine.memory.can_stay:
+    if background and capabilities["x-ignore-shared"] and run.machine.memory.can_stay:
         raise MigrationRefused(
-            reason="migrate: with x-ignore-shared the guest's RAM stays in its own file, with mapped-ram it goes into "
-            "that of its state; turn one of them off"
+            reason="migrate: with x-ignore-shared the guest's RAM stays in its own file, where a guest that goes on "
+            "while it is saved (background-snapshot) changes it; turn one of them off"
         )
     if background:
         require_features(_KEEPING, KEPT_FEATURES)
@@ -86,7 +86,9 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
     canceller = Canceller()
     with closing(MappedFile(plan.open_file())) as file:
         async with running.child("migrating") as phase:
-            live = machine.accelerator.dirty_log(machine.memory) if run.gang.running and not background else None
+            # Who saves a guest over a reboot wants it to stand.
+            passes = run.gang.running and not background and migration.parameters["mode"] == "normal"
+            live = machine.accelerator.dirty_log(machine.memory) if passes else None
 
             def grants(mint: Mint) -> MigratingGrants:
                 return MigratingGrants(
@@ -174,6 +176,8 @@ class _Save:
             self._report()
             progress.advance(MigrationStatus.DEVICE)
             await trio.to_thread.run_sync(self.file.finish, sections)
+            # What comes while it goes to its disk, which may take long, still calls it off.
+            await trio.lowlevel.checkpoint_if_cancelled()
             self.canceller.let_go = True
             self.run.here = False
         return pause
