@@ -30,7 +30,6 @@ _BACKLOG: Final = 16
 """Clients that wait for an accept. One more than these gets EAGAIN or blocks."""
 
 _F_ADD_SEALS: Final = 1033
-_F_SEAL_SEAL: Final = 0x1
 _F_SEAL_SHRINK: Final = 0x2
 _F_SEAL_GROW: Final = 0x4
 _TIOCGPTN: Final = 0x80045430
@@ -324,20 +323,7 @@ def create_ram(size: int, name: str) -> int:
     Raises:
         HostFileRefused: the host won't.
     """
-    return _sealed_memfd(f"reserve {size} bytes of memory as", name, size, _F_SEAL_SHRINK | _F_SEAL_GROW)
-
-
-def create_memfd_sealed(name: str, size: int) -> int:
-    """Make a shared memory of `size` zero bytes whose size and seals nobody can change. It can be written.
-
-    Raises:
-        HostFileRefused: the host won't.
-    """
-    seals = _F_SEAL_SHRINK | _F_SEAL_GROW | _F_SEAL_SEAL
-    return _sealed_memfd(f"reserve {size} bytes of memory as", name, size, seals)
-
-
-def _sealed_memfd(action: str, name: str, size: int, seals: int) -> int:
+    action = f"reserve {size} bytes of memory as"
     path = f"memfd:{name}"
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -345,7 +331,7 @@ def _sealed_memfd(action: str, name: str, size: int, seals: int) -> int:
         raise refused(action, path, error) from error
     try:
         os.ftruncate(fd, size)
-        fcntl.fcntl(fd, _F_ADD_SEALS, seals)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
     except (OSError, OverflowError) as error:
         os.close(fd)
         reason = os.strerror(errno.EFBIG if isinstance(error, OverflowError) else error.errno or 0)
@@ -627,11 +613,6 @@ def require_kind(fd: int, name: str, *wanted: str) -> None:
     found = descriptor_kind(fd)
     if found not in wanted:
         raise DescriptorWrongKind(name=name, found=found, wanted=" or ".join(wanted))
-
-
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Make two connected unix sockets, both close-on-exec."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 
 def connected_pair() -> tuple[socket.socket, socket.socket]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import trio
 
+from vmm.backends.chardev_open import open_chardev
 from vmm.backends.chardev_options import (
     ChardevSocket,
     ChardevSocketWrapper,
@@ -22,7 +23,9 @@ from vmm.backends.chardev_options import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from vmm.backends.chardev import Chardev
+    from vmm.backends.chardev import Chardev, Complain
+    from vmm.backends.chardev_options import ChardevBackend
+    from vmm.backends.chardev_state import ChardevState
 
 PATIENCE = 60
 """Seconds until a test that hangs fails."""
@@ -53,6 +56,22 @@ class Heritage:
 
     def names(self, prefix: str) -> tuple[str, ...]:
         return tuple(sorted(name for name in self.sent if name.startswith(prefix)))
+
+
+def from_descriptors(
+    label: str,
+    backend: ChardevBackend,
+    descriptors: dict[str, int],
+    pending: ChardevState | None,
+    complain: Complain,
+    on_escape: Callable[[], None] = print,
+) -> Chardev:
+    """Make a successor's chardev, at rest, from the `descriptors` of its predecessor, where `pending` was, if known."""
+    sent = {f"chardev/{label}/{name}": fd for name, fd in descriptors.items()}
+    chardev = open_chardev(label, backend, Heritage(sent), complain, on_escape)
+    if pending is not None:
+        chardev.take_over(pending)
+    return chardev
 
 
 @attrs.define(eq=False)

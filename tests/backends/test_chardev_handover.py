@@ -23,6 +23,7 @@ from tests.backends.chardev_kit import (
     Host,
     connect,
     connect_tcp,
+    from_descriptors,
     named_pipe,
     port_of,
     read_all,
@@ -32,7 +33,7 @@ from tests.backends.chardev_kit import (
     tcp_at,
 )
 from vmm import hostio, terminals
-from vmm.backends.chardev_open import from_descriptors, make_chardev, open_chardev
+from vmm.backends.chardev_open import make_chardev, open_chardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
     ChardevFile,

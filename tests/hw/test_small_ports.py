@@ -6,7 +6,7 @@ from tests.hw.fakes import Calls, FakeLine
 from vmm.hw.acpi_pm import AcpiPm
 from vmm.hw.bus import Bus
 from vmm.hw.debug_exit import DebugExit
-from vmm.hw.irq import GsiLine, UnwiredLine
+from vmm.hw.irq import GsiLine
 from vmm.hw.legacy import PostCode, SystemControlA
 
 
@@ -95,5 +95,4 @@ def test_lines_drive_what_they_are_wired_to() -> None:
     line.set(True)
     line.set(False)
     assert driven.arguments == [(4, True), (4, False)]
-    UnwiredLine().set(True)
     assert not FakeLine().is_up()

@@ -51,11 +51,6 @@ def test_sets_are_merged_and_emptied() -> None:
     other.add(199)
     one.merge(other)
     assert list(one.runs()) == [(3, 1), (199, 1)]
-    one.merge_bitmap(64, 136, other.words)  # bit 199 of it is beyond the end
-    assert list(one.runs()) == [(3, 1), (199, 1)]
-    bits = ffi.new("uint64_t[]", [0b101])
-    one.merge_bitmap(128, 2, bits)
-    assert list(one.runs()) == [(3, 1), (128, 1), (199, 1)]
     one.set_all()
     assert list(one.runs()) == [(0, PAGES)]
     one.clear()

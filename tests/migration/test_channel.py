@@ -21,7 +21,6 @@ from vmm.migration.channel import (
     Channels,
     MigrationChannel,
     incoming_channels,
-    incoming_option,
     outgoing_channels,
 )
 from vmm.monitor.arguments import structure
@@ -232,11 +231,6 @@ def test_a_malformed_channel_is_refused(text: str, fault: str) -> None:
 def test_deep_json_is_refused() -> None:
     with pytest.raises(OptionInvalid):
         Channel.parse('{"a":' + "[" * 4000, "-incoming")
-
-
-def test_defer_is_no_channel() -> None:
-    assert incoming_option("defer") is None
-    assert incoming_option("unix:/run/vm/main.sock") == main(UNIX)
 
 
 def test_migrate_goes_to_one_main_and_at_most_one_cpr_channel() -> None:

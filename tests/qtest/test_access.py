@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.hw.fakes import FakeLine
 from vmm import hostio
 from vmm.errors import DeviceNotFound, InvalidState, OptionInvalid
 from vmm.hw.bus import Bus
 from vmm.hw.doorbell import make_doorbell
-from vmm.hw.irq import GsiLine, IrqLine, UnwiredLine
+from vmm.hw.irq import GsiLine, IrqLine
 from vmm.kvm.memory import GuestMemory
 from vmm.qtest.accelerator import QtestAccelerator
 from vmm.qtest.access import NOT_RAM_LIMIT, MachineAccess
@@ -202,7 +203,7 @@ def test_what_has_no_lines_is_named_with_what_has(it: Place) -> None:
     assert refusal("pic", None, inputs=True) == "A device with inputs 'pic' does not exist; there are: ioapic"
     assert refusal("disk", None, inputs=False) == "A device with an output 'disk' does not exist; there are: memory"
     assert refusal("memory", "x", inputs=False) == "Output 'x' does not exist at memory; there is sysbus-irq"
-    it.device.irq = UnwiredLine()
+    it.device.irq = FakeLine()
     assert refusal("memory", None, inputs=False) == "A device with an output 'memory' does not exist; there are: none"
 
 

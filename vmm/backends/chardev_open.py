@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from vmm.backends.chardev import Chardev, Complain
-    from vmm.backends.chardev_state import ChardevState
 
 
 _PIPES: Final = ("a pipe", "a character device", "a terminal")
@@ -133,28 +132,6 @@ def open_chardev(
     chardev = _make(label, backend, descriptors, complain, on_escape, inherited=may.inherits)
     if sent is None:
         chardev.own()
-    return chardev
-
-
-def from_descriptors(
-    label: str,
-    backend: ChardevBackend,
-    descriptors: Mapping[str, int],
-    pending: ChardevState | None,
-    complain: Complain,
-    on_escape: Callable[[], None] = _leave_nothing,
-) -> Chardev:
-    """Make a successor's chardev, at rest, from the `descriptors` and what was `pending` of its predecessor.
-
-    With None, say what is pending by `take_over` before it is resumed. The descriptors are the chardev's from here on,
-    even if an error is raised.
-
-    Raises:
-        DescriptorMissing, DescriptorsUnclaimed, DescriptorWrongKind: there are others than needed.
-    """
-    chardev = _make(label, backend, dict(descriptors), complain, on_escape, inherited=True)
-    if pending is not None:
-        chardev.take_over(pending)
     return chardev
 
 

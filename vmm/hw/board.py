@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Final
 
-PIT_GSI: Final = 0
-
 I8042_DATA: Final = 0x60
 I8042_COMMAND: Final = 0x64
 I8042_PORTS: Final = (range(I8042_DATA, I8042_DATA + 1), range(I8042_COMMAND, I8042_COMMAND + 1))
 I8042_GSI: Final = 1
 
 RTC_PORTS: Final = range(0x70, 0x72)
-RTC_GSI: Final = 8
 
 POST_PORT: Final = range(0x80, 0x81)
 SYSTEM_CONTROL_A: Final = range(0x92, 0x93)
@@ -47,9 +44,6 @@ VIRTIO_SLOT_SIZE: Final = 0x200
 VIRTIO_MMIO: Final = 0xFEB0_0000
 VIRTIO_GSI: Final = 16
 """Of slot 0; each slot has the next. These are pins of the IOAPIC alone, which nothing else uses."""
-
-IOAPIC_BASE: Final = 0xFEC0_0000
-LAPIC_BASE: Final = 0xFEE0_0000
 
 
 def virtio_addresses(slot: int) -> range:

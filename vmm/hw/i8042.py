@@ -20,7 +20,6 @@ from vmm.hw.board import I8042_COMMAND, I8042_DATA, I8042_PORTS
 from vmm.hw.irq import IrqLine
 from vmm.hw.state import U8, Schema, derived, host_only
 
-_DATA: Final = 0
 _COMMAND: Final = I8042_COMMAND - I8042_DATA
 
 _STATUS_FULL: Final = 0x01  # a byte for the guest to read; bit 1, a byte for the controller to read, is never seen set

@@ -63,11 +63,3 @@ class GsiLine:
     def set(self, level: bool) -> None:
         """Drive the line: with KVM one ioctl."""
         self._drive(self.gsi, level)
-
-
-@final
-class UnwiredLine:
-    """A line that leads nowhere: the device is polled."""
-
-    def set(self, level: bool) -> None:
-        """Do nothing."""

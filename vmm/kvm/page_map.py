@@ -53,11 +53,6 @@ class PageMap:
         """Put all that is in `other` into it."""
         lib.tv_map_merge(self.words, other.words, 0, self._end(other.pages))
 
-    def merge_bitmap(self, first: int, pages: int, bitmap: CData) -> None:
-        """Put in what is set in `bitmap`, of which bit 0 is page `first`, a multiple of 64."""
-        assert first % 64 == 0
-        lib.tv_map_merge(self.words + first // 64, bitmap, 0, self._end(first + pages) - first)  # type: ignore[operator]
-
     def first(self, page: int = 0, end: int | None = None) -> int:
         """Return the first page from `page` on that is in the set; `end` if there is none before that."""
         return int(lib.tv_map_next(self.words, page, self._end(end)))

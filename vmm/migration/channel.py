@@ -170,11 +170,6 @@ def incoming_channels(uri: str | None, channels: Sequence[object] | None) -> lis
     return _given(uri, channels, "migrate-incoming")
 
 
-def incoming_option(text: str) -> Channel | None:
-    """Read the value of `-incoming`; None stands for `defer`. Raises as `Channel.parse` does."""
-    return None if text == "defer" else Channel.parse(text, "-incoming")
-
-
 def _given(uri: str | None, channels: Sequence[object] | None, command: str) -> list[Channel]:
     if uri is not None and channels is None:
         return [Channel.from_uri(uri, f"{command}: uri")]

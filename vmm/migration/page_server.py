@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 _AHEAD: Final = 8
 """Pages that are sent with one that was asked for, at most: who waits in order finds them there."""
-_ZEROS: Final = 1 << 20
-"""Pages in one frame of zeros, at most."""
 _REASON: Final = 4096
 """Bytes of a reason that are read."""
 _SAID: Final = (FrameKind.NEED, FrameKind.GOT, FrameKind.BEGIN, FrameKind.LOADED, FrameKind.REFUSED)

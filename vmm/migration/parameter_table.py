@@ -17,7 +17,6 @@ from vmm.errors import OptionInvalid, Unsupported
 from vmm.migration.parameter_arguments import MigrationMode, ParameterValues, ZeroPageDetection
 
 _PAGE_SIZE: Final = 4096
-_U8: Final = 0xFF
 _U32: Final = 0xFFFF_FFFF
 _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _MIB: Final = 1 << 20

@@ -1,4 +1,4 @@
-"""Moving a state stream over a channel."""
+"""A whole state stream, as it comes in over a socket."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import trio
 
 from vmm.errors import StreamCorrupt
 from vmm.migration.ram_records import RamExtents
-from vmm.migration.stream import STREAM_LIMIT, StreamReader
+from vmm.migration.stream import StreamReader
 from vmm.migration.stream_records import Header, Recipe, Section
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Iterable
 
-    from vmm.migration.stream import StreamWriter
     from vmm.migration.stream_records import Record
 
 _PIECE: Final = 256 * 1024  # bytes asked of the channel at once: a machine's state in one piece
@@ -43,19 +42,6 @@ class StateStream:
             sections=tuple(record for record in found if isinstance(record, Section)),
             ram=tuple(record for record in found if isinstance(record, RamExtents)),
         )
-
-
-async def send_stream(channel: trio.abc.SendStream, writer: StreamWriter) -> int:
-    """Finish `writer` and send what it holds; return the number of bytes. The channel stays open.
-
-    A cancellation may leave part of the stream sent: then the channel is of no further use.
-
-    Raises:
-        trio.BrokenResourceError: the other side is gone. The caller knows who that was and what it means.
-    """
-    data = b"".join(writer.finish())
-    await channel.send_all(data)
-    return len(data)
 
 
 @final
@@ -93,27 +79,3 @@ class StreamIntake:
         while (stream := self.at_once()) is None:
             await trio.lowlevel.wait_readable(self._sock)
         return stream
-
-
-async def receive_stream(channel: trio.abc.ReceiveStream, *, limit: int = STREAM_LIMIT) -> StateStream:
-    """Read one stream from `channel`, up to its end record. The channel stays open.
-
-    A cancellation loses what was read: then the channel is of no further use. There is no time limit here.
-
-    Args:
-        limit: bytes of the whole stream.
-
-    Raises:
-        StreamCorrupt: what came is no state stream, or is not all of it.
-    """
-    reader = StreamReader(limit=limit)
-    records: list[Record] = []
-    while not reader.ended:
-        try:
-            data = await channel.receive_some(_PIECE)
-        except trio.BrokenResourceError as error:
-            raise StreamCorrupt(reason="the connection broke before its end record") from error
-        if not data:
-            reader.close()
-        records += reader.feed(data)
-    return StateStream.of(records)

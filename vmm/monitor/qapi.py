@@ -64,7 +64,6 @@ U32: TypeAlias = Annotated[int, Width("uint32", 0, 0xFFFF_FFFF)]
 U64: TypeAlias = Annotated[int, Width("uint64", 0, (1 << 64) - 1)]
 Size: TypeAlias = Annotated[int, Width("size", 0, (1 << 64) - 1)]
 I8: TypeAlias = Annotated[int, Width("int8", -(1 << 7), (1 << 7) - 1)]
-I16: TypeAlias = Annotated[int, Width("int16", -(1 << 15), (1 << 15) - 1)]
 I32: TypeAlias = Annotated[int, Width("int32", -(1 << 31), (1 << 31) - 1)]
 
 _INT64: Final = Width("int", -(1 << 63), (1 << 63) - 1)

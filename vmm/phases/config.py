@@ -21,8 +21,6 @@ PAGE: Final = 4096
 DEFAULT_MEMORY: Final = 128 << 20
 ACCELERATORS: Final = ("kvm", "qtest")
 
-_FUTURE_SMP: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "threads")
-
 
 @final
 @attrs.frozen(kw_only=True)

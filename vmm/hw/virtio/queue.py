@@ -20,9 +20,6 @@ from vmm.hw.state import U16, U32, U64
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LARGEST: Final = 1 << 15
-"""Entries that a queue can have at most."""
-
 _DESCRIPTOR: Final = struct.Struct("<QIHH")
 _NEXT: Final = 1
 _WRITE: Final = 2
