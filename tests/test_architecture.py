@@ -26,6 +26,8 @@ ORDER: Final = (
         "deferral",
         "nursery_tree",
         "hostio",
+        "host_fds",
+        "host_sockets",
         "host_tcp",
         "host_dirs",
         "hostmem",
@@ -50,7 +52,8 @@ LONGEST: Final = 800
 """Lines. Aim at 200, justify 400."""
 
 HOST_RESOURCES: Final = (
-    *("hostio.py", "host_dirs.py", "host_tcp.py", "hostmem.py", "taps.py", "terminals.py", "kvm/"),
+    *("hostio.py", "host_fds.py", "host_sockets.py", "host_tcp.py", "host_dirs.py", "hostmem.py"),
+    *("taps.py", "terminals.py", "kvm/"),
     "cpr/cell.py",  # makes one page of memory, for itself and its peer
     "guests/build.py",  # a program of its own
     "service.py",  # one datagram, and nothing stays open

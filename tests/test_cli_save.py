@@ -33,7 +33,7 @@ from tests.saved_machines import (
     ticked,
     ticks,
 )
-from vmm import hostio
+from vmm import host_sockets
 from vmm.cli_progress import Bar
 from vmm.cli_resume import Claim, Loading, SavedStateRefused, claimed, resume_machine, resumed
 from vmm.cli_save import SaveFailed, SaveUnclear, save
@@ -482,7 +482,7 @@ async def test_a_machine_is_not_made_otherwise_than_it_was(tmp_path: Path) -> No
 
 
 async def test_what_nobody_can_open_again_is_named_and_can_be_replaced(tmp_path: Path) -> None:
-    ours, theirs = hostio.connected_pair()
+    ours, theirs = host_sockets.connected_pair()
     with ours:
         address = {"type": "fd", "data": {"str": str(theirs.detach())}}
         backend = {"type": "socket", "data": {"addr": address, "server": False}}
@@ -501,7 +501,7 @@ async def test_what_nobody_can_open_again_is_named_and_can_be_replaced(tmp_path:
 
 async def test_a_path_that_is_taken_is_named_and_the_machine_can_be_resumed_later(tmp_path: Path) -> None:
     await saved(tmp_path)
-    taken = hostio.listen_unix(str(tmp_path / "qmp"))
+    taken = host_sockets.listen_unix(str(tmp_path / "qmp"))
     with taken, pytest.RaisesGroup(VmmError, flatten_subgroups=True) as caught:
         async with again(tmp_path):
             raise AssertionError("it was resumed")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from vmm import host_tcp, hostio
+from vmm import host_fds, host_sockets, host_tcp, hostio
 from vmm.errors import DescriptorWrongKind, HostFileRefused
 from vmm.host_tcp import TcpPlace
 
@@ -28,13 +28,13 @@ async def test_a_listener_has_a_port_of_its_own_and_is_connected_to(host: str) -
     with await TcpPlace(host=host, port=0).listen() as listener:
         assert not listener.get_inheritable()
         assert not listener.getblocking()
-        assert hostio.descriptor_kind(listener.fileno()) == host_tcp.LISTENS
+        assert host_fds.descriptor_kind(listener.fileno()) == host_tcp.LISTENS
         assert host_tcp.on_loopback(listener) is (host != "")
         port = listener.getsockname()[1]
         with await TcpPlace(host=host, port=port).connect(10) as client:
             assert not client.get_inheritable()
             assert not client.getblocking()
-            assert hostio.descriptor_kind(client.fileno()) == host_tcp.CONNECTED
+            assert host_fds.descriptor_kind(client.fileno()) == host_tcp.CONNECTED
             assert client.getpeername()[1] == port
         with pytest.raises(HostFileRefused) as caught:
             await TcpPlace(host=host, port=port).listen()
@@ -72,7 +72,7 @@ async def test_clients_have_the_options_of_their_listener() -> None:
                 10
             ) as client,
         ):
-            fd = hostio.accept(listener, "here")
+            fd = host_sockets.accept(listener, "here")
             assert fd is not None
             with socket.socket(fileno=fd) as accepted:
                 assert [option(sock, *name) for sock in (client, accepted) for name in wanted] == [on] * 4
@@ -143,7 +143,7 @@ def test_a_loopback_listener_has_a_port_of_its_own_and_goes_to_another_process(h
 def test_what_does_not_listen_on_the_very_port_is_no_loopback_listener(tmp_path: Path) -> None:
     with (
         host_tcp.listen_loopback("127.0.0.1", 0) as listener,
-        hostio.listen_unix(str(tmp_path / "s")) as unix,
+        host_sockets.listen_unix(str(tmp_path / "s")) as unix,
         socket.socket() as unbound,
         open("/dev/null") as null,
     ):

@@ -16,7 +16,7 @@ import trio
 from tests.phases.machine import start_of
 from vmm.cpr.berth import Berth
 from vmm.cpr.channel import CprChannel
-from vmm.hostio import connected_pair
+from vmm.host_sockets import connected_pair
 from vmm.phases.afterwards import BecomeProgram, StandBy
 from vmm.phases.predecessor import Predecessor
 from vmm.process import _run

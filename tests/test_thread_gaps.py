@@ -34,7 +34,7 @@ from tests.phases.update_kit import (
     outcome,
 )
 from tests.qmp.kit import machine
-from vmm import hostio
+from vmm import host_sockets
 from vmm.qmp_client import CommandFailed
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ async def test_gap_h_one_command_on_each_side_says_all_of_a_migration_which_is_a
 async def test_gap_h_a_job_is_cancelled_and_the_guest_stays() -> None:
     async with beating() as (bench, _, source):
         main, cpr = f"{bench.folder}/main", f"{bench.folder}/cpr"
-        with hostio.listen_unix(main), hostio.listen_unix(cpr):
+        with host_sockets.listen_unix(main), host_sockets.listen_unix(cpr):
             # A destination that never answers.
             settings = {"mode": "cpr-transfer"}
             await source.execute("migrate", channels=channels(main, cpr), parameters=settings, job_id="out")

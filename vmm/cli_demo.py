@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.cli_demo_events import NEW, OLD, Moment, changes, may, show, show_timeline, token_name
 from vmm.cli_demo_screen import BOLD, DIM, GREEN, RED, Screen
 from vmm.cli_demo_ticks import TickClock
@@ -235,7 +235,7 @@ class _Demo:
         self._screen = screen
         self._processes = processes
         self._stack = stack
-        self._old, self._theirs = (stack.enter_context(sock) for sock in hostio.connected_pair())
+        self._old, self._theirs = (stack.enter_context(sock) for sock in host_sockets.connected_pair())
         self._qmp = str(folder / "qmp.sock")
         self._watch = str(folder / "watch.sock")
         self._console = str(folder / "serial.sock")
@@ -360,7 +360,7 @@ class _Demo:
     async def _update(self, nursery: trio.Nursery, pid: int, ram: _Ram) -> UpdateReport:
         self._screen.heading("A live update: another process takes the guest over")
         self._screen.command("$", f"trio-vmm update --qmp {self._qmp}")
-        listener = hostio.listen_unix(self._watch)
+        listener = host_sockets.listen_unix(self._watch)
         self._stack.callback(listener.close)
         nursery.start_soon(self._watch_new, listener)
         async with qmp_over(self._old, "the old process") as old, trio.open_nursery() as watching:
@@ -388,11 +388,11 @@ class _Demo:
 
     async def _watch_new(self, listener: socket.socket) -> None:
         await trio.lowlevel.wait_readable(listener)
-        fd = hostio.accept(listener, self._watch)
+        fd = host_sockets.accept(listener, self._watch)
         if fd is None:
             raise DemoFailed(reason="the successor hung up before it had said anything")
         sock = socket.socket(fileno=fd)
-        self._processes.add(hostio.peer_credentials(sock)[0])
+        self._processes.add(host_sockets.peer_credentials(sock)[0])
         with suppress(MonitorGone):
             async with qmp_over(sock, self._watch) as successor:
                 while True:

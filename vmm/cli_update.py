@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone, NoMonitor, qmp_over, qmp_session
 
@@ -219,7 +219,7 @@ async def successor_of(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trio-vmm-update-"))
         main, cpr = str(Path(folder) / "main"), str(Path(folder) / "cpr")
-        ours, theirs = hostio.connected_pair()
+        ours, theirs = host_sockets.connected_pair()
         with ours, theirs:
             # Before it is started: what is sent earlier comes without its sender.
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)

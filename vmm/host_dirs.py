@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-from vmm import hostio
+from vmm import host_fds, hostio
 from vmm.errors import DescriptorWrongKind, HostFileRefused
 
 
 def adopt_directory(fd: int, name: str) -> int:
     """Take over `fd`, that of `hostio.open_directory`, from whoever opened it. `DescriptorWrongKind` closes it."""
-    found = hostio.descriptor_kind(fd)
+    found = host_fds.descriptor_kind(fd)
     if found != "a directory":
         os.close(fd)
         raise DescriptorWrongKind(name=name, found=found, wanted="a directory")
@@ -35,7 +35,7 @@ def open_within(directory: int, name: str, path: str) -> int:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     except OSError as error:
         raise hostio.refused("read", path, error) from error
-    found = hostio.descriptor_kind(fd)
+    found = host_fds.descriptor_kind(fd)
     if found != "a regular file":
         os.close(fd)
         raise HostFileRefused(action="read", path=path, reason=f"it is {found}, not a regular file")

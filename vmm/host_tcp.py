@@ -14,7 +14,9 @@ import attrs
 import trio
 
 from vmm.errors import DescriptorWrongKind, HostFileRefused
-from vmm.hostio import descriptor_kind, refused
+from vmm.host_fds import descriptor_kind
+from vmm.host_sockets import BACKLOG
+from vmm.hostio import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,10 +26,7 @@ LOOPBACK: Final = ("127.0.0.1", "::1")
 
 LISTENS: Final = "a listening tcp socket"
 CONNECTED: Final = "a connected tcp socket"
-"""In the words of `hostio.descriptor_kind`."""
-
-_BACKLOG: Final = 16
-"""Clients that wait for an accept."""
+"""In the words of `host_fds.descriptor_kind`."""
 
 _SockAddr: TypeAlias = tuple[socket.AddressFamily, str]
 """Family, and the address in numbers."""
@@ -155,7 +154,7 @@ def _bound(family: socket.AddressFamily, address: str, port: int, name: str, *, 
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         listener.bind((address, port))
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise refused("listen on", name, error) from error

@@ -21,7 +21,7 @@ from contextlib import suppress
 from typing import Final, Literal
 from zlib import crc32
 
-from vmm import hostio
+from vmm import host_fds, hostio
 from vmm.errors import DescriptorWrongKind, HostFileRefused
 
 PAGE_SIZE: Final = 4096
@@ -137,7 +137,7 @@ def open_ram_file(path: str, size: int) -> int:
 
 def _prepare(fd: int, path: str, size: int) -> None:
     action = "use as RAM"
-    kind = hostio.descriptor_kind(fd)
+    kind = host_fds.descriptor_kind(fd)
     if kind != "a regular file":
         instead = "; give a file, also on a DAX file system" if kind == "a character device" else ""
         raise HostFileRefused(action=action, path=path, reason=f"it is {kind}, not a regular file{instead}")
@@ -208,7 +208,7 @@ def _fault_of(fd: int, kind: RamKind, size: int, page_size: int) -> str:
     mode = os.fstat(fd)
     seals = _seals(fd)
     if not stat.S_ISREG(mode.st_mode):
-        return hostio.descriptor_kind(fd)
+        return host_fds.descriptor_kind(fd)
     if kind == "memfd":
         if seals is None or mode.st_nlink:
             return "a file"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import HostFileRefused, VmmError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ async def qmp_session(path: str, *, within: float = GREETING) -> AsyncGenerator[
         HostFileRefused: nobody listens there.
         NoMonitor: what listens there is something else, or does not answer within `within` seconds.
     """
-    sock = trio.socket.from_stdlib_socket(hostio.unconnected_unix())
+    sock = trio.socket.from_stdlib_socket(host_sockets.unconnected_unix())
     # Before there is anything to receive: what is sent earlier comes without its sender.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     with sock:

@@ -17,7 +17,8 @@ import struct
 from typing import Final
 
 from vmm.errors import DescriptorWrongKind, OptionInvalid
-from vmm.hostio import descriptor_kind, refused
+from vmm.host_fds import descriptor_kind
+from vmm.hostio import refused
 
 LONGEST_NAME: Final = 15
 """Bytes of an interface's name. Source: linux/if.h, IFNAMSIZ, with a NUL at the end."""

@@ -32,7 +32,7 @@ from tests.backends.chardev_kit import (
     socket_at,
     tcp_at,
 )
-from vmm import hostio, terminals
+from vmm import host_sockets, hostio, terminals
 from vmm.backends.chardev_open import make_chardev, open_chardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -628,7 +628,7 @@ async def test_each_end_of_a_pipe_must_be_one(tmp_path: Path, complain: Complain
 
 
 async def test_clients_that_cannot_be_are_refused_and_closed(path: str, complain: Complaints) -> None:
-    with hostio.listen_unix(path) as listener:
+    with host_sockets.listen_unix(path) as listener:
         new = from_descriptors("serial0", socket_at(path), {"listener": hostio.dup(listener.fileno())}, None, complain)
         with pytest.raises(DescriptorWrongKind):
             new.take_over(ChardevState(), {"client-1": hostio.dup(listener.fileno())})
@@ -639,7 +639,7 @@ async def test_clients_that_cannot_be_are_refused_and_closed(path: str, complain
 
 
 async def test_a_listener_and_a_client_of_the_other_family_are_refused_by_name(path: str, complain: Complaints) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as tcp, hostio.listen_unix(path) as unix:
+    with socket.create_server(("127.0.0.1", 0)) as tcp, host_sockets.listen_unix(path) as unix:
         client = socket.create_connection(tcp.getsockname())
         for backend, listener, found, wanted in (
             (socket_at(path), tcp, "tcp", "unix"),
@@ -661,7 +661,7 @@ async def test_a_listener_and_a_client_of_the_other_family_are_refused_by_name(p
 
 LISTENS_AND_ENDS = """
 import os, socket, sys
-from vmm.hostio import listen_unix
+from vmm.host_sockets import listen_unix
 listener = listen_unix(sys.argv[2])
 socket.send_fds(socket.socket(fileno=int(sys.argv[1])), [b"%d" % os.getpid()], [listener.fileno()])
 """
@@ -677,7 +677,7 @@ async def test_clients_of_a_listener_are_told_of_the_process_that_owns_it(tmp_pa
     chardev = from_descriptors("com1", socket_at(path), {"listener": listener}, None, Complaints())
     async with served(chardev):
         async with await connect(path) as before:
-            assert hostio.peer_credentials(before.socket)[0] == int(predecessor)
+            assert host_sockets.peer_credentials(before.socket)[0] == int(predecessor)
         chardev.resume()
         async with await connect(path) as after:
-            assert hostio.peer_credentials(after.socket)[0] == os.getpid()
+            assert host_sockets.peer_credentials(after.socket)[0] == os.getpid()

@@ -14,7 +14,7 @@ from tests.conformance.fingerprints import recorded, released
 from tests.conformance.release import descriptor, kvm_of_this_host, on_this_host, releases
 from tests.phases.copy_kit import empty, in_status, look, outcome, reader, ticked
 from tests.phases.test_overrides import channels, guest
-from vmm import __version__, hostio
+from vmm import __version__, host_sockets
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
 from vmm.migration.stream import StreamReader
@@ -74,11 +74,11 @@ async def test_it_hands_its_guest_over_to_the_present_program(release: Release, 
     fds = {"pidfd": os.pidfd_open(os.getpid())}
     async with vmm.machine() as machine:
         await machine.execute("migrate-incoming", channels=channels(tmp_path))
-        sock = trio.socket.from_stdlib_socket(hostio.connect_unix(str(tmp_path / "cpr")))
+        sock = trio.socket.from_stdlib_socket(host_sockets.connect_unix(str(tmp_path / "cpr")))
         with (
             closing(CprChannel(sock, side="source", peer="destination")) as channel,
             closing(OwnershipCell.create()) as cell,
-            hostio.connect_unix(str(tmp_path / "main")) as main,
+            host_sockets.connect_unix(str(tmp_path / "main")) as main,
             trio.fail_after(HANGS),
         ):
             fds["owner"] = os.dup(cell.fd)
@@ -113,8 +113,8 @@ def lacking(recorded: Any, sent: Any, path: str = "") -> list[str]:
 async def test_it_takes_a_guest_over_from_the_present_program(release: Release, tmp_path: Path) -> None:
     """As far as messages go: a section that a later program writes otherwise is refused before the pause."""
     with (
-        hostio.listen_unix(str(tmp_path / "cpr")) as awaiting,
-        hostio.listen_unix(str(tmp_path / "main")) as main,
+        host_sockets.listen_unix(str(tmp_path / "cpr")) as awaiting,
+        host_sockets.listen_unix(str(tmp_path / "main")) as main,
     ):
         async with vmm.machine(guest(tmp_path)) as source:
             await source.execute("migrate-set-parameters", mode="cpr-transfer")

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, no_descriptor_left, packed
-from vmm import hostio
+from vmm import host_sockets
 from vmm.cpr import versions
 from vmm.cpr.channel import MAGIC, MAX_FRAME, CprChannel
 from vmm.errors import CprError, CprHostFailed, CprPeerGone, CprRefused, DescriptorMissing
@@ -450,7 +450,7 @@ async def test_who_connects_as_another_user_is_refused_before_a_byte_is_read_unl
     tmp_path: Path, uids: tuple[int, ...], admitted: bool
 ) -> None:
     path = str(tmp_path / "cpr")
-    with hostio.listen_unix(path) as listener:
+    with host_sockets.listen_unix(path) as listener:
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
         # What root's own mode keeps out, for the sake of what is behind it.
         os.chmod(path, 0o666)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.kvm.memory import PAGE_SIZE, GuestMemory
 from vmm.kvm.page_map import PageMap
 from vmm.migration import precopy
@@ -146,7 +146,7 @@ def test_a_network_that_was_slow_in_the_first_pass_is_measured_again_by_small_on
 
 
 async def test_several_channels_say_what_waits_for_them() -> None:
-    near, far = hostio.connected_pair()
+    near, far = host_sockets.connected_pair()
     with far, ram() as memory:
         connection = Connection(near.detach())
         main = Bulk(connection.fd, peer=False)

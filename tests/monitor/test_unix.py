@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.monitor.fakes import VERSION, Client, FakeExecutor
 from vmm.errors import PeerRefused
-from vmm.hostio import admit_peer, listen_unix
+from vmm.host_sockets import admit_peer, listen_unix
 from vmm.monitor.events import EventHub
 from vmm.monitor.session import SessionOptions
 from vmm.monitor.unix import qmp_monitor

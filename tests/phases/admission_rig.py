@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.capabilities import ADMIN, MIGRATE, OBSERVE, OPERATE
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
@@ -109,7 +109,7 @@ class Destination:
     def __init__(self, folder: Path) -> None:
         self.main: Final = str(folder / "to-main")
         self.cpr: Final = str(folder / "to-cpr")
-        self._listeners = [hostio.listen_unix(self.main), hostio.listen_unix(self.cpr)]
+        self._listeners = [host_sockets.listen_unix(self.main), host_sockets.listen_unix(self.cpr)]
         self._channel: CprChannel | None = None
         self._cell: OwnershipCell | None = None
         self._held: list[Message | socket.socket] = []

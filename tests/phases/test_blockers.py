@@ -13,7 +13,7 @@ import vmm
 from tests.phases.machine import bare, failure
 from tests.phases.update_kit import channels
 from tests.qtest.client import build, qtest_object, unix
-from vmm import hostio
+from vmm import host_fds, host_sockets
 from vmm.phases.blockers import blocked_reasons
 from vmm.phases.fdsets import FdsetFd, FdSets
 from vmm.phases.monitors import Monitor
@@ -102,7 +102,7 @@ def test_more_descriptors_than_a_successor_takes_block() -> None:
 
 async def test_a_qtest_whose_one_client_stays_blocks(tmp_path: Path) -> None:
     path = tmp_path / "qt"
-    with closing(hostio.listen_unix(str(path))) as listener:
+    with closing(host_sockets.listen_unix(str(path))) as listener:
         async with bare(tmp_path, unix("qt", path, server=False), qtest_object()) as (_, client):
             await complete(client)
             await client.execute("migrate-set-parameters", **UPDATE)
@@ -148,5 +148,5 @@ async def test_websockets_never_block(tmp_path: Path) -> None:
 
 
 def test_a_descriptor_that_is_not_open_is_told_as_such() -> None:
-    assert hostio.why_not_passed(1 << 20) == "Bad file descriptor"
-    assert hostio.opened_as(1 << 20) == "No such file or directory"
+    assert host_fds.why_not_passed(1 << 20) == "Bad file descriptor"
+    assert host_fds.opened_as(1 << 20) == "No such file or directory"

@@ -16,7 +16,7 @@ import trio
 from tests.phases.machine import connected
 from tests.phases.update_kit import PROGRAM, Bench, Console, Process, Ram, answering_pid, due, open_bench, outcome
 from tests.phases.update_pair import pair
-from vmm import hostio
+from vmm import host_sockets
 from vmm.cli_replace import ReplaceReport, _exec, _process
 from vmm.cli_update import UpdateFailed, UpdateUnclear
 from vmm.phases.afterwards import BecomeProgram
@@ -240,7 +240,7 @@ def test_who_is_told_to_end_while_the_guest_is_elsewhere_ends_the_caretaker() ->
 
 
 async def test_a_process_that_cannot_be_seen_is_not_replaced() -> None:
-    ours, theirs = hostio.connected_pair()
+    ours, theirs = host_sockets.connected_pair()
     with ours, theirs:
         client = QmpClient(trio.socket.from_stdlib_socket(ours), "a test")
         with pytest.raises(UpdateFailed) as caught:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import DescriptorMissing
 from vmm.phases.host import Inheritance
 
@@ -52,7 +52,7 @@ def test_nothing_else_is_opened_of_this_host(name: str) -> None:
 def test_the_file_of_a_replaced_listener_is_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "old")
     complaints: list[str] = []
-    with closing(replaced(hostio.listen_unix(path).detach(), path)) as inheritance:
+    with closing(replaced(host_sockets.listen_unix(path).detach(), path)) as inheritance:
         inheritance.retire_replaced(complaints.append)
     assert (complaints, os.path.lexists(path)) == ([], False)
 
@@ -81,7 +81,7 @@ def test_a_replaced_listener_that_is_none_is_complained_of(kind: str, path: str,
 def test_a_socket_stays_if_there_are_no_descriptors_left(tmp_path: Path) -> None:
     path = str(tmp_path / "old")
     complaints: list[str] = []
-    with closing(replaced(hostio.listen_unix(path).detach(), path)) as inheritance:
+    with closing(replaced(host_sockets.listen_unix(path).detach(), path)) as inheritance:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
         try:

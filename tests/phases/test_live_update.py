@@ -34,7 +34,7 @@ from tests.phases.update_kit import (
     ready,
     settled,
 )
-from vmm import cli_update, hostio
+from vmm import cli_update, host_sockets
 from vmm.errors import VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone
 
@@ -364,7 +364,7 @@ async def test_a_client_of_a_serial_socket_stays_connected_and_the_next_one_reac
         process = bench.start(*GUEST, "-serial", f"unix:{path},server=on", "-S", qmp=bench.qmp)
         async with bench.session(bench.qmp) as client:
             await ready(client)
-            with hostio.connect_unix(path) as console:
+            with host_sockets.connect_unix(path) as console:
                 await client.execute("cont")
                 text = ""
                 for count in (5, 10, 15):
@@ -376,7 +376,7 @@ async def test_a_client_of_a_serial_socket_stays_connected_and_the_next_one_reac
                         process = await move(bench, process)
                 require_consecutive(text, 15)
                 trio.lowlevel.notify_closing(console)
-        with hostio.connect_unix(path) as console:
+        with host_sockets.connect_unix(path) as console:
             async with due("a line"):
                 await trio.lowlevel.wait_readable(console)
             assert console.recv(4096)

@@ -17,7 +17,7 @@ from tests.phases.test_live_update_settings import add_fd
 from tests.phases.test_live_update_strangers import stranger
 from tests.phases.update_kit import due
 from tests.phases.update_pair import Pair, concluded, hand_over, pair
-from vmm import hostio
+from vmm import host_sockets
 from vmm.capabilities import ADMIN, MayRunVcpus
 from vmm.errors import CprRefused
 from vmm.phases.running import Run
@@ -42,7 +42,7 @@ async def go_over(made: Pair, client: QmpClient, new: Running) -> None:
 @asynccontextmanager
 async def raw(made: Pair, *, oob: bool = False) -> AsyncGenerator[Client, None]:
     """Connect a client that says what it likes."""
-    with trio.socket.from_stdlib_socket(hostio.unconnected_unix()) as sock:
+    with trio.socket.from_stdlib_socket(host_sockets.unconnected_unix()) as sock:
         await sock.connect(str(made.qmp))
         client = Client(sock)
         await client.negotiate(oob=oob)
@@ -303,7 +303,7 @@ async def test_a_client_that_is_too_far_behind_to_go_along_is_told_of_before_the
 
 
 async def test_a_monitor_over_one_connection_goes_along_with_its_client(tmp_path: Path) -> None:
-    with hostio.listen_unix(str(tmp_path / "other")) as listener:
+    with host_sockets.listen_unix(str(tmp_path / "other")) as listener:
         options = ("-chardev", f"socket,id=one,path={tmp_path}/other,server=off", "-mon", "chardev=one")
         async with pair(tmp_path, *options) as made, connected(made.qmp) as mover, AsyncExitStack() as stack:
             sock = stack.enter_context(trio.socket.from_stdlib_socket(listener.accept()[0]))
@@ -326,7 +326,7 @@ async def test_a_monitor_over_one_connection_goes_along_with_its_client(tmp_path
 
 
 async def test_without_being_asked_for_a_monitor_over_one_connection_stays(tmp_path: Path) -> None:
-    with hostio.listen_unix(str(tmp_path / "other")) as listener:
+    with host_sockets.listen_unix(str(tmp_path / "other")) as listener:
         options = ("-chardev", f"socket,id=one,path={tmp_path}/other,server=off", "-mon", "chardev=one")
         async with pair(tmp_path, *options) as made, made.destination() as new, connected(made.qmp) as mover:
             with trio.socket.from_stdlib_socket(listener.accept()[0]) as sock:

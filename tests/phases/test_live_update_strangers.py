@@ -14,7 +14,7 @@ import trio
 
 from tests.cpr.peer import HEADER, frame
 from tests.phases.update_kit import Bench, Process, channels, due, holds, open_bench, outcome, settled
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.cpr.cell import Owner, OwnershipCell
 from vmm.cpr.channel import MAGIC, CprChannel, Message
 from vmm.errors import CprError
@@ -119,7 +119,7 @@ MISDEEDS: Final[tuple[tuple[str, Callable[[CprChannel], Awaitable[None]], str], 
 async def stranger(bench: Bench, client: QmpClient) -> AsyncGenerator[Stranger, None]:
     """Have the machine of `client` begin an update to us."""
     main, cpr = f"{bench.folder}/s-main", f"{bench.folder}/s-cpr"
-    with hostio.listen_unix(main) as main_listener, hostio.listen_unix(cpr) as cpr_listener:
+    with host_sockets.listen_unix(main) as main_listener, host_sockets.listen_unix(cpr) as cpr_listener:
         await client.send("migrate", channels=channels(main, cpr))
         async with due("the source to connect"):
             await trio.lowlevel.wait_readable(cpr_listener)
@@ -315,7 +315,7 @@ class Offer:
 async def connected(bench: Bench, destination: Process) -> AsyncGenerator[CprChannel, None]:
     """Connect to a destination's CPR channel."""
     path = bench.channels(destination)[1]["addr"]["path"]
-    sock = trio.socket.from_stdlib_socket(hostio.connect_unix(path))
+    sock = trio.socket.from_stdlib_socket(host_sockets.connect_unix(path))
     with closing(CprChannel(sock, side="source", peer="destination")) as channel:
         yield channel
 
@@ -633,7 +633,7 @@ async def test_a_destination_that_cannot_load_the_state_says_so_and_ends(
                 await channel.hello("a stranger")
                 await channel.send("machine", offer.body, offer.descriptors)
                 (await channel.receive("ready")).close()
-                with hostio.connect_unix(main) as sock:
+                with host_sockets.connect_unix(main) as sock:
                     await channel.send(kind, {**PAUSED, **changes})
                     if state:
                         sock.send(state)
@@ -649,7 +649,7 @@ async def test_a_destination_notices_the_end_of_a_source_that_never_sends_its_st
         destination = bench.destination()
         await bench.listening(destination)
         main = bench.channels(destination)[0]["addr"]["path"]
-        with closing(Offer.honest()) as offer, hostio.unconnected_unix() as sock:
+        with closing(Offer.honest()) as offer, host_sockets.unconnected_unix() as sock:
             async with connected(bench, destination) as channel, due("the end"):
                 await channel.hello("a stranger")
                 await channel.send("machine", offer.body, offer.descriptors)

@@ -11,7 +11,7 @@ import trio
 
 from tests.phases.machine import Running, advance, bare, failure
 from tests.phases.update_kit import Bench, channels, due, open_bench
-from vmm import hostio
+from vmm import host_sockets
 from vmm.capabilities import Grant, MayListen, MayOpenHostFile, MayQuery, MayStartMigration
 from vmm.errors import MigrationRefused
 from vmm.migration.capability_table import SUPPORTED
@@ -108,7 +108,7 @@ async def test_a_copy_into_a_file_is_a_job(tmp_path: Path) -> None:
 
 async def test_a_job_is_cancelled_and_says_so(tmp_path: Path) -> None:
     where = channels(str(tmp_path / "main"), str(tmp_path / "cpr"))
-    with hostio.listen_unix(str(tmp_path / "cpr")):  # which says nothing
+    with host_sockets.listen_unix(str(tmp_path / "cpr")):  # which says nothing
         async with bare(tmp_path) as (running, client):
             await advance(client, "running")
             before = await settings(client)
@@ -136,7 +136,7 @@ async def test_a_migration_that_fails_is_a_job_that_tells_why(tmp_path: Path) ->
     async with bare(tmp_path) as (running, client):
         await advance(client, "running")
         before = await settings(client)
-        with hostio.listen_unix(str(tmp_path / "cpr")) as listener:
+        with host_sockets.listen_unix(str(tmp_path / "cpr")) as listener:
             await client.execute("migrate", channels=where, parameters={"mode": "cpr-transfer"}, job_id="out")
             listener.accept()[0].close()
         job = await concluded(client, "out")

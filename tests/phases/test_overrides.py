@@ -11,7 +11,7 @@ import trio
 import vmm
 from tests.phases.copy_kit import save
 from tests.phases.machine import sockets_in
-from vmm import hostio
+from vmm import host_sockets
 from vmm.cpr.channel import CprChannel, Message
 from vmm.errors import (
     CommandNotFound,
@@ -286,7 +286,7 @@ async def test_a_recipe_that_is_none_has_no_differences(tmp_path: Path) -> None:
     async with vmm.machine() as destination, vmm.machine(guest(tmp_path)) as source:
         await destination.execute("migrate-incoming", channels=channels(tmp_path))
         assert (await source.execute("x-cpr-check", channels=channels(tmp_path)))["differences"]
-        sock = trio.socket.from_stdlib_socket(hostio.connect_unix(str(tmp_path / "cpr")))
+        sock = trio.socket.from_stdlib_socket(host_sockets.connect_unix(str(tmp_path / "cpr")))
         with closing(CprChannel(sock, side="source", peer="destination")) as channel:
             await channel.hello("a test")
             await channel.send("check", {"recipe": 7})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import HostFileRefused
 from vmm.guests.heartbeat import HeartbeatReader, HeartbeatReport
 from vmm.qmp_client import MonitorGone, QmpClient, qmp_session
@@ -248,7 +248,7 @@ class Bench:
     def console(self, word: str = "heartbeat") -> Console:
         """Make a console for a machine's `-serial unix:PATH,server=off`."""
         path = str(self.folder / f"console-{word}")
-        console = Console(hostio.listen_unix(path), path, word)
+        console = Console(host_sockets.listen_unix(path), path, word)
         self._stack.callback(console.close)
         return console
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
-from vmm import host_tcp, hostio, terminals
+from vmm import host_fds, host_sockets, host_tcp, hostio, terminals
 from vmm.backends.chardev_file import FileChardev, NullChardev
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -48,7 +48,7 @@ _KINDS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = MappingProxyType(
         "pty": {"master": ("a pty master",)},
     }
 )
-"""What the descriptors must be, in the words of `hostio.descriptor_kind`. Standard input and output may be anything."""
+"""What the descriptors must be, in the words of `descriptor_kind`. Standard input and output may be anything."""
 
 _CONNECTING: Final = 5.0
 """Seconds for a TCP peer to answer. No other command that makes something is carried out meanwhile."""
@@ -206,16 +206,16 @@ def _openers(backend: ChardevBackend, ready: dict[str, int]) -> dict[str, Callab
             return {name: lambda: ready.pop(name)}
         if isinstance(address, FdSocketAddress):
             kinds = socket_kinds(backend.data)[not server]
-            return {name: lambda: hostio.adopt_socket(int(address.name), *kinds)}
+            return {name: lambda: host_sockets.adopt_socket(int(address.name), *kinds)}
         path = address.path
         if server:
-            return {"listener": lambda: hostio.listen_unix(path).detach()}
-        return {FIRST_CLIENT: lambda: hostio.connect_unix(path).detach()}
+            return {"listener": lambda: host_sockets.listen_unix(path).detach()}
+        return {FIRST_CLIENT: lambda: host_sockets.connect_unix(path).detach()}
     return {"input": lambda: terminals.open_private(0), "output": lambda: terminals.open_private(1)}
 
 
 def socket_kinds(options: ChardevSocket) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what a listener's descriptor may be, and what a client's, in the words of `hostio.descriptor_kind`."""
+    """Return what a listener's descriptor may be, and what a client's, in the words of `host_fds.descriptor_kind`."""
     match options.addr.data:
         case InetSocketAddress():
             return (host_tcp.LISTENS,), (host_tcp.CONNECTED,)
@@ -273,7 +273,7 @@ def _make_socket(
         return SocketChardev(
             label, where, path, complain, client=fd, serial=serial, clients_are=clients, inherited=inherited
         )
-    listener = hostio.adopt_listener(found.descriptors["listener"], f"{found.prefix}listener", *listeners)
+    listener = host_sockets.adopt_listener(found.descriptors["listener"], f"{found.prefix}listener", *listeners)
     if host_tcp.is_tcp(listener):
         where = f"tcp:{host_tcp.local_name(listener)}"
     try:
@@ -290,7 +290,7 @@ def _make_socket(
         )
     except BaseException:
         if not inherited and path is not None:
-            hostio.unlink_own(path, listener)
+            host_sockets.unlink_own(path, listener)
         listener.detach()  # the caller closes it with the others
         raise
 
@@ -330,4 +330,4 @@ class _Found:
             raise DescriptorsUnclaimed(names=tuple(self.prefix + name for name in extra))
         for name, fd in self.descriptors.items():
             if name in kinds:
-                hostio.require_kind(fd, self.prefix + name, *kinds[name])
+                host_fds.require_kind(fd, self.prefix + name, *kinds[name])

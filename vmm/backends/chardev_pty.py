@@ -6,7 +6,7 @@ import os
 import select
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
-from vmm import hostio
+from vmm import host_fds
 from vmm.backends.chardev import READ_LIMIT, Chardev
 from vmm.backends.chardev_watch import poll
 
@@ -29,7 +29,7 @@ class PtyChardev(Chardev):
         """Own `master`, which does not block."""
         super().__init__(label, complain, inherited=inherited)
         self._master = master
-        self._slave: Final = hostio.pty_slave_name(master)
+        self._slave: Final = host_fds.pty_slave_name(master)
         self._watch.add(master)
 
     @property

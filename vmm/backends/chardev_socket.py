@@ -11,7 +11,7 @@ import select
 import socket
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
-from vmm import host_tcp, hostio
+from vmm import host_fds, host_sockets, host_tcp
 from vmm.backends.chardev import READ_LIMIT, Chardev
 from vmm.backends.chardev_state import BUFFER_LIMIT
 from vmm.backends.chardev_watch import poll
@@ -26,7 +26,7 @@ CLIENT: Final = "client-"
 FIRST_CLIENT: Final = f"{CLIENT}1"
 UNIX_CLIENT: Final = "a connected unix socket"
 UNIX_LISTENER: Final = "a listening unix socket"
-"""In the words of `hostio.descriptor_kind`."""
+"""In the words of `host_fds.descriptor_kind`."""
 
 
 @final
@@ -111,7 +111,7 @@ class SocketChardev(Chardev):
     def own(self) -> None:
         super().own()
         if self._listener is not None:
-            hostio.sign_listener(self._listener)
+            host_sockets.sign_listener(self._listener)
 
     def surrender_client(self) -> int | None:
         """Give the connected client away: its descriptor is the caller's from here on. None if there is no client."""
@@ -135,7 +135,7 @@ class SocketChardev(Chardev):
                 serial = serial_of(name)
                 if serial is None or self._client is not None:
                     raise DescriptorsUnclaimed(names=(f"chardev/{self.label}/{name}",))
-                hostio.require_kind(new[name], f"chardev/{self.label}/{name}", *self._clients_are)
+                host_fds.require_kind(new[name], f"chardev/{self.label}/{name}", *self._clients_are)
                 self._serial = serial
                 self._take(new.pop(name))
         finally:
@@ -153,7 +153,7 @@ class SocketChardev(Chardev):
         if self._listener is None:
             return False
         try:
-            client = hostio.accept(self._listener, self._path or self._where)
+            client = host_sockets.accept(self._listener, self._path or self._where)
         except PeerRefused as error:
             self._complain(f"Chardev {self.label!r}: {error}")
             return True
@@ -254,7 +254,7 @@ class SocketChardev(Chardev):
         if self._listener is not None:
             self._watch.remove(self._listener.fileno())
             if owner and self._path is not None:
-                hostio.unlink_own(self._path, self._listener)
+                host_sockets.unlink_own(self._path, self._listener)
             self._listener.close()
 
 

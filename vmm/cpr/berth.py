@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.migration.address import DescriptorAddress, UnixAddress
 from vmm.migration.channel import Channel, Channels
 
@@ -41,7 +41,7 @@ class Berth:
         sockets: dict[str, socket.socket] = {}
         try:
             for kind in _KINDS:
-                sockets[kind] = hostio.listen_abstract(f"trio-vmm/{word}/{kind}")
+                sockets[kind] = host_sockets.listen_abstract(f"trio-vmm/{word}/{kind}")
         except BaseException:
             for sock in sockets.values():
                 sock.close()

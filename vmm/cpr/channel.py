@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.cpr.room import make_room
 from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
 from vmm.errors import (
@@ -326,11 +326,11 @@ class CprChannel:
             CprRefused: another user, who was told so.
         """
         await trio.lowlevel.checkpoint()
-        await self._require_admitted(hostio.peer_credentials(self._sock)[1])
+        await self._require_admitted(host_sockets.peer_credentials(self._sock)[1])
 
     def admits(self, sock: socket.socket) -> bool:
         """Say whether `sock`, which is connected, may be the peer's as well: of the same users, where that is known."""
-        return sock.family != socket.AF_UNIX or self._admits(hostio.peer_credentials(sock)[1])
+        return sock.family != socket.AF_UNIX or self._admits(host_sockets.peer_credentials(sock)[1])
 
     def _admits(self, uid: int) -> bool:
         return uid in {0, os.getuid()} | self._uids

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.errors import MigrationCommandFailed
 from vmm.migration.connection import Connection
 
@@ -43,7 +43,7 @@ def start_command(address: ExecAddress, direction: Literal["out", "in"], *, two_
     Raises:
         HostFileRefused: there is no such program, or the host refused.
     """
-    ours, theirs = hostio.connected_pair()
+    ours, theirs = host_sockets.connected_pair()
     end = theirs.fileno()
     with theirs:
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_fds, host_sockets, hostio
 from vmm.errors import HostFileRefused
 from vmm.host_tcp import TcpPlace
 from vmm.migration.address import DescriptorAddress, InetAddress, UnixAddress, VsockAddress
@@ -171,12 +171,12 @@ def require_stream(fd: int, name: str, direction: Literal["out", "in"]) -> None:
     Raises:
         DescriptorWrongKind: it is no stream socket, pipe or regular file, or was opened for the other direction.
     """
-    if hostio.descriptor_kind(fd) not in ("a pipe", "a regular file"):
-        hostio.require_stream_socket(fd, name, " or a pipe or a regular file")
+    if host_fds.descriptor_kind(fd) not in ("a pipe", "a regular file"):
+        host_sockets.require_stream_socket(fd, name, " or a pipe or a regular file")
     elif direction == "out":
-        hostio.require_writable(fd, name)
+        host_fds.require_writable(fd, name)
     else:
-        hostio.require_readable(fd, name)
+        host_fds.require_readable(fd, name)
 
 
 def close_descriptors(addresses: Iterable[ChannelAddress | None]) -> None:
@@ -219,7 +219,7 @@ class Listener:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         if self._bound is not None and isinstance(self.address, UnixAddress):
-            hostio.unlink_own(self.address.path, self._bound)
+            host_sockets.unlink_own(self.address.path, self._bound)
             self._bound = None
         self.sock.close()
 
@@ -239,7 +239,7 @@ async def listen(address: SocketAddress) -> Listener:
     try:
         match address:
             case UnixAddress(abstract=False):
-                bound = hostio.listen_unix(address.path)
+                bound = host_sockets.listen_unix(address.path)
                 return Listener(trio.socket.from_stdlib_socket(bound), address, bound)
             case UnixAddress():
                 return Listener(await _bound(socket.AF_UNIX, address.socket_name()), address)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import MigrationPeerGone, OptionInvalid, TlsFailed
 from vmm.migration.connection import Connection
 from vmm.migration.pump import in_thread
@@ -77,7 +77,7 @@ async def secure(
         if patience.cancelled_caught:
             what = f"it did not finish the handshake within {within:g} s"
             raise attendant.failed(what, "set tls-creds there too, or unset it here")
-        ours, theirs = hostio.connected_pair()
+        ours, theirs = host_sockets.connected_pair()
     except BaseException:
         sock.close()
         raise

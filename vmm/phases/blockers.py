@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vmm import hostio
+from vmm import host_fds
 from vmm.capabilities import QTEST
 from vmm.errors import MigrationRefused
 from vmm.phases.fdsets import FdSets
@@ -82,5 +82,5 @@ def _of_sessions(host: Host) -> Iterator[str]:
 
 def _kept_by_the_kernel(fd: int) -> str:
     """Return words that follow what a descriptor is called if it cannot be passed; empty if it can."""
-    reason = hostio.why_not_passed(fd)
-    return f"is {hostio.opened_as(fd)}, which the kernel passes to no process ({reason})" if reason else ""
+    reason = host_fds.why_not_passed(fd)
+    return f"is {host_fds.opened_as(fd)}, which the kernel passes to no process ({reason})" if reason else ""

@@ -13,7 +13,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final, final
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.cpr.berth import Berth
 from vmm.errors import HostFileRefused
 from vmm.phases.afterwards import BecomeProgram
@@ -45,7 +45,7 @@ class Caretaker:
         with ExitStack() as stack:
             berth = Berth.bind()
             stack.callback(berth.close)
-            ours, theirs = hostio.connected_pair()
+            ours, theirs = host_sockets.connected_pair()
             stack.callback(theirs.close)
             with ExitStack() as undo:
                 undo.callback(ours.close)

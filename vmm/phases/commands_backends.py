@@ -6,7 +6,7 @@ from typing import Annotated, final
 
 import attrs
 
-from vmm import hostio
+from vmm import host_fds
 from vmm.backends.chardev_open import make_chardev, socket_kinds
 from vmm.backends.chardev_options import (
     ChardevBackend,
@@ -114,7 +114,7 @@ def _with_descriptor(
     if name not in caller.descriptors:
         known = ", ".join(sorted(caller.descriptors)) or "none"
         raise DescriptorError(reason=f"This session has no descriptor {name!r} (it has: {known}); send it by getfd")
-    hostio.require_kind(caller.descriptors[name], name, *socket_kinds(backend.data)[not backend.data.server])
+    host_fds.require_kind(caller.descriptors[name], name, *socket_kinds(backend.data)[not backend.data.server])
     number = FdSocketAddress(str(caller.descriptors.pop(name)))
     return ChardevSocketWrapper(attrs.evolve(backend.data, addr=FdSocketAddressWrapper(number)))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.capabilities import (
     MayCancelMigration,
     MayListen,
@@ -241,7 +241,7 @@ def resolved(addresses: Sequence[Any], caller: Caller, stream: Literal["out", "i
         if names.count(name) > 1:
             raise DescriptorError(reason=f"Descriptor {name!r} is given for two channels; each needs its own")
         if stream is None:
-            hostio.require_stream_socket(_number(name, caller), name)
+            host_sockets.require_stream_socket(_number(name, caller), name)
         else:
             require_stream(_number(name, caller), name, stream)
     return [

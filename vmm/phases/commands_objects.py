@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias, fin
 
 import attrs
 
-from vmm import host_dirs, hostio
+from vmm import host_dirs, host_sockets, hostio
 from vmm.capabilities import MayAdoptDescriptor, MayCreateBackend, MayOpenHostFile, MayQuery
 from vmm.errors import BackendInUse, InvalidState, NameTaken, OptionInvalid
 from vmm.monitor.command import ForEach
@@ -228,7 +228,7 @@ async def _add_monitor(may: MayCreateBackend, host: HostSource, machine: Host, a
     if (args.chardev is None) == (args.fd is None):
         raise OptionInvalid(option="object-add", value=args.id, wanted="complete: a monitor-qmp needs chardev or fd")
     if args.fd is not None:
-        fd = hostio.adopt_connection(args.fd)
+        fd = host_sockets.adopt_connection(args.fd)
         await _adopt(may, args.id, machine.monitors.over_connection(args.id, fd))
         return
     label = str(args.chardev)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_fds
 from vmm.capabilities import MayAdoptDescriptor
 from vmm.cpr.cell import OwnershipCell
 from vmm.cpr.channel import CprChannel
@@ -240,7 +240,7 @@ def _arrival_of(
         source, message.descriptors.keys(), message.body.get("cpu"), message.body.get("sections"), live=True
     )
     if STDERR in message.descriptors:
-        hostio.require_writable(message.descriptors[STDERR], STDERR)
+        host_fds.require_writable(message.descriptors[STDERR], STDERR)
     inheritance.add_copies(arriving.given)
     cell = OwnershipCell.adopt(message.claim("owner"))
     with ExitStack() as undo:

@@ -12,7 +12,7 @@ import socket
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, final
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.errors import DescriptorMissing, DescriptorsUnclaimed, NameTaken
 from vmm.phases.host_resources import is_of, unused
 
@@ -159,4 +159,4 @@ def _retire(fd: int, path: str) -> None:
         return
     with listener:
         if path:
-            hostio.unlink_own(path, listener)
+            host_sockets.unlink_own(path, listener)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm import hostio
+from vmm import host_sockets, hostio
 from vmm.backends.chardev_socket import SocketChardev
 from vmm.capabilities import ADMIN
 from vmm.errors import Unsupported
@@ -145,7 +145,7 @@ class Monitor:
     def _admit(self, client: socket.socket) -> None:
         if client.family != socket.AF_UNIX:
             return  # its listener is on a loopback address: `over_chardev`
-        hostio.admit_peer(client, self._chardev.filename if self._chardev is not None else "a monitor")
+        host_sockets.admit_peer(client, self._chardev.filename if self._chardev is not None else "a monitor")
 
     # Live update.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import DescriptorWrongKind, StateRejected
 from vmm.hw.codec import StateCodec
 from vmm.monitor.unix import SocketTransport
@@ -113,7 +113,7 @@ class QtestClients:
                 if name not in luggage:
                     faults.append(f"descriptor {name} did not come")
                 else:
-                    hostio.require_stream_socket(luggage[name], name)
+                    host_sockets.require_stream_socket(luggage[name], name)
             except DescriptorWrongKind as error:
                 faults.append(str(error))
         if faults:

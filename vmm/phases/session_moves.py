@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
 
-from vmm import hostio
+from vmm import host_sockets
 from vmm.errors import DescriptorWrongKind, MigrationRefused, StateRejected
 from vmm.monitor.belongings import Belongings
 from vmm.monitor.session import Session
@@ -160,7 +160,7 @@ class MovingSessions:
             faults += client.faults()
             name = f"{where}/{client.socket}"
             try:
-                hostio.require_stream_socket(luggage[name], name)
+                host_sockets.require_stream_socket(luggage[name], name)
             except DescriptorWrongKind as error:
                 faults.append(str(error))
         if faults:
