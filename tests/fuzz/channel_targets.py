@@ -32,7 +32,8 @@ from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.pump import Bulk
 from vmm.migration.ram_records import RamPages
 from vmm.migration.stream_records import End
-from vmm.phases.postcopy import IncomingPostcopy, OutgoingPostcopy, _greet, _lacking
+from vmm.phases.postcopy_source import OutgoingPostcopy, lacking
+from vmm.phases.postcopy_target import IncomingPostcopy, greet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -238,13 +239,13 @@ class PostcopyGreeting(Target):
         ours, theirs = connected(pieces)
         with closing(theirs), closing(Connection(trio.socket.from_stdlib_socket(ours))) as connection:
             assert connection.stream is not None
-            if await _greet(connection.stream, self._incoming):
+            if await greet(connection.stream, self._incoming):
                 return
         ours, theirs = connected(pieces)
         with closing(theirs), closing(Connection(trio.socket.from_stdlib_socket(ours))) as connection:
             no: Any = None  # what is not used here
-            lacking = await _lacking(connection, OutgoingPostcopy(self._server, connection, None, IDENTITY, no, no))
-            assert lacking.pages == PAGES
+            found = await lacking(connection, OutgoingPostcopy(self._server, connection, None, IDENTITY, no, no))
+            assert found.pages == PAGES
 
 
 CHANNEL_TARGETS: Final[dict[str, Callable[[], Target]]] = {

@@ -14,7 +14,7 @@ from vmm.kvm.dirty_log import DirtyLog
 from vmm.migration.status import MigrationProgress
 from vmm.phases import dirty_limits
 from vmm.phases.dirty_limits import _share
-from vmm.phases.postcopy import _Resumption
+from vmm.phases.postcopy_source import _Resumption
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -346,7 +346,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                                 await flow.precopy(precopy)
                         pause = await _copy(phase, run, copy)
                         if steering.server is not None:
-                            from vmm.phases.postcopy import OutgoingPostcopy, run_postcopy_source
+                            from vmm.phases.postcopy_source import OutgoingPostcopy, run_postcopy_source
 
                             rest = OutgoingPostcopy(
                                 steering.server, flow.connection, steering.urgent, steering.identity, progress,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.machine import Machine
     from vmm.phases.migration_state import Wishes
-    from vmm.phases.postcopy import IncomingPostcopy
+    from vmm.phases.postcopy_target import IncomingPostcopy
     from vmm.phases.quiesced import Pause
     from vmm.phases.stream_receive import StreamWait
 
@@ -222,7 +222,7 @@ async def _load_some(
 ) -> IncomingPostcopy:
     """Put the state of a guest in force whose RAM is not all here, and take it over. Raises `VmmError`."""
     from vmm.kvm.faults import PagesFromLink
-    from vmm.phases.postcopy import IncomingPostcopy
+    from vmm.phases.postcopy_target import IncomingPostcopy
 
     memory, absent = machine.memory, flow.absent
     assert absent is not None

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine
-    from vmm.phases.postcopy import IncomingPostcopy
+    from vmm.phases.postcopy_target import IncomingPostcopy
     from vmm.phases.quiesced import Pause
     from vmm.phases.vcpus import GuestCpu
 
@@ -369,7 +369,7 @@ async def stay_in_running(phase: Phase, run: Run, copied: Copied | None = None, 
         made.host.stores.begin()
         gone = False
         if copied is not None and copied.rest is not None:
-            from vmm.phases.postcopy import see_postcopy_through  # Few guests come so.
+            from vmm.phases.postcopy_target import see_postcopy_through  # Few guests come so.
 
             await see_postcopy_through(phase, run, copied.rest, runs=start and copied.pause.runs)
         while not gone:
