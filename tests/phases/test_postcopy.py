@@ -121,6 +121,26 @@ async def let_all_come(source: EmbeddedMachine) -> None:
     await source.execute("migrate-set-parameters", max_postcopy_bandwidth=0)
 
 
+async def all_comes(source: EmbeddedMachine, destination: EmbeddedMachine) -> None:
+    """Take the limit away; check that all of the guest comes, and goes on there."""
+    await let_all_come(source)
+    await completed(source, destination)
+    assert filled(destination)
+    await goes_on(destination)
+
+
+async def all_paused(*machines: EmbeddedMachine) -> None:
+    """Wait until each side has seen the break."""
+    for machine in machines:
+        await outcome(machine, "postcopy-paused")
+
+
+async def reconnected(source: EmbeddedMachine, destination: EmbeddedMachine, path: Path) -> None:
+    """Have the two go on over another connection."""
+    await destination.execute("migrate-recover", uri=f"unix:{path}")
+    await source.execute("migrate", uri=f"unix:{path}", resume=True)
+
+
 async def test_a_guest_runs_there_and_the_rest_follows(tmp_path: Path) -> None:
     async with started() as source, empty() as destination:
         fill(source)
@@ -221,18 +241,14 @@ async def test_a_connection_that_breaks_is_replaced(side: str, tmp_path: Path) -
         await source.execute("migrate", uri=f"tcp:127.0.0.1:{await port_of(destination)}", resume=True)
         info = await outcome(source, "postcopy-active", "completed")
         assert "error-desc" not in info
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await all_comes(source, destination)
 
 
 async def test_a_connection_with_tls_is_replaced_by_one_with_tls(tmp_path: Path) -> None:
     credentials = Pki.make(tmp_path).folder()
     async with half_gone(tmp_path / "main", credentials=credentials) as (source, destination):
         await source.execute("migrate-pause")
-        for machine in (source, destination):
-            await outcome(machine, "postcopy-paused")
+        await all_paused(source, destination)
         uri = f"unix:{tmp_path / 'again'}"
         await destination.execute("migrate-recover", uri=uri)
         async with await trio.open_unix_socket(str(tmp_path / "again")) as plain:
@@ -243,18 +259,14 @@ async def test_a_connection_with_tls_is_replaced_by_one_with_tls(tmp_path: Path)
                     said += data
             assert Frame(FrameKind.HAVE, 0, 1).encode()[:4] not in said  # no more than an alert of TLS
         await source.execute("migrate", uri=uri, resume=True)
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await all_comes(source, destination)
 
 
 async def test_whoever_else_connects_is_no_source(tmp_path: Path) -> None:
     async with half_gone(tmp_path / "main") as (source, destination), half_gone(tmp_path / "other") as (other, there):
         for machine in (source, other):
             await machine.execute("migrate-pause")
-        for machine in (source, destination, other, there):
-            await outcome(machine, "postcopy-paused")
+        await all_paused(source, destination, other, there)
         uri = f"unix:{tmp_path / 'again'}"
         with pytest.raises(Exception, match="Cannot connect to"):
             await source.execute("migrate", uri=uri, resume=True)
@@ -266,10 +278,7 @@ async def test_whoever_else_connects_is_no_source(tmp_path: Path) -> None:
             await stranger.send_all(b"x" * 32)
             assert await stranger.receive_some() == b""
         await source.execute("migrate", uri=uri, resume=True)
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await all_comes(source, destination)
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -400,28 +409,20 @@ async def test_what_cannot_be_gone_on_with_there_is_resumed_again(
         for turn in range(2):
             if not turn:
                 await source.execute("migrate-pause")
-            await outcome(source, "postcopy-paused")
-            await outcome(destination, "postcopy-paused")
-            await destination.execute("migrate-recover", uri=f"unix:{tmp_path / str(turn)}")
-            await source.execute("migrate", uri=f"unix:{tmp_path / str(turn)}", resume=True)
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+            await all_paused(source, destination)
+            await reconnected(source, destination, tmp_path / str(turn))
+        await all_comes(source, destination)
 
 
 async def test_where_nobody_can_answer_it_is_not_gone_on_with(tmp_path: Path) -> None:
     async with half_gone(tmp_path / "main") as (source, destination):
         await source.execute("migrate-pause")
-        await outcome(source, "postcopy-paused")
-        await outcome(destination, "postcopy-paused")
+        await all_paused(source, destination)
         read, write = os.pipe()
         with pytest.raises(MigrationRefused, match="migrate: a postcopy goes on over a socket, which can answer"):
             await source.execute("migrate", uri=f"fd:{write}", resume=True)
         os.close(read)
-        uri = f"unix:{tmp_path / 'again'}"
-        await destination.execute("migrate-recover", uri=uri)
-        await source.execute("migrate", uri=uri, resume=True)
+        await reconnected(source, destination, tmp_path / "again")
         await let_all_come(source)
         await completed(source, destination)
         await goes_on(destination)
@@ -430,21 +431,15 @@ async def test_where_nobody_can_answer_it_is_not_gone_on_with(tmp_path: Path) ->
 async def test_where_the_source_is_awaited_in_vain_can_be_changed(tmp_path: Path) -> None:
     async with half_gone(tmp_path / "main") as (source, destination):
         await source.execute("migrate-pause")
-        await outcome(source, "postcopy-paused")
-        await outcome(destination, "postcopy-paused")
+        await all_paused(source, destination)
         await destination.execute("migrate-recover", uri=f"unix:{tmp_path / 'wrong'}")
         async with await trio.open_unix_socket(str(tmp_path / "wrong")) as stranger:
             await trio.testing.wait_all_tasks_blocked()
             await destination.execute("migrate-pause")
             await outcome(destination, "postcopy-paused")
             assert await stranger.receive_some() == b""
-        uri = f"unix:{tmp_path / 'right'}"
-        await destination.execute("migrate-recover", uri=uri)
-        await source.execute("migrate", uri=uri, resume=True)
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await reconnected(source, destination, tmp_path / "right")
+        await all_comes(source, destination)
 
 
 async def test_a_reset_that_takes_what_does_not_come_is_told_and_can_be_had_again(
@@ -458,15 +453,13 @@ async def test_a_reset_that_takes_what_does_not_come_is_told_and_can_be_had_agai
 
     async with half_gone(tmp_path / "main") as (source, destination):
         await source.execute("migrate-pause")
-        await outcome(source, "postcopy-paused")
-        await outcome(destination, "postcopy-paused")
+        await all_paused(source, destination)
         monkeypatch.setattr(Machine, "power_on_again", with_more)
         parts(destination).bells.request_reset()
         await in_status(destination, "internal-error")
         with pytest.raises(MigrationPeerGone, match="the guest waits for its pages; see migrate-recover"):
             await destination.execute("system_reset")
-        await destination.execute("migrate-recover", uri=f"unix:{tmp_path / 'again'}")
-        await source.execute("migrate", uri=f"unix:{tmp_path / 'again'}", resume=True)
+        await reconnected(source, destination, tmp_path / "again")
         await let_all_come(source)
         await completed(source, destination)
         await destination.execute("system_reset")
@@ -504,15 +497,9 @@ async def test_what_is_asked_for_may_come_on_a_channel_of_its_own(tmp_path: Path
         )
         # A break ends both; what follows it is one channel for all.
         await source.execute("migrate-pause")
-        await outcome(source, "postcopy-paused")
-        await outcome(destination, "postcopy-paused")
-        uri = f"unix:{tmp_path / 'again'}"
-        await destination.execute("migrate-recover", uri=uri)
-        await source.execute("migrate", uri=uri, resume=True)
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await all_paused(source, destination)
+        await reconnected(source, destination, tmp_path / "again")
+        await all_comes(source, destination)
 
 
 async def test_where_nobody_can_ask_or_no_second_channel_comes_it_is_refused(tmp_path: Path) -> None:
@@ -585,19 +572,13 @@ async def test_a_break_in_the_moment_in_which_the_guest_is_let_go_is_mended(
     async with started() as source, empty() as destination:
         fill(source)
         await begin(source, destination, tmp_path / "main")
-        await outcome(source, "postcopy-paused")
-        await outcome(destination, "postcopy-paused")
+        await all_paused(source, destination)
         assert await status(source) == "postmigrate"
         for command in ("cont", "stop", "system_reset"):
             with pytest.raises(InvalidState, match="nobody knows whose the guest is: the connection broke"):
                 await destination.execute(command)
         assert await status(destination) == "paused"
         monkeypatch.undo()
-        uri = f"unix:{tmp_path / 'again'}"
-        await destination.execute("migrate-recover", uri=uri)
-        await source.execute("migrate", uri=uri, resume=True)
+        await reconnected(source, destination, tmp_path / "again")
         await in_status(destination, "running")
-        await let_all_come(source)
-        await completed(source, destination)
-        assert filled(destination)
-        await goes_on(destination)
+        await all_comes(source, destination)
