@@ -106,6 +106,26 @@ def test_whatever_the_figures_are_it_stays_in_one_line(
         assert len(shown.line(data.draw(st.floats(0.01, 10)), figures)) < max(columns, 2)
 
 
+@pytest.mark.parametrize(
+    ("left", "text"),
+    [
+        (0, ""),
+        (1, "~1 s to go"),
+        (99 * 800 * MIB, "~99 s to go"),
+        (100 * 800 * MIB, "~2 min to go"),
+        (6000 * 800 * MIB, "~2 h to go"),
+        (360_000 * 800 * MIB, ""),
+    ],
+)
+def test_where_no_pause_is_to_be_expected_there_is_the_time_that_is_left(left: int, text: str) -> None:
+    shown = Shown(80)
+    shown.after(0, Figures(word="loading", total=1 << 60))
+    line = shown.line(1, Figures(word="loading", done=1, total=1 << 60, left=left, moved=800 * MIB))
+    assert line.partition(" left")[2].strip() == text
+    figures = Figures(word="loading", done=1, total=1 << 60, left=left)
+    assert sentence(figures, 800 * MIB).partition(" left")[2].strip(", ") == text
+
+
 def test_nothing_jumps_when_a_figure_comes_or_goes() -> None:
     shown = Shown(100)
     shown.after(0, HALF)

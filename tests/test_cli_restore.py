@@ -6,7 +6,8 @@ import io
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -16,11 +17,13 @@ from tests.phases.machine import Running, connected, parse
 from tests.phases.streams import records_of, stream_of
 from tests.saved_machines import begun, files, grown, original, saved, status, ticked, ticks
 from tests.terminal import Screen
-from vmm.cli_progress import Bar
-from vmm.cli_resume import Loading, SavedStateRefused, restored
+from vmm.cli_progress import Bar, Figures
+from vmm.cli_resume import Loading, SavedStateRefused, _speaks, restored
 from vmm.errors import OptionInvalid, VmmError
+from vmm.migration.status import MigrationProgress, MigrationRamStats, MigrationStatus
 from vmm.migration.stream import StreamWriter
 from vmm.migration.stream_records import Home
+from vmm.phases.migration_state import MigrationState
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -160,6 +163,35 @@ async def test_the_bar_is_there_while_it_loads_and_gone_then(tmp_path: Path) -> 
     screen = Screen(80)
     screen.feed(shown.getvalue())
     assert screen.rows == []
+
+
+async def test_the_bar_shows_what_has_come_before_the_guest_runs_and_after_it() -> None:
+    progress = MigrationProgress("target", lambda status: None, lambda: 0.0)
+    progress.begin()
+    state = SimpleNamespace(progress=progress, absent=None)
+    tree = SimpleNamespace(view=lambda kind: state)
+
+    def shown(*, alone: bool = True) -> Figures | None:
+        return Loading(Bar(None), alone=alone)._figures(cast("Any", tree), MigrationState)
+
+    assert shown() == Figures(word="loading", left=0)
+    stats = MigrationRamStats(total=40, remaining=30, transferred=10)
+    progress.follow_ram(lambda: stats, beyond=True)
+    progress.advance(MigrationStatus.ACTIVE)
+    assert shown() == Figures(word="loading", done=10, total=40, left=30, moved=10)
+    progress.advance(MigrationStatus.COMPLETED)
+    assert shown() is None
+    state.absent = SimpleNamespace(over=trio.Event())
+    assert shown() == Figures(word="fetching", done=10, total=40, left=30, moved=10)
+    assert shown(alone=False) is None
+    state.absent.over.set()
+    assert shown() is None
+
+
+async def test_who_has_the_terminal_has_it_alone_once_the_guest_runs(tmp_path: Path) -> None:
+    await migrated(tmp_path, mapped=True)
+    for options, speaks in (((), False), (("-qmp", "stdio"), True), (("-chardev", "stdio,id=c"), True)):
+        assert _speaks(restored(str(tmp_path / "saved"), parse(*options))) is speaks
 
 
 def test_the_command_does_it(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class Figures:
     number: int | None = None
     """Of the pass over RAM, from 1."""
     pause: int | None = None
-    """Milliseconds that the guest would stand, as is estimated now."""
+    """Milliseconds that the guest would stand, as is estimated now. In its place stands the time that is left."""
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> Figures:
@@ -245,7 +245,7 @@ def _pieces(figures: Figures, rate: int | None) -> dict[str, str]:
     return {
         "rate": f"{size(rate)}/s" if rate is not None else "",
         "left": f"{size(figures.left)} left" if figures.left is not None else "",
-        "pause": f"pause ~{_time(figures.pause)}" if figures.pause is not None else "",
+        "pause": f"pause ~{_time(figures.pause)}" if figures.pause is not None else _to_go(figures, rate),
         "dirtied": f"dirtied {size(figures.dirtied)}/s" if figures.dirtied is not None else "",
         "pass": f"pass {figures.number}" if figures.number is not None else "",
     }
@@ -266,11 +266,24 @@ def sentence(figures: Figures, rate: int | None) -> str:
         pieces.append(f"pass {figures.number}")
     if figures.pause is not None:
         pieces.append(f"its pause would be about {_time(figures.pause)}")
+    elif to_go := _to_go(figures, rate):
+        pieces.append(to_go)
     return ", ".join(pieces)
 
 
 def _time(milliseconds: int) -> str:
     return f"{milliseconds} ms" if milliseconds < 10_000 else f"{milliseconds // 1000} s"
+
+
+def _to_go(figures: Figures, rate: int | None) -> str:
+    """Return how long it takes until nothing is left; empty is what is not known, or over."""
+    if not figures.left or not rate:
+        return ""
+    seconds = -(-figures.left // rate)
+    for unit, count in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds < 100 * count:
+            return f"~{-(-seconds // count)} {unit} to go"
+    return ""
 
 
 def size(count: int) -> str:

@@ -51,8 +51,8 @@ def resume_machine(path: str, options: argparse.Namespace, *, whole: bool) -> in
 
     target = os.path.abspath(path)
     with claimed(target) as claim, Bar.on_stderr(fields=_FIELDS) as bar:
-        loading = Loading(bar, claim)
         recipe = resumed(target, options, whole=whole)
+        loading = Loading(bar, claim, alone=not _speaks(recipe))
         return run_process(recipe, options, os.environ, begun=loading.begun, beside=loading.watch)
 
 
@@ -62,7 +62,9 @@ def restore_machine(path: str, options: argparse.Namespace, *, whole: bool) -> i
 
     target = os.path.abspath(path)
     with Bar.on_stderr(fields=_FIELDS) as bar:
-        return run_process(restored(target, options, whole=whole), options, os.environ, beside=Loading(bar).watch)
+        recipe = restored(target, options, whole=whole)
+        loading = Loading(bar, alone=not _speaks(recipe))
+        return run_process(recipe, options, os.environ, beside=loading.watch)
 
 
 @final
@@ -166,14 +168,24 @@ _RESUME: Final = (
 _BESIDES: Final[Mapping[str, tuple[str, ...]]] = {"resume": _RESUME, "restore": (*_RESUME, "-allow-resource")}
 """Options of `run` that go with each."""
 
-_FIELDS: Final = ("rate", "left")
+_FIELDS: Final = ("rate", "left", "pause")
+
+
+def _speaks(recipe: Recipe) -> bool:
+    """Say whether what `recipe` makes writes where this process was started, once it runs."""
+    return any(step.execute == "chardev-add" and step.arguments["backend"]["type"] == "stdio" for step in recipe)
 
 
 @final
 class Loading:
-    """A guest that comes from a file, shown until all of it is here. Then the file is used up, if it is to be."""
+    """A guest that comes from a file, shown until all of it is here. Then the file is used up, if it is to be.
 
-    def __init__(self, bar: Bar, claim: Claim | None = None) -> None:
+    Args:
+        alone: whether nobody else writes to the terminal once the guest runs, while its pages still come.
+    """
+
+    def __init__(self, bar: Bar, claim: Claim | None = None, *, alone: bool = True) -> None:
+        self._alone = alone
         self._bar = bar
         self._claim = claim
         self._begun = trio.Event()
@@ -209,20 +221,22 @@ class Loading:
         if (absent is None or absent.complete) and (complaint := self._claim.use_up()) is not None:
             host.complain(complaint)
 
-    @staticmethod
-    def _figures(tree: Tree, kind: type[MigrationState]) -> Figures | None:
+    def _figures(self, tree: Tree, kind: type[MigrationState]) -> Figures | None:
         """Return what is to be seen; None once it is over."""
         try:
-            progress = tree.view(kind).progress
+            state = tree.view(kind)
         except DeviceNotActive:  # it has not come as far
-            progress = None
-        if progress is None:
             return Figures(word="loading")
+        progress, word = state.progress, "loading"
+        if progress is None:
+            return Figures(word=word)
         if not progress.under_way:
-            return None
+            if state.absent is None or state.absent.over.is_set() or not self._alone:
+                return None
+            word = "fetching"  # the guest runs
         ram = progress.ram
         return Figures(
-            word="loading", done=ram.total - ram.remaining, total=ram.total, left=ram.remaining, moved=ram.transferred
+            word=word, done=ram.total - ram.remaining, total=ram.total, left=ram.remaining, moved=ram.transferred
         )
 
 

@@ -69,8 +69,8 @@ class GuestRam(Protocol):
         """Make all of it zero."""
         ...
 
-    def load_pages(self, file: Any, first: int, count: int) -> None:
-        """Read pages that are in a `PageFile`. From any thread."""
+    def load_pages(self, file: Any, first: int, count: int) -> int:
+        """Read pages that are in a `PageFile`; return how many of these there are. From any thread."""
         ...
 
     def come_from(self, file: Any) -> Any:

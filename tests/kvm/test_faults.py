@@ -78,6 +78,7 @@ async def test_pages_come_as_they_are_touched_and_the_rest_meanwhile(memory: Gue
             assert touch(memory, page) == content(page).ljust(PAGE_SIZE, b"\0")
         assert await pages.wait_over() is None
         assert pages.report().moved == PAGES - len(EMPTY)
+    assert pages.report().moved == PAGES - len(EMPTY)
     assert memory.absent is None
     assert memory.read(0, memory.size) == before
 

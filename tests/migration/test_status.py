@@ -133,6 +133,29 @@ def test_a_target_tells_where_it_listens() -> None:
     assert unstructure(progress.info()) == {"status": "completed", "socket-address": listening}
 
 
+def test_a_target_tells_what_has_come_and_goes_on_where_pages_come_after_the_guest() -> None:
+    progress = Bench().progress("target")
+    progress.begin()
+    left = [30, 20, 10, 0]
+    progress.follow_ram(lambda: MigrationRamStats(total=40, remaining=left.pop(0)), beyond=True)
+    assert progress.info().ram is None
+    progress.advance(MigrationStatus.ACTIVE)
+    assert told(progress) == 30
+    progress.advance(MigrationStatus.COMPLETED)
+    assert told(progress) == 20
+    progress.keep_ram()
+    assert told(progress) == told(progress) == 10
+    progress.begin()
+    progress.advance(MigrationStatus.ACTIVE)
+    assert progress.info().ram is None  # in a live update none comes
+
+
+def told(progress: MigrationProgress) -> int:
+    ram = progress.info().ram
+    assert ram is not None
+    return ram.remaining
+
+
 def test_blocked_reasons_are_told_in_every_state() -> None:
     progress = Bench().progress()
     assert unstructure(progress.info(["a disk"])) == {"blocked-reasons": ["a disk"]}

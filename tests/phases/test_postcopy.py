@@ -156,6 +156,8 @@ async def test_a_guest_runs_there_and_the_rest_follows(tmp_path: Path) -> None:
         assert ram["postcopy-bytes"] > 0
         assert ram["remaining"] == 0
         info = await destination.execute("query-migrate")
+        assert info["ram"]["postcopy-bytes"] > 0
+        assert info["ram"]["remaining"] == 0
         assert info["postcopy-blocktime"] >= 0
         assert len(info["postcopy-vcpu-blocktime"]) == 1
         # It is nowhere else, and can be had again from there alone.

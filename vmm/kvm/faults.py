@@ -69,6 +69,7 @@ class _Server(ABC):
         self._server: CData | None = None
         self._idle: Final = threading.Condition()
         self._users = 0  # threads that use the server, which is there as long
+        self._last = FaultReport(0, 0, 0)
 
     def _make(self, features: Iterable[str], make: Callable[[CData, CData], CData]) -> CData:
         """Have `make` make the server, from a plan, or say why not."""
@@ -110,9 +111,12 @@ class _Server(ABC):
         return report
 
     def report(self) -> FaultReport:
-        """Return how far it is."""
-        state = self._state()
-        return FaultReport(state.faults, state.moved, state.passed)
+        """Return how far it is, or was when it was closed."""
+        with self._idle:  # another thread may be closing it
+            if self._server is not None:
+                state = self._state()
+                self._last = FaultReport(state.faults, state.moved, state.passed)
+            return self._last
 
     async def wait_over(self) -> VmmError | None:
         """Wait until all is done, or cannot be done; then return why. A cancellation changes nothing."""
@@ -146,6 +150,7 @@ class _Server(ABC):
 
     def close(self) -> None:
         """Release, and end the threads. Idempotent."""
+        self.report()
         with self._idle:
             server, self._server = self._server, None
         if server is not None:

@@ -283,9 +283,9 @@ class GuestMemory:
             # Others may add meanwhile: each page is taken by one call, which no other thread gets into.
             into.add(noted.pop())
 
-    def load_pages(self, file: PageFile, first: int, count: int) -> None:
-        """As `PageFile.load`."""
-        file.load(self, first, count)
+    def load_pages(self, file: PageFile, first: int, count: int) -> int:
+        """As `PageFile.load`; return how many of these pages are in the file."""
+        return file.load(self, first, count).data
 
     def come_from(self, file: PageFile) -> PagesFromFile:
         """Have pages come from `file` as they are used, into memory that is zero. Raises `PageFaultsUnavailable`."""

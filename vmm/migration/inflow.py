@@ -55,6 +55,7 @@ class Inflow:
         self._channel = connection.stream
         self._fd = connection.fd
         self._start = os.lseek(self._fd, 0, os.SEEK_CUR) if connection.is_file else 0
+        self._size = os.fstat(self._fd).st_size - self._start if connection.is_file else None
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
         self.absent: PageMap | None = None
@@ -66,6 +67,16 @@ class Inflow:
     def from_file(self) -> bool:
         """Whether nobody is at the other end, as far as this end can know: it may have been written long ago."""
         return self._channel is None
+
+    @property
+    def offset(self) -> int:
+        """How far it has been read, in bytes from its beginning."""
+        return self._reader.offset
+
+    @property
+    def left(self) -> int | None:
+        """Bytes of a file that were not read yet; None where nobody knows how many come."""
+        return None if self._size is None else max(self._size - self._reader.offset, 0)
 
     def rewind(self) -> None:
         """Begin again, with a file."""

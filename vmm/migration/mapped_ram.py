@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from vmm.capabilities import MayWriteGuestMemory
+    from vmm.kvm.faults import PagesFromFile
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.page_map import PageMap
 
@@ -177,6 +178,9 @@ class MappedReader:
         self._start: Final = start
         self._fd = hostio.dup(fd)
         self.file: Final = PageFile(self._fd, start + record.area, record.pages)
+        self._begun: Final = time.monotonic()
+        self._present = self._data = 0
+        self._coming: PagesFromFile | None = None
 
     def check(self, sums: RamMappedSums) -> None:
         """Read which pages there are, and their checksums. For a thread.
@@ -201,6 +205,7 @@ class MappedReader:
                 reason=f"its bitmap has {present.bit_count()} of {record.pages} pages and page "
                 f"{present.bit_length() - 1}, its record says {sums.present}"
             )
+        self._present = sums.present
         length, needed = os.fstat(self._fd).st_size, file.offset + present.bit_length() * PAGE_SIZE
         if length < needed:
             raise StreamCorrupt(reason=f"it ends after {length - self._start} bytes, before its last page of RAM")
@@ -225,12 +230,34 @@ class MappedReader:
     async def load(self, may: MayWriteGuestMemory) -> None:
         """Put all of it in place, into RAM that is made zero first. Raises `GuestPageLost`, in a group."""
         await trio.to_thread.run_sync(may.clear)
-        await in_pieces(self._record.pages, in_thread(partial(may.load_pages, self.file)))
+
+        async def piece(first: int, count: int) -> None:
+            self._data += await trio.to_thread.run_sync(may.load_pages, self.file, first, count)
+
+        await in_pieces(self._record.pages, piece)
 
     async def come(self, may: MayWriteGuestMemory) -> None:
         """Have it come in as it is used, into RAM that is made zero first. Raises `PageFaultsUnavailable`."""
         await trio.to_thread.run_sync(may.clear)
-        may.come_from(self.file)
+        self._coming = may.come_from(self.file)
+
+    def statistics(self) -> MigrationRamStats:
+        """Return how much has come, as `query-migrate` shows it. After `close` too: pages may come as they are used."""
+        report = self._coming.report() if self._coming is not None else None
+        data = self._data if report is None else report.moved
+        size, seconds = data * PAGE_SIZE, max(time.monotonic() - self._begun, 1e-6)
+        return MigrationRamStats(
+            transferred=size,
+            remaining=(self._present - data) * PAGE_SIZE,
+            total=self._memory.size,
+            duplicate=self._record.pages - self._present,
+            normal=data,
+            normal_bytes=size,
+            mbps=round(size * 8 / 1e6 / seconds, 3),
+            pages_per_second=round(data / seconds),
+            postcopy_requests=0 if report is None else report.faults,
+            page_size=PAGE_SIZE,
+        )
 
     def close(self) -> None:
         """Close the descriptor. Idempotent."""

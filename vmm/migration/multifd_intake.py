@@ -121,10 +121,17 @@ class MultifdIntake:
         packings: Sequence[Packing | None],
     ) -> None:
         self._connections: Final = connections
-        self._intakes: Final = [PageIntake(memory, store=store, packing=packing) for packing in packings]
+        self.intakes: Final = [PageIntake(memory, store=store, packing=packing) for packing in packings]
+        """Who takes pages out of each channel."""
+        self._readers: Final = [ChannelReader(index) for index in range(len(connections))]
         self._gate: Final = PassGate(len(connections))
         self._passes = 0  # that have begun
         self._failure: VmmError | None = None
+
+    @property
+    def bytes(self) -> int:
+        """What was read so far."""
+        return sum(reader.offset for reader in self._readers)
 
     def begins(self, number: int) -> None:
         """Wait until all of the pass before `number` is there; then let that begin. In the stream's own thread.
@@ -173,10 +180,9 @@ class MultifdIntake:
             raise self._failure
 
     async def _receive(self, index: int) -> None:
-        connection, intake = self._connections[index], self._intakes[index]
+        connection, intake, reader = self._connections[index], self.intakes[index], self._readers[index]
 
         def run(bell: Doorbell) -> None:
-            reader = ChannelReader(index)
             bulk = Bulk(connection.fd, peer=True).heed(bell)
             passes = 0
             self._gate.ended(index, passes)
@@ -212,7 +218,7 @@ class MultifdIntake:
 
     def require_whole(self) -> None:
         """Raise `StreamCorrupt` if a page that came damaged has not come again."""
-        for intake in self._intakes:
+        for intake in self.intakes:
             intake.require_whole()
 
     def close(self) -> None:

@@ -166,6 +166,10 @@ class PageIntake:
         """Pages that came, and are not zero."""
         self.suspects: Final = PageMap(pages)
         """Pages that came with a wrong checksum, and not again since."""
+        self.data_pages = 0
+        """Pages that came with their content, as often as they came."""
+        self.zero_pages = 0
+        """Pages that came as zeros, likewise."""
 
     def take(self, record: RamPages, reader: StreamReader | ChannelReader, bulk: Bulk) -> None:
         """Take in a record's pages, which follow it on `bulk`, but for what `reader` has got of them.
@@ -199,6 +203,8 @@ class PageIntake:
             content = memoryview(ffi.buffer(target, chunk.content))  # type: ignore[arg-type]
             ffi.memmove(buffer, self._packing.unpack(content, size), size)
         lib.tv_chunk_verify(chunk, buffer, self.suspects.words)
+        self.data_pages += chunk.data_pages
+        self.zero_pages += chunk.zero_pages
         if not self._store:
             return
         base = 0 if self._memory.page_size == PAGE_SIZE else self._memory.hva(0)

@@ -140,7 +140,8 @@ class RamWriter:
         self._expected: Final = tuple((region.address, region.size) for region in memory.regions)
         self._listed: list[tuple[int, int]] = []
         self._in_place = False
-        self._pages: Final = PageIntake(memory, store=may is not None)
+        self.intake: Final = PageIntake(memory, store=may is not None)
+        """Who takes pages out of the stream."""
 
     def list_extents(self, record: RamExtents) -> None:
         """Check extents before any content comes. Raises `StreamCorrupt` unless they are this machine's RAM."""
@@ -191,7 +192,7 @@ class RamWriter:
         except ValueError as error:
             raise StreamCorrupt(reason=f"a list of absent pages that is none of this machine's: {error}") from error
         for first, pages in absent.runs():
-            self._pages.suspects.discard(first, pages)
+            self.intake.suspects.discard(first, pages)
         return absent
 
     def store(self, record: RamContent) -> None:
@@ -203,7 +204,7 @@ class RamWriter:
 
     def take_pages(self, record: RamPages, reader: StreamReader, bulk: Bulk) -> None:
         """Take in pages that follow their record; see `PageIntake.take`."""
-        self._pages.take(record, reader, bulk)
+        self.intake.take(record, reader, bulk)
 
     def require_complete(self) -> None:
         """Raise `StreamCorrupt` unless all of RAM was among the extents, and is undamaged."""
@@ -211,7 +212,7 @@ class RamWriter:
             raise StreamCorrupt(
                 reason=f"its RAM is {_describe(self._listed)}, this machine has {_describe(self._expected)}"
             )
-        self._pages.require_whole()
+        self.intake.require_whole()
 
 
 def _both() -> StreamCorrupt:

@@ -205,6 +205,7 @@ class MigrationProgress:
         self.side: Final = side
         self._ram = MigrationRamStats()
         self._meter: Callable[[], MigrationRamStats] | None = None
+        self._meter_goes_on = False
         self.throttle: Throttled | None = None
         """What the guest is slowed down by, if it is."""
         self.expected_downtime = 0
@@ -236,16 +237,24 @@ class MigrationProgress:
 
     @property
     def ram(self) -> MigrationRamStats:
-        """What was sent of RAM."""
+        """What was sent of RAM, or has come."""
         return self._ram if self._meter is None else self._meter()
 
     @ram.setter
     def ram(self, statistics: MigrationRamStats) -> None:
-        self._ram, self._meter = statistics, None
+        self._ram, self._meter, self._meter_goes_on = statistics, None, False
 
-    def follow_ram(self, meter: Callable[[], MigrationRamStats]) -> None:
-        """From now until the end, ask `meter` what was sent of RAM."""
-        self._meter = meter
+    def follow_ram(self, meter: Callable[[], MigrationRamStats], *, beyond: bool = False) -> None:
+        """From now until the end, ask `meter` what was sent of RAM, or has come.
+
+        Args:
+            beyond: also after it, until `keep_ram`: pages come after the guest.
+        """
+        self._meter, self._meter_goes_on = meter, beyond
+
+    def keep_ram(self) -> None:
+        """Ask no more: it stays as it is."""
+        self.ram = self.ram
 
     @property
     def under_way(self) -> bool:
@@ -332,15 +341,19 @@ class MigrationProgress:
         if self._blocktime is not None:
             together, each = self._blocktime()
             bare = attrs.evolve(bare, postcopy_blocktime=together, postcopy_vcpu_blocktime=each)
-        if self.side == "target" or self._status in _BARE:
+        if self._status in _BARE:
             return bare
+        ram = self.ram
+        if self.side == "target":
+            # In a live update none comes.
+            return attrs.evolve(bare, ram=ram) if ram.total else bare
         downtime = None if self._downtime is None else _milliseconds(self._downtime)
         completed = self._status is _S.COMPLETED
         return attrs.evolve(
             bare,
             cpu_throttle_percentage=(self.throttle.percent or None) if self.throttle is not None else None,
-            ram=self.ram,
-            remaining=None if completed else self.ram.remaining,
+            ram=ram,
+            remaining=None if completed else ram.remaining,
             total_time=_milliseconds((self._clock() if self._over is None else self._over) - self._begun),
             expected_downtime=self.expected_downtime if downtime is None and not completed else None,
             downtime=0 if downtime is None and completed else downtime,
@@ -359,7 +372,8 @@ class MigrationProgress:
             self._error = None
         if status in IDLE:
             self._over = self._clock()
-            self.ram = self.ram
+            if not self._meter_goes_on:
+                self.keep_ram()
         self._status = status
         self._observer(status)
 

@@ -43,6 +43,9 @@ class AbsentPages:
                 # Ended from outside, too: a vCPU may be waiting for a page, and would not come out of the guest.
                 self._let_go()
             self._pages.close()
+            progress = self._run.machine.made.migration.progress
+            if progress is not None and progress.side == "target":
+                progress.keep_ram()  # and let go of the file's tables
             self.over.set()
 
     def _let_go(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
+from vmm.migration.incoming_ram import IncomingRam
 from vmm.migration.ram import RamWriter
 from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
 from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPass
@@ -40,6 +41,11 @@ async def read_state(
     if flow.terms.multifd and multifd is None:
         raise StreamCorrupt(reason="the guest's RAM is on further channels, which this stream has not")
     ram = RamWriter(may_write, machine.memory)
+    progress = machine.made.migration.progress
+    intakes = [ram.intake, *(multifd.intakes if multifd is not None else ())]
+    coming = IncomingRam(machine.memory.size, flow, multifd, intakes)
+    if may_write is not None and progress is not None:
+        progress.follow_ram(coming.statistics)
     sections: list[Section] = []
     maps: list[RamMapped] = []
     sums: list[RamMappedSums] = []
@@ -73,6 +79,7 @@ async def read_state(
         await multifd.beside(lambda: flow.read(take, ram))
         multifd.require_whole()
     ram.require_complete()
+    coming.complete = True
     if len(maps) != len(sums):
         raise StreamCorrupt(reason=f"it has {len(maps)} maps of RAM and {len(sums)} records of their checksums")
     if maps:
@@ -85,13 +92,16 @@ async def _read_mapped(
 ) -> None:
     from vmm.migration.mapped_ram import MappedReader  # Few machines come so.
 
-    on_demand = machine.made.migration.parameters["x-restore-on-demand"]
+    on_demand = bool(machine.made.migration.parameters["x-restore-on-demand"])
     with closing(MappedReader(record, machine.memory, *flow.file)) as ram:
         await trio.to_thread.run_sync(ram.check, sums)
+        progress = machine.made.migration.progress
         if may_write is None:
             if not on_demand:
                 await ram.look()
             return
+        if progress is not None:
+            progress.follow_ram(ram.statistics, beyond=on_demand)
         if on_demand:
             try:
                 await ram.come(may_write)

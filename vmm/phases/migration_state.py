@@ -204,8 +204,9 @@ class MigrationState:
         if self.progress is None or self._job is None or self._job.status == "created":
             return 0, 1
         ram = self.progress.ram
-        done = self.progress.status is MigrationStatus.COMPLETED
-        return ram.total - ram.remaining + done, ram.total + 1
+        if self.progress.status is MigrationStatus.COMPLETED:  # also where pages come as they are used
+            return ram.total + 1, ram.total + 1
+        return ram.total - ram.remaining, ram.total + 1
 
     def _observe(self, status: MigrationStatus) -> None:
         if self.capabilities["events"]:

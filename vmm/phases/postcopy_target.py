@@ -13,6 +13,7 @@ from vmm.errors import HostFileRefused, MigrationRefused, StreamCorrupt, VmmErro
 from vmm.kvm.page_file import checksum
 from vmm.migration.connect import listen
 from vmm.migration.connection import Connection
+from vmm.migration.incoming_ram import with_postcopy
 from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.status import MigrationStatus
 from vmm.nursery_tree import Inbox
@@ -99,6 +100,8 @@ async def see_postcopy_through(running: Phase, run: Run, incoming: IncomingPostc
     target, pages = _Target(progress), incoming.pages
     if machine.made.migration.capabilities["postcopy-blocktime"]:
         progress.follow_blocktime(lambda: blocktime(run, pages))
+    before = progress.ram
+    progress.follow_ram(lambda: with_postcopy(before, pages))
     complete = False
     connection: Connection | None = None
     try:

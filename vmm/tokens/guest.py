@@ -71,9 +71,9 @@ class MayWriteGuestMemory(Token[GuestRam]):
         """Make all of it zero."""
         self._reach().clear()
 
-    def load_pages(self, file: Any, first: int, count: int) -> None:
-        """Read pages that are in a `PageFile`. From any thread."""
-        self._reach().load_pages(file, first, count)
+    def load_pages(self, file: Any, first: int, count: int) -> int:
+        """Read pages that are in a `PageFile`; return how many of these there are. From any thread."""
+        return self._reach().load_pages(file, first, count)
 
     def come_from(self, file: Any) -> Any:
         """Have pages come from a `PageFile` as they are used; return who brings them."""
