@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import trio
 
-from vmm.cpr.channel import MAGIC, CprChannel
+from vmm.cpr.channel import CprChannel
+from vmm.cpr.frames import MAGIC
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence

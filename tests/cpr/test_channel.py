@@ -15,7 +15,8 @@ import trio
 from tests.cpr.peer import HEADER, Peer, channel_and_peer, frame, no_descriptor_left, packed
 from vmm import host_sockets
 from vmm.cpr import versions
-from vmm.cpr.channel import MAGIC, MAX_FRAME, CprChannel
+from vmm.cpr.channel import CprChannel
+from vmm.cpr.frames import MAGIC, MAX_FRAME
 from vmm.errors import CprError, CprHostFailed, CprPeerGone, CprRefused, DescriptorMissing
 
 if TYPE_CHECKING:

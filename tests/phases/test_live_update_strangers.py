@@ -16,7 +16,8 @@ from tests.cpr.peer import HEADER, frame
 from tests.phases.update_kit import Bench, Process, channels, due, holds, open_bench, outcome, settled
 from vmm import host_sockets, hostio
 from vmm.cpr.cell import Owner, OwnershipCell
-from vmm.cpr.channel import MAGIC, CprChannel, Message
+from vmm.cpr.channel import CprChannel, Message
+from vmm.cpr.frames import MAGIC
 from vmm.errors import CprError
 
 if TYPE_CHECKING:

@@ -1,32 +1,18 @@
 """The CPR channel: messages with named descriptors over a unix stream socket.
 
-A message is a frame: 4 bytes magic, 4 bytes length (big-endian), then that many bytes of JSON,
-``{"kind": ..., "body": {...}, "descriptors": [names]}``. The descriptors ride on the frame's first byte by SCM_RIGHTS,
-in the order of their names; more than one sendmsg can carry come before it in frames of kind ``more``. Of those the
-first has no descriptor and says how many are ``announced``, so that the receiver can make room, or refuse.
+A message is a frame (`vmm.cpr.frames`). Where it has more descriptors than one can carry, they come before it in
+frames of kind ``more``. Of those the first has no descriptor and says how many are ``announced``, so that the receiver
+can make room, or refuse.
 
-Facts about unix sockets that this module rests on (unix(7), Linux net/unix/af_unix.c):
-
-- Descriptors arrive with the first byte of their sendmsg. One recvmsg can return the end of a frame and the beginning
-  of the next, with descriptors that belong to either; so no more is asked for than the frame that is due still lacks.
-- SCM_MAX_FD is 253 descriptors a sendmsg.
-- A user without CAP_SYS_RESOURCE may have as many descriptors in flight as the sender's RLIMIT_NOFILE says; then
-  sendmsg fails with ETOOMANYREFS until a receiver, this one or another, has taken some. Nothing tells when.
-- SO_PEERCRED names who called connect or listen, not who holds the socket now: an inherited listener names the wrong
-  process. SCM_CREDENTIALS is filled in (or checked) by the kernel for the process that sends.
-- A pidfd stays with its process when the pid is used again; it polls readable once the process has died.
+A pidfd stays with its process when the pid is used again; it polls readable once the process has died.
 """
 
 from __future__ import annotations
 
-import array
 import errno
-import json
 import os
 import resource
 import socket
-import struct
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -34,6 +20,7 @@ import attrs
 import trio
 
 from vmm import host_sockets, hostio
+from vmm.cpr.frames import FDS_PER_FRAME, TAKING, FrameBroken, FramesEnded, FrameSocket
 from vmm.cpr.room import make_room
 from vmm.cpr.versions import OLDEST, agreed, disagreement, spoken
 from vmm.errors import (
@@ -47,31 +34,14 @@ from vmm.errors import (
     VmmError,
     leaves,
 )
-from vmm.monitor.json_text import nests_within
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-MAGIC: Final = b"TVCP"
-MAX_FRAME: Final = 8 << 20
-"""Bytes of JSON in one frame; a recipe is at most half of it."""
-
-MAX_DEPTH: Final = 64
-"""How deep arrays and objects nest in one frame. Whoever takes its values apart may recurse."""
-
-_FDS_PER_FRAME: Final = 64
 _MAX_FDS: Final = 1024
 """Descriptors of a message that were not announced."""
 
 _MAX_ANNOUNCED: Final = 1 << 16
-_TAKING: Final = 1.5
-"""Seconds for a receiver to take one of the descriptors that are in flight."""
-
-_RETRY: Final = 0.001
-"""Seconds between two attempts to send a descriptor more than may be in flight."""
-
-_UCRED: Final = struct.Struct("iII")
-_HEADER: Final = struct.Struct(">4sI")
 
 
 @final
@@ -108,9 +78,8 @@ class CprChannel:
     ) -> None:
         """Args: `uids` are admitted besides root and this process's own."""
         # Not trio's any more: its calls give way to every other task even where there is nothing to wait for.
-        self._sock = socket.socket(fileno=sock.detach())
-        self._sock.setblocking(False)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._frames: Final = FrameSocket(socket.socket(fileno=sock.detach()))
+        self._sock: Final = self._frames.sock
         self.side: Final = side
         self.peer: Final = peer
         self._uids: Final = frozenset(uids)
@@ -122,39 +91,29 @@ class CprChannel:
         """Whether the peer has been told that this side will not go on."""
         self.peer_hello: Mapping[str, Any] = {}
         """What the peer said in its hello, unchecked."""
-        self.hurries = False
-        """Whether no turn of the loop is given away where there is nothing to wait for: in the guest's pause."""
         self.peer_pid = 0
         self._peer_pidfd = -1
-        self._data = bytearray()
-        self._fds: deque[int] = deque()
-        self._sender: tuple[int, int, int] | None = None
+
+    def hurry(self) -> None:
+        """Give no turn of the loop away from now on where there is nothing to wait for: in the guest's pause."""
+        self._frames.hurries = True
 
     # Sending.
 
     async def send(self, kind: str, body: Mapping[str, Any], descriptors: Mapping[str, int] | None = None) -> None:
         """Send one message. The descriptors stay the caller's. Raises `CprPeerGone`."""
         items = list((descriptors or {}).items())
-        if len(items) > _FDS_PER_FRAME:
+        if len(items) > FDS_PER_FRAME:
             await self._send_frame("more", {"announced": len(items)}, [])
         first = 0
-        while len(items) - first > _FDS_PER_FRAME:
-            await self._send_frame("more", {}, items[first : first + _FDS_PER_FRAME])
-            first += _FDS_PER_FRAME
+        while len(items) - first > FDS_PER_FRAME:
+            await self._send_frame("more", {}, items[first : first + FDS_PER_FRAME])
+            first += FDS_PER_FRAME
         await self._send_frame(kind, body, items[first:])
 
     async def _send_frame(self, kind: str, body: Mapping[str, Any], items: list[tuple[str, int]]) -> None:
-        content = json.dumps({"kind": kind, "body": body, "descriptors": [name for name, _ in items]}).encode()
-        data = memoryview(_HEADER.pack(MAGIC, len(content)) + content)
-        ancillary: list[tuple[int, int, Any]] = [
-            (socket.SOL_SOCKET, socket.SCM_CREDENTIALS, _UCRED.pack(os.getpid(), os.getuid(), os.getgid()))
-        ]
-        if items:
-            ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd for _, fd in items])))
         try:
-            sent = await self._write(data, ancillary)
-            while sent < len(data):
-                sent += await self._write(data[sent:], [])
+            await self._frames.send(kind, body, items)
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise self._host_failed(self._all_in_flight(len(items))) from error
@@ -162,32 +121,11 @@ class CprChannel:
                 raise self._host_failed(f"{len(items)} descriptors cannot be sent: {error.strerror}") from error
             raise await self._last_words() from error
 
-    async def _write(self, data: memoryview, ancillary: list[tuple[int, int, Any]]) -> int:
-        """Send some of `data`, and all that is `ancillary` on its first byte; return how much, as soon as it goes."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        limit = trio.current_time() + _TAKING
-        while True:
-            try:
-                sent = self._sock.sendmsg([data], ancillary)
-                await self._give_way()
-                return sent
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._sock)
-            except OSError as error:
-                if error.errno != errno.ETOOMANYREFS or trio.current_time() > limit:
-                    raise
-                await trio.sleep(_RETRY)
-
-    async def _give_way(self) -> None:
-        """Let others have a turn after what is done, which a cancel does not undo."""
-        if not self.hurries:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-
     def _all_in_flight(self, count: int) -> str:
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return (
             f"{count} descriptors cannot be sent: this user has as many in flight as RLIMIT_NOFILE admits ({limit}), "
-            f"and nobody took one within {_TAKING:g} s; `ulimit -n` of the {self.side} must be larger"
+            f"and nobody took one within {TAKING:g} s; `ulimit -n` of the {self.side} must be larger"
         )
 
     async def _last_words(self) -> CprError:
@@ -220,15 +158,15 @@ class CprChannel:
                 if kind == "more" and "announced" in body:
                     most = await self._room_for(body["announced"])
                 for name in names:
-                    if not self._fds:
+                    if not self._frames.descriptors:
                         raise self._broken(f"descriptor {name!r} was announced and not sent")
                     if name in descriptors:
                         raise self._broken(f"descriptor {name!r} was sent twice")
-                    descriptors[name] = self._fds.popleft()
+                    descriptors[name] = self._frames.descriptors.popleft()
                 if len(descriptors) > most:
                     raise self._broken(f"more than {most} descriptors were sent")
-                if self._fds:
-                    raise self._broken(f"{len(self._fds)} descriptors came without a name")
+                if self._frames.descriptors:
+                    raise self._broken(f"{len(self._frames.descriptors)} descriptors came without a name")
                 if kind != "more":
                     break
         except BaseException:
@@ -243,6 +181,14 @@ class CprChannel:
             raise CprRefused(side=self.peer, step=str(body.get("step")), reason=str(body.get("reason")))
         raise self._broken(f"message {kind!r} came where {' or '.join(kinds) or 'none'} was due")
 
+    async def _receive_frame(self) -> tuple[str, dict[str, Any], list[str]]:
+        try:
+            return await self._frames.receive()
+        except FrameBroken as error:
+            raise self._broken(str(error)) from error
+        except FramesEnded as error:
+            raise self._gone("closed the channel") from error
+
     async def _room_for(self, announced: object) -> int:
         """Make room for so many descriptors. What cannot be is refused, and the peer told before it sends one."""
         if type(announced) is not int or not 0 <= announced <= _MAX_ANNOUNCED:
@@ -255,10 +201,7 @@ class CprChannel:
 
     async def wait_for_any(self) -> None:
         """Wait until there is something to `receive`, be it the end."""
-        if self._data:
-            await trio.lowlevel.checkpoint()
-        else:
-            await trio.lowlevel.wait_readable(self._sock)
+        await self._frames.wait_for_any()
 
     async def watch(self) -> None:
         """Wait until the peer refuses or the channel ends, which is raised; a message that comes is an error too.
@@ -266,54 +209,6 @@ class CprChannel:
         For the time in which nothing is due: to be cancelled once something is.
         """
         await self.receive()
-
-    async def _receive_frame(self) -> tuple[str, dict[str, Any], list[str]]:
-        await self._fill(_HEADER.size)
-        magic, length = _HEADER.unpack_from(self._data)
-        if magic != MAGIC:
-            raise self._broken(f"a frame begins with {bytes(magic)!r}, not with {MAGIC!r}")
-        if length > MAX_FRAME:
-            raise self._broken(f"a frame of {length} bytes is larger than the {MAX_FRAME} admitted")
-        await self._fill(_HEADER.size + length)
-        content = bytes(self._data[_HEADER.size : _HEADER.size + length])
-        del self._data[: _HEADER.size + length]
-        try:
-            frame = json.loads(content)
-            if not nests_within(frame, MAX_DEPTH):
-                raise self._broken(f"a frame nests deeper than the {MAX_DEPTH} arrays and objects admitted")
-            kind, body, names = frame["kind"], frame["body"], frame["descriptors"]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise self._broken("a frame does not hold a message") from error
-        well_formed = isinstance(kind, str) and isinstance(body, dict) and isinstance(names, list)
-        if not well_formed or not all(isinstance(name, str) for name in names):
-            raise self._broken("a frame does not hold a message")
-        return kind, body, names
-
-    async def _fill(self, size: int) -> None:
-        space = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(_FDS_PER_FRAME * 4)
-        while len(self._data) < size:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            try:
-                lacking = min(size - len(self._data), 1 << 16)
-                data, ancillary, flags, _ = self._sock.recvmsg(lacking, space, socket.MSG_CMSG_CLOEXEC)
-            except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
-                continue
-            except OSError as error:
-                raise self._gone("closed the channel") from error
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    received = array.array("i")
-                    received.frombytes(content[: len(content) - len(content) % received.itemsize])
-                    self._fds.extend(received)
-                elif (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
-                    self._sender = _UCRED.unpack(content[: _UCRED.size])
-            if flags & socket.MSG_CTRUNC:
-                raise self._broken("descriptors were lost: more were sent than this process may open")
-            if not data:
-                raise self._gone("closed the channel")
-            self._data += data
-            await self._give_way()
 
     # Who is there.
 
@@ -365,8 +260,8 @@ class CprChannel:
                 raise await self.refuse(disagreement(message.body, self.peer))
             self.version = version
             self.peer_hello = message.body
-            assert self._sender is not None, "SO_PASSCRED is on before the first byte is read"
-            pid, uid, _gid = self._sender
+            assert self._frames.sender is not None, "SO_PASSCRED is on before the first byte is read"
+            pid, uid, _gid = self._frames.sender
             await self._require_admitted(uid)
             try:
                 self._peer_pidfd = message.claim("pidfd")
@@ -431,11 +326,7 @@ class CprChannel:
 
     def close(self) -> None:
         """Close the socket, the peer's pidfd and descriptors that came without a message. Idempotent."""
-        if self._sock.fileno() >= 0:
-            trio.lowlevel.notify_closing(self._sock)
-            self._sock.close()
-        while self._fds:
-            os.close(self._fds.popleft())
+        self._frames.close()
         if self._peer_pidfd >= 0:
             trio.lowlevel.notify_closing(self._peer_pidfd)
             os.close(self._peer_pidfd)

@@ -110,7 +110,8 @@ async def _load(run: Run, arrival: Arrival, urgency: Urgency, may: MayLoadState)
     # The guest may be paused from the next message on.
     urgency.begin()
     await channel.send("ready", {})
-    channel.step, channel.hurries = "loading", True
+    channel.step = "loading"
+    channel.hurry()
     message, stream = await receive_state(channel, steps, made.incoming.main, progress)
     moments = {"received-ns": time.monotonic_ns()}
     with closing(message):

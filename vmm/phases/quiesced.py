@@ -248,7 +248,8 @@ async def _send(
     limit: float,
 ) -> None:
     steps, channel = transfer.steps, transfer.channel
-    channel.step, channel.hurries = "loading", True
+    channel.step = "loading"
+    channel.hurry()
     new, gone = changed
     with trio.move_on_at(limit) as patience:
         await transfer.send_descriptors.send("paused", {**body, "gone": gone}, new)
