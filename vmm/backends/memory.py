@@ -5,28 +5,20 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final, final
 
-import trio
+from vmm.backends.held import Held
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
 @final
-class MemoryBackend:
+class MemoryBackend(Held):
     """Memory for a guest, which is mapped by whoever has the guest. Owns its descriptor, and with it a file's lock."""
 
     def __init__(self, fd: int, size: int) -> None:
         self.fd: Final = fd
         self.size: Final = size
         """Bytes."""
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep it until cancelled."""
-        task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            self.close()
 
     def descriptors(self) -> Mapping[str, int]:
         """Return what a successor needs, by the last part of its name."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol, final
 
 import trio
 
+from vmm.backends.held import Held
 from vmm.errors import HostFileRefused
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Rng(Protocol):
 
 
 @final
-class BuiltinRng:
+class BuiltinRng(Held):
     """The kernel's generator, which never waits once the host has started up."""
 
     kind: ClassVar[str] = "rng-builtin"
@@ -50,11 +51,6 @@ class BuiltinRng:
         """Return `size` random bytes."""
         await trio.lowlevel.checkpoint()
         return os.getrandom(size)
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do nothing until cancelled."""
-        task_status.started()
-        await trio.sleep_forever()
 
     def descriptors(self) -> Mapping[str, int]:
         """Return nothing: every process has the kernel's generator."""
@@ -65,7 +61,7 @@ class BuiltinRng:
 
 
 @final
-class DeviceRng:
+class DeviceRng(Held):
     """A character device of the host. It is read on the loop, without blocking, as far as its driver keeps to that."""
 
     kind: ClassVar[str] = "rng-random"
@@ -99,14 +95,6 @@ class DeviceRng:
             await trio.lowlevel.wait_readable(self._fd)
         except PermissionError:  # A driver that cannot be polled, as that of /dev/hwrng. Source: epoll_ctl(2), EPERM
             await trio.sleep(_LOOK_AGAIN)
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the device open until cancelled."""
-        task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            self.close()
 
     def descriptors(self) -> Mapping[str, int]:
         """Return the open device."""

@@ -12,9 +12,8 @@ import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, final
 
-import trio
-
 from vmm import host_dirs, hostio
+from vmm.backends.held import Held
 from vmm.errors import BackendNotFound, HostFileRefused, NameTaken, OptionInvalid
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _PART: Final = re.compile(r"\.[A-Za-z0-9][A-Za-z0-9_.-]{0,126}\.[0-9a-f]{16}\.pa
 
 
 @final
-class SnapshotDirectory:
+class SnapshotDirectory(Held):
     """Owns the directory's descriptor. Whatever becomes of its path, snapshots are in the directory that was opened.
 
     Nothing here waits for anybody, but the disk.
@@ -39,14 +38,6 @@ class SnapshotDirectory:
     def __init__(self, fd: int, path: str) -> None:
         self._fd = fd
         self.path: Final = path
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep it open until cancelled."""
-        task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            self.close()
 
     def descriptors(self) -> Mapping[str, int]:
         """Return what a successor needs, by the last part of its name."""

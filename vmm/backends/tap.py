@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 from typing import ClassVar, Final, final
 
-import trio
+from vmm.backends.held import Held
 
 
 @final
-class Tap:
+class Tap(Held):
     """One tap."""
 
     kind: ClassVar[str] = "tap"
@@ -21,14 +21,6 @@ class Tap:
         """Own `fd`, which does not block. `interface` is the name that the host knows it by."""
         self.fd = fd
         self.interface: Final = interface
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Hold it until cancelled."""
-        task_status.started()
-        try:
-            await trio.sleep_forever()
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Let go of it: for whoever does not serve it, and once it is a successor's. Idempotent."""

@@ -13,8 +13,8 @@ import ssl
 from typing import TYPE_CHECKING, Final, Literal, final
 
 import attrs
-import trio
 
+from vmm.backends.held import Held
 from vmm.errors import OptionInvalid
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TlsFiles:
 
 
 @final
-class TlsCredentials:
+class TlsCredentials(Held):
     """What one side of a TLS connection has, and what it wants of the other."""
 
     def __init__(self, name: str, endpoint: Endpoint, context: ssl.SSLContext, *, verify_peer: bool) -> None:
@@ -48,11 +48,6 @@ class TlsCredentials:
         self.endpoint = endpoint
         self.context = context
         self.verify_peer = verify_peer
-
-    async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do nothing until cancelled."""
-        task_status.started()
-        await trio.sleep_forever()
 
     def close(self) -> None:
         """Do nothing: nothing is open."""
