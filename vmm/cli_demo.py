@@ -20,7 +20,8 @@ from vmm import host_sockets, hostio
 from vmm.cli_demo_events import NEW, OLD, Moment, changes, may, show, show_timeline, token_name
 from vmm.cli_demo_screen import BOLD, DIM, GREEN, RED, Screen
 from vmm.cli_demo_ticks import TickClock
-from vmm.cli_update import live_update, successor_command
+from vmm.cli_successor import successor_command
+from vmm.cli_update import live_update
 from vmm.errors import HostFileRefused, VmmError, leaves
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.kvm.system import Kvm

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 import attrs
 import trio
 
-from vmm.cli_update import COMPLETION, KEEP, SESSIONS, UpdateFailed, UpdateUnclear, successor_command
+from vmm.cli_successor import UpdateFailed, successor_command
+from vmm.cli_update import COMPLETION, KEEP, SESSIONS, UpdateUnclear
 from vmm.errors import VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone, qmp_session
 

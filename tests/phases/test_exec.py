@@ -18,7 +18,8 @@ from tests.phases.update_kit import PROGRAM, Bench, Console, Process, Ram, answe
 from tests.phases.update_pair import pair
 from vmm import host_sockets
 from vmm.cli_replace import ReplaceReport, _exec, _process
-from vmm.cli_update import UpdateFailed, UpdateUnclear
+from vmm.cli_successor import UpdateFailed
+from vmm.cli_update import UpdateUnclear
 from vmm.phases.afterwards import BecomeProgram
 from vmm.qmp_client import CommandFailed, QmpClient
 

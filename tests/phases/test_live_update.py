@@ -34,7 +34,7 @@ from tests.phases.update_kit import (
     ready,
     settled,
 )
-from vmm import cli_update, host_sockets
+from vmm import cli_successor, cli_update, host_sockets
 from vmm.errors import VmmError, leaves
 from vmm.qmp_client import CommandFailed, MonitorGone
 
@@ -695,7 +695,7 @@ class Interrupted:
 @asynccontextmanager
 async def interrupted(monkeypatch: pytest.MonkeyPatch, *extra: str) -> AsyncGenerator[Interrupted, None]:
     """Begin an update, and stop its old process before it replies to `migrate`. `extra` are for the successor."""
-    start = cli_update.start_successor
+    start = cli_successor.start_successor
     async with open_bench() as bench:
         console = bench.console()
         source = bench.machine(console, "--x-cpr-stop-at", "source:connected")
@@ -706,7 +706,7 @@ async def interrupted(monkeypatch: pytest.MonkeyPatch, *extra: str) -> AsyncGene
             it.successors.append(start(*arguments))
             return it.successors[-1]
 
-        monkeypatch.setattr(cli_update, "start_successor", start_noted)
+        monkeypatch.setattr(cli_successor, "start_successor", start_noted)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.run, *extra)
             try:
