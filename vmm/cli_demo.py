@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, final
 
-import attrs
 import trio
 
-from vmm import host_sockets, hostio
+from vmm import host_sockets
 from vmm.cli_demo_events import NEW, OLD, Moment, changes, may, show, show_timeline, token_name
+from vmm.cli_demo_guest import RamView, SerialLine
+from vmm.cli_demo_processes import DemoFailed, Processes, started_processes
 from vmm.cli_demo_screen import BOLD, DIM, GREEN, RED, Screen
 from vmm.cli_demo_ticks import TickClock
 from vmm.cli_successor import successor_command
@@ -28,7 +29,7 @@ from vmm.kvm.system import Kvm
 from vmm.qmp_client import MonitorGone, QmpClient, qmp_over, qmp_session
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import Callable
 
     from vmm.cli_update import UpdateReport
     from vmm.guests.heartbeat import HeartbeatReport
@@ -39,22 +40,10 @@ LIMIT: Final = 60.0
 PACE: Final = 0.35
 """Seconds between two commands for whoever reads along on a terminal."""
 
-_ENDING: Final = 3.0
-"""Seconds that a machine has to end in order, at the end of the demo or at Ctrl-C."""
-
 _BEATS: Final = 8
 """Lines of the guest's heartbeat, ten a second, that are awaited before the update and after it."""
 
 _MEBIBYTES: Final = 128
-
-
-@final
-@attrs.frozen(kw_only=True)
-class DemoFailed(VmmError):
-    """The demo can't go on."""
-
-    text = "The demo failed: {reason}"
-    reason: str
 
 
 def run_demo(plain: bool) -> int:
@@ -106,133 +95,15 @@ async def _run(screen: Screen) -> int:
 
 async def _in_a_directory(screen: Screen) -> int:
     with tempfile.TemporaryDirectory(prefix="trio-vmm-demo-") as folder:
-        async with _processes() as processes, AsyncExitStack() as stack:
+        async with started_processes() as processes, AsyncExitStack() as stack:
             return await _Demo(screen, Path(folder), processes, stack).run()
-
-
-# --- processes ------------------------------------------------------------------------------------------------
-
-
-@final
-class _Processes:
-    """The processes that are the demo's to end, held by pidfds, so that no pid is mistaken for another's."""
-
-    def __init__(self) -> None:
-        self._pidfds: dict[int, int] = {}
-
-    def add(self, pid: int) -> None:
-        if pid not in self._pidfds:
-            self._pidfds[pid] = os.pidfd_open(pid)
-
-    async def ended(self, pid: int) -> None:
-        """Wait until `pid` has ended, and forget it."""
-        await trio.lowlevel.wait_readable(self._pidfds[pid])
-        os.close(self._pidfds.pop(pid))
-        _reap(pid)
-
-    async def end_all(self) -> None:
-        """End what is left: in order if it can, and in any case."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pidfd in self._pidfds.values():
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, number)
-            with trio.move_on_after(_ENDING):
-                for pid in list(self._pidfds):
-                    await self.ended(pid)
-
-
-def _reap(pid: int) -> None:
-    """Let go of a child that has ended. Does not block."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
-@asynccontextmanager
-async def _processes() -> AsyncGenerator[_Processes, None]:
-    processes = _Processes()
-    try:
-        yield processes
-    finally:
-        # Bounded: SIGTERM, some seconds, SIGKILL.
-        with trio.CancelScope(shield=True):
-            await processes.end_all()
-
-
-# --- what the guest says --------------------------------------------------------------------------------------
-
-
-@final
-class _Ram:
-    """A process's view of its guest's RAM, which is read and never written. The guest's first 3 GiB begin at 0."""
-
-    def __init__(self, pid: int) -> None:
-        self.fd: Final = hostio.open_input_file(str(_ram_of(pid)))
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Tells one file from every other."""
-        found = os.fstat(self.fd)
-        return found.st_dev, found.st_ino
-
-    def read(self, address: int, size: int) -> bytes:
-        return os.pread(self.fd, size, address)
-
-
-def _ram_of(pid: int) -> Path:
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):
-            if str(entry.readlink()).startswith("/memfd:ram"):
-                return entry
-    raise DemoFailed(reason=f"process {pid} has no memfd named ram")
-
-
-@final
-class _Serial:
-    """The other end of the guest's serial port: one connection, whoever runs the guest."""
-
-    def __init__(self) -> None:
-        self.lines: Final[list[str]] = []
-        self._cut = False
-        self._news = trio.Event()
-
-    async def read(self, stream: trio.SocketStream) -> None:
-        """Read until the other end hangs up."""
-        rest = ""
-        async with stream:
-            with suppress(trio.BrokenResourceError):
-                async for data in stream:
-                    *lines, rest = (rest + data.decode("ascii", "replace")).split("\r\n")
-                    self.lines.extend(lines)
-                    if lines:
-                        self._tell()
-        self._cut = True
-        self._tell()
-
-    def _tell(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
-
-    async def news(self) -> None:
-        """Wait for the next line. Raises `DemoFailed` when none can come any more."""
-        if self._cut:
-            raise DemoFailed(reason="the guest's serial line was cut")
-        await self._news.wait()
-
-    def faults(self) -> list[str]:
-        """Return what is wrong with the lines: each must be there once, in order, and say ok."""
-        expected = ["heartbeat: started", *(f"heartbeat {n} ok" for n in range(1, len(self.lines)))]
-        wrong = [(line, want) for line, want in zip(self.lines, expected, strict=True) if line != want]
-        return [f"the serial line said {line!r} where {want!r} was due" for line, want in wrong[:1]]
-
-
-# --- the demo ---------------------------------------------------------------------------------------------------
 
 
 @final
 class _Demo:
     """One run of it."""
 
-    def __init__(self, screen: Screen, folder: Path, processes: _Processes, stack: AsyncExitStack) -> None:
+    def __init__(self, screen: Screen, folder: Path, processes: Processes, stack: AsyncExitStack) -> None:
         self._screen = screen
         self._processes = processes
         self._stack = stack
@@ -240,7 +111,7 @@ class _Demo:
         self._qmp = str(folder / "qmp.sock")
         self._watch = str(folder / "watch.sock")
         self._console = str(folder / "serial.sock")
-        self._serial = _Serial()
+        self._serial = SerialLine()
         self._moments: list[Moment] = []
         self._shown: set[str] = set()
         """Names of the phases whose tokens have been shown."""
@@ -334,31 +205,31 @@ class _Demo:
         if self._screen.is_terminal:
             await trio.sleep(PACE)
 
-    def _ram(self, pid: int) -> _Ram:
-        ram = _Ram(pid)
+    def _ram(self, pid: int) -> RamView:
+        ram = RamView(pid)
         self._stack.callback(os.close, ram.fd)
         return ram
 
     # The guest.
 
-    async def _beats(self, count: int, pid: int, ram: _Ram) -> None:
+    async def _beats(self, count: int, pid: int, ram: RamView) -> None:
         """Show `count` more lines of the guest's heartbeat, and leave the last one."""
         last = len(self._serial.lines) + count
         await self._follow(lambda: len(self._serial.lines) >= last, pid, ram)
         self._screen.line(f"  {self._beat(pid, ram)}")
 
-    async def _follow(self, done: Callable[[], bool], pid: int, ram: _Ram) -> None:
+    async def _follow(self, done: Callable[[], bool], pid: int, ram: RamView) -> None:
         while not done():
             await self._serial.news()
             self._screen.live(self._beat(pid, ram))
 
-    def _beat(self, pid: int, ram: _Ram) -> str:
+    def _beat(self, pid: int, ram: RamView) -> str:
         tick = self._clock.sample(ram.read, time.time() * 1e3)
         return f"{self._screen.paint(self._serial.lines[-1], GREEN)}   tick {tick}   process {pid}"
 
     # The update.
 
-    async def _update(self, nursery: trio.Nursery, pid: int, ram: _Ram) -> UpdateReport:
+    async def _update(self, nursery: trio.Nursery, pid: int, ram: RamView) -> UpdateReport:
         self._screen.heading("A live update: another process takes the guest over")
         self._screen.command("$", f"trio-vmm update --qmp {self._qmp}")
         listener = host_sockets.listen_unix(self._watch)
@@ -377,7 +248,7 @@ class _Demo:
         self._pause_seen = (zero, resumed)
         return report
 
-    async def _go_on_beating(self, pid: int, ram: _Ram, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+    async def _go_on_beating(self, pid: int, ram: RamView, *, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
         with trio.CancelScope() as scope:
             task_status.started(scope)
             await self._follow(lambda: False, pid, ram)
