@@ -7,7 +7,7 @@
  * ever and its lines stop. Ticks are recorded as heartbeat does; a deadline that is missed by more than a period is not
  * made up for. On the serial port: "deadline 12 ok", ten lines a second.
  */
-#include "guest.h"
+#include "faults.h"
 
 #define TIMER_VECTOR 0x40
 
@@ -38,9 +38,8 @@ INTERRUPT_ENTRY(deadline_entry, on_deadline);
 
 void guest_main(const struct start_info *info)
 {
-    char line[40];
-    const char *output = "deadline: started\r\n";
-    u32 a, b, c, d, khz, source, seen = 0, line_every, line_due;
+    struct telling telling;
+    u32 a, b, c, d, khz, source, seen = 0;
 
     serial_start();
     parse_options("deadline", command_line(info), OPTIONS, sizeof OPTIONS / sizeof *OPTIONS);
@@ -56,7 +55,7 @@ void guest_main(const struct start_info *info)
     header_start(GUEST_DEADLINE, rate_hz, khz, source, period);
     HEADER->magic = HEADER_MAGIC;
 
-    line_due = line_every = rate_hz / 10;
+    telling_start(&telling, "deadline ", "deadline: started\r\n", rate_hz);
     set_gate(TIMER_VECTOR, deadline_entry);
     LAPIC(LAPIC_LVT_TIMER) = TIMER_DEADLINE | TIMER_VECTOR;
     asm volatile("mfence" : : : "memory"); /* the mode must be set before the MSR is written: SDM 11.5.4.1 */
@@ -67,15 +66,7 @@ void guest_main(const struct start_info *info)
         u32 now = ticks.seen;
         if (now != seen) {
             seen = now;
-            if (*output)
-                output = serial_push(output);
-            else if ((int)(now - line_due) >= 0) {
-                u32 number = HEADER->lines + 1;
-                line_due += line_every;
-                append(append_number(append(line, "deadline "), number, 10), " ok\r\n");
-                HEADER->lines = number;
-                output = serial_push(line);
-            }
+            tell(&telling, now);
         }
         asm volatile("hlt");
     }

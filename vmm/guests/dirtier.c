@@ -10,9 +10,8 @@
  * reader on the host (vmm/guests/dirtier.py, layout in layout.h) can verify the whole region from one counter, at any
  * time. Ticks are recorded as heartbeat does. On the serial port: lines as heartbeat's, ten a second.
  */
-#include "faults.h"
+#include "pit_ticks.h"
 
-#define TIMER_VECTOR 0x20
 #define DIRTIER ((volatile struct dirtier *)DIRTIER_ADDRESS)
 #define FIRST_PAGE (DIRTIER_START / PAGE_SIZE)
 #define MOST_PAGES (1u << 28)
@@ -31,15 +30,6 @@ static const struct option OPTIONS[] = {
     {"fill=", &fill, 0, 1, 0},
     {"filled=", &filled, 0, 1, 0},
 };
-
-/* See heartbeat.c on the place of the EOI. */
-void __attribute__((used)) on_tick(void)
-{
-    record_tick(read_tsc());
-    out8(PIC_MASTER, PIC_EOI);
-}
-
-INTERRUPT_ENTRY(timer_entry, on_tick);
 
 /* --- where the pages are --------------------------------------------------------------------------------------- */
 
@@ -231,9 +221,8 @@ static void fill_region(void)
 
 void guest_main(const struct start_info *info)
 {
-    char line[120];
-    const char *output = "dirtier: started\r\n";
-    u32 khz, source, divisor, seen = 0, line_every, line_due;
+    struct telling telling;
+    u32 seen = 0;
 
     serial_start();
     parse_options("dirtier", command_line(info), OPTIONS, sizeof OPTIONS / sizeof *OPTIONS);
@@ -244,10 +233,7 @@ void guest_main(const struct start_info *info)
         fill_region();
         filled = 1;
     }
-    pic_start(0xfe);
-    khz = find_tsc_khz(&source);
-    divisor = PIT_HZ / rate_hz;
-    header_start(GUEST_DIRTIER, rate_hz, khz, source, divide((u64)divisor * khz, PIT_HZ / 1000));
+    pit_ticks_header(GUEST_DIRTIER, rate_hz);
     HEADER->region_address = address_of(0);
     HEADER->region_pages = region_pages;
     DIRTIER->version = DIRTIER_VERSION;
@@ -262,20 +248,13 @@ void guest_main(const struct start_info *info)
     DIRTIER->magic = DIRTIER_MAGIC;
     HEADER->magic = HEADER_MAGIC;
 
-    line_due = line_every = rate_hz / 10;
-    set_gate(TIMER_VECTOR, timer_entry);
-    pit_program(0x34, divisor); /* mode 2: one tick each `divisor` counts */
-    asm volatile("sti");
+    telling_start(&telling, "dirtier ", "dirtier: started\r\n", rate_hz);
+    pit_ticks_start(rate_hz);
     for (;;) {
         u32 now = ticks.seen;
         if (now != seen) {
             seen = now;
-            if (*output)
-                output = serial_push(output);
-            else if ((int)(now - line_due) >= 0) {
-                line_due += line_every;
-                output = serial_push(next_line(line, "dirtier "));
-            }
+            tell(&telling, now);
             work(read_tsc() + HEADER->period_tsc / 4 * 3);
         }
         asm volatile("cli");

@@ -1,4 +1,4 @@
-/* Counting and telling what a guest found wrong in its memory. */
+/* Counting what a guest found wrong in its memory, and telling how it is, in a line ten times a second. */
 #ifndef TRIO_VMM_GUESTS_FAULTS_H
 #define TRIO_VMM_GUESTS_FAULTS_H
 
@@ -39,6 +39,31 @@ static const char *next_line(char *line, const char *name)
     append(to, "\r\n");
     HEADER->lines = number;
     return line;
+}
+
+struct telling {
+    const char *name;   /* ends in a space */
+    const char *output; /* what has not gone out yet */
+    u32 every, due;     /* in ticks */
+    char line[120];
+};
+
+static void telling_start(struct telling *telling, const char *name, const char *first, u32 rate_hz)
+{
+    telling->name = name;
+    telling->output = first;
+    telling->due = telling->every = rate_hz / 10;
+}
+
+/* Puts out what is due in tick `now`; never waits. */
+static inline void tell(struct telling *telling, u32 now)
+{
+    if (*telling->output)
+        telling->output = serial_push(telling->output);
+    else if ((int)(now - telling->due) >= 0) {
+        telling->due += telling->every;
+        telling->output = serial_push(next_line(telling->line, telling->name));
+    }
 }
 
 #endif

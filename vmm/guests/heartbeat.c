@@ -8,9 +8,7 @@
  * largest gap, and every page that was lost, repeated or torn. On the serial port: "heartbeat 123 ok", with no number
  * missing, or "heartbeat 123 FAULT lost=1 repeated=0 torn=0 first=0x400000".
  */
-#include "faults.h"
-
-#define TIMER_VECTOR 0x20
+#include "pit_ticks.h"
 
 static u32 rate_hz = 1000, region_size = 4 << 20, pages_per_tick = 8;
 
@@ -19,18 +17,6 @@ static const struct option OPTIONS[] = {
     {"region=", &region_size, PAGE_SIZE, 0xf0000000u, 0},
     {"pages=", &pages_per_tick, 0, 1u << 20, 0},
 };
-
-/*
- * The handler's EOI comes last, before interrupts are on again. KVM counts an EOI as the acknowledgement that lets the
- * PIT inject the next of the ticks it owes, so after a pause the owed ticks follow one by one and none is lost.
- */
-void __attribute__((used)) on_tick(void)
-{
-    record_tick(read_tsc());
-    out8(PIC_MASTER, PIC_EOI);
-}
-
-INTERRUPT_ENTRY(timer_entry, on_tick);
 
 /* --- the region ------------------------------------------------------------------------------------------------ */
 
@@ -118,37 +104,26 @@ static void check_region_fits(const struct start_info *info)
 
 void guest_main(const struct start_info *info)
 {
-    char line[120];
-    const char *output = "heartbeat: started\r\n";
-    u32 khz, source, divisor, seen = 0, line_every, line_due;
+    struct telling telling;
+    u32 seen = 0;
 
     serial_start();
     parse_options("heartbeat", command_line(info), OPTIONS, sizeof OPTIONS / sizeof *OPTIONS);
     check_region_fits(info);
     interrupts_start();
-    pic_start(0xfe);
-    khz = find_tsc_khz(&source);
-    divisor = PIT_HZ / rate_hz;
-    header_start(GUEST_HEARTBEAT, rate_hz, khz, source, divide((u64)divisor * khz, PIT_HZ / 1000));
+    pit_ticks_header(GUEST_HEARTBEAT, rate_hz);
     HEADER->region_address = REGION_ADDRESS;
     HEADER->region_pages = region_size / PAGE_SIZE;
     HEADER->region_generation = 1;
     HEADER->magic = HEADER_MAGIC;
 
-    line_due = line_every = rate_hz / 10;
-    set_gate(TIMER_VECTOR, timer_entry);
-    pit_program(0x34, divisor); /* mode 2: one tick each `divisor` counts */
-    asm volatile("sti");
+    telling_start(&telling, "heartbeat ", "heartbeat: started\r\n", rate_hz);
+    pit_ticks_start(rate_hz);
     for (;;) {
         u32 now = ticks.seen;
         if (now != seen) {
             seen = now;
-            if (*output)
-                output = serial_push(output);
-            else if ((int)(now - line_due) >= 0) {
-                line_due += line_every;
-                output = serial_push(next_line(line, "heartbeat "));
-            }
+            tell(&telling, now);
             work(read_tsc() + HEADER->period_tsc / 2);
         }
         asm volatile("hlt");
