@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 import sys
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,11 @@ from tests.phases.copy_kit import goes_on, outcome, save, started
 from tests.phases.streams import Pages, records_of, stream_of
 from vmm.cli import main
 from vmm.guests.heartbeat import HEADER_ADDRESS
+from vmm.kvm.page_file import checksum
 from vmm.migration.packing import packing
-from vmm.migration.ram_file_records import RamMapped
+from vmm.migration.ram_file_records import RamMapped, RamMappedSums
 from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass
-from vmm.migration.stream import StreamWriter
+from vmm.migration.stream import HEAD_SIZE, StreamWriter
 from vmm.migration.stream_records import Section
 
 if TYPE_CHECKING:
@@ -95,6 +98,14 @@ def test_nothing_in_a_file_is_a_command_to_the_terminal(said: Said, tmp_path: Pa
     two = put(tmp_path, "two", b"".join(StreamWriter("b\x07").finish()))
     assert said("dump", one)[1].splitlines()[1] == "machine   a\\x1b[2J\\x9b1m\\u202e"
     assert said("diff", one, two)[1].splitlines()[0] == "machine: a\\x1b[2J\\x9b1m\\u202e | b\\x07"
+
+
+def test_nor_is_anything_in_its_json(said: Said, tmp_path: Path) -> None:
+    name = "a\x1b[2J\x9b1m\u202e\x7f\u00e9"
+    out = said("dump", "--json", put(tmp_path, "one", b"".join(StreamWriter(name).finish())))[1]
+    assert json.loads(out)["machine"] == name
+    assert all(sign.isprintable() or sign == "\n" for sign in out)
+    assert '"a\\u001b[2J\\u009b1m\\u202e\\u007f\u00e9"' in out
 
 
 def test_as_json_all_of_it_is_there(said: Said, tmp_path: Path) -> None:
@@ -311,6 +322,76 @@ async def test_a_damaged_page_or_table_of_a_map_is_found(said: Said, tmp_path: P
     status, _, err = said("dump", put(tmp_path, "short", bytes(data[: record.area + PAGE])))
     assert status == 2
     assert "it ends " in err
+
+
+def sparse(path: Path, size: int, *pages: int) -> RamMapped:
+    """Write a file that claims so much RAM at fixed places, of which none is there: `pages` are in its bitmap."""
+    writer = StreamWriter("large")
+    head = b"".join(writer.take())
+    record = RamMapped.after(len(head) + HEAD_SIZE, ((0, size),), 0)
+    writer.ram_mapped(record)
+    head += b"".join(writer.take())
+    bitmap = bytearray(record.bitmap_size)
+    for page in pages:
+        bitmap[page // 8] |= 1 << page % 8
+    sums = 0
+    for _ in range(0, 4 * record.pages, 1 << 20):
+        sums = checksum(bytes(1 << 20), sums)
+    writer.ram_mapped_sums(RamMappedSums(len(pages), checksum(bytes(bitmap)), sums))
+    with open(path, "wb") as file:
+        file.write(head)
+        if pages:
+            file.seek(record.bitmap)
+            file.write(bitmap)
+        file.seek(record.onward)
+        file.write(b"".join(writer.finish()))
+    return record
+
+
+def test_of_a_sparse_file_only_what_is_there_is_read(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    pread = os.pread
+
+    def noting(fd: int, size: int, at: int) -> bytes:
+        read.append(size)
+        return pread(fd, size, at)
+
+    monkeypatch.setattr(os, "pread", noting)
+    path = tmp_path / "sparse"
+    sparse(path, 64 << 30)
+    status, out, err = said("dump", path)
+    assert (status, err) == (0, "")
+    assert "0 pages are not zero, in 0 runs" in out
+    assert sum(read) < 8 << 20
+    record = sparse(path, 64 << 30, 5, 77)
+    status, _, err = said("dump", path)
+    assert status == 2
+    assert f"the page of RAM 0x5000 at offset {record.area + 0x5000} is in its bitmap, and a hole in the file" in err
+    assert sum(read) < 16 << 20
+    # A page that is there before one that is not.
+    with open(path, "r+b") as file:
+        file.seek(record.area + 5 * PAGE)
+        file.write(bytes(PAGE))
+    status, _, err = said("dump", path)
+    assert status == 2
+    assert f"the page of RAM 0x5000 at offset {record.area + 0x5000} is damaged" in err
+    # Where nobody knows of holes all of it is read.
+    sparse(path, 1 << 30)
+    monkeypatch.setattr(os, "lseek", no_holes(os.lseek))
+    assert said("dump", path)[0] == 0
+
+
+def no_holes(lseek: Callable[[int, int, int], int]) -> Callable[[int, int, int], int]:
+    """Return the call as a file system has it that knows of no holes."""
+
+    def seek(fd: int, at: int, whence: int) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return lseek(fd, at, whence)
+
+    return seek
 
 
 def mapped_records(data: bytes) -> list[Any]:

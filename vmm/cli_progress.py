@@ -296,6 +296,11 @@ def size(count: int) -> str:
     return f"{value:.{digits}f} {units[0]}"
 
 
+def harmless(line: str) -> str:
+    """Return a line without what a terminal would obey: what is in it may be anybody's."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+
+
 def _columns_of(out: TextIO) -> int:
     # Not shutil's: that looks at standard output, which may be a file.
     try:

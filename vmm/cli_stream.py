@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any, Final
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from vmm import hostio
+from vmm.cli_progress import harmless
 from vmm.errors import VmmError
 from vmm.migration.record_fields import PAGE_SIZE
 from vmm.migration.stream_file import StreamFile, read_stream_file
@@ -59,17 +61,16 @@ def run_stream(options: argparse.Namespace) -> int:
         print(f"trio-vmm stream: {error}", file=sys.stderr)
         return TROUBLE
     if options.json:
-        json.dump(to_json(found), sys.stdout, indent=1, ensure_ascii=False)
-        print()
+        print(_without_controls(json.dumps(to_json(found), indent=1, ensure_ascii=False)))
     else:
         for line in describe(found):
-            print(_harmless(line))
+            print(harmless(line))
     return SAME
 
 
-def _harmless(line: str) -> str:
-    """Return a line without what a terminal would obey: the file may be anybody's."""
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+def _without_controls(text: str) -> str:
+    """Return JSON with escapes in place of what a terminal would obey, which it may have in its strings."""
+    return re.sub(r"[^ -~\n]", lambda sign: sign[0] if sign[0].isprintable() else json.dumps(sign[0])[1:-1], text)
 
 
 def _load(path: str, offset: int) -> StreamFile:
@@ -214,7 +215,7 @@ def shown(value: Any) -> str:
 def _diff(one: StreamFile, two: StreamFile) -> int:
     lines = list(differences(one, two))
     for line in lines:
-        print(_harmless(line))
+        print(harmless(line))
     return DIFFERENT if lines else SAME
 
 

@@ -6,6 +6,7 @@ checksums are kept. What is allocated is bounded by the limits of the stream's r
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from bisect import bisect_right
@@ -152,6 +153,7 @@ class _Reading:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._start = os.lseek(fd, 0, os.SEEK_CUR)
+        self._length = os.fstat(fd).st_size
         self._at = 0  # what comes next, from the beginning of the stream
         self._reader = StreamReader(seekable=True)
         self._found = StreamFile()
@@ -290,8 +292,12 @@ class _Reading:
 
     def _take_pages(self, mapped: RamMapped, first: int, count: int) -> None:
         at = mapped.area + first * PAGE_SIZE
-        data = memoryview(self._exactly("page of RAM", at, count * PAGE_SIZE))
         sums = memoryview(self._exactly("table of checksums", mapped.sums + 4 * first, 4 * count)).cast("I")
+        if (lacking := self._first_hole(at, count)) is not None:
+            address, page = _address(mapped.extents, first + lacking), at + lacking * PAGE_SIZE
+            reason = f"the page of RAM {address:#x} at offset {page} is in its bitmap, and a hole in the file"
+            raise StreamCorrupt(reason=reason)
+        data = memoryview(self._exactly("page of RAM", at, count * PAGE_SIZE))
         for n in range(count):
             value = checksum(data[n * PAGE_SIZE : (n + 1) * PAGE_SIZE])
             address = _address(mapped.extents, first + n)
@@ -313,10 +319,34 @@ class _Reading:
             raise _damaged(what, at, value, expected)
         return table
 
+    # A file claims as much RAM as it likes, by holes. What is not there is not read.
+
+    def _seek(self, at: int, whence: int) -> int | None:
+        """Return where data begins, or a hole, from `at` of the stream on; None where there is none."""
+        try:
+            return os.lseek(self._fd, self._start + at, whence) - self._start
+        except OSError as error:
+            # A file system that knows of no holes may say so.
+            return None if error.errno == errno.ENXIO or whence == os.SEEK_HOLE else at
+
+    def _is_hole(self, at: int, size: int) -> bool:
+        if self._start + at + size > self._length:
+            return False  # it is for a read to find that it ends
+        data = self._seek(at, os.SEEK_DATA)
+        return data is None or data >= at + size
+
+    def _first_hole(self, at: int, pages: int) -> int | None:
+        """Return the first of `pages` pages from `at` of the stream on that is a hole, whole."""
+        hole = self._seek(at, os.SEEK_HOLE)
+        if hole is None or hole >= at + pages * PAGE_SIZE:
+            return None
+        return next((page for page in range(pages) if self._is_hole(at + page * PAGE_SIZE, PAGE_SIZE)), None)
+
     def _exactly(self, what: str, at: int, size: int) -> bytes:
         pieces, done = [], 0
         while done < size:
-            piece = self._read(at + done, min(size - done, 1 << 24))
+            most = min(size - done, 1 << 24)
+            piece = bytes(most) if self._is_hole(at + done, most) else self._read(at + done, most)
             if not piece:
                 raise StreamCorrupt(reason=f"it ends at offset {at + done}, within its {what}, at {at} of {size} bytes")
             pieces.append(piece)
