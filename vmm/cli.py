@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "restore", help="start a machine from a file in which it was saved", allow_abbrev=False,
         description="Start the machine in FILE, with the monitors that the options say; FILE stays as it is.",
     )  # fmt: skip
+    snapshot = commands.add_parser(
+        "snapshot", help="save a running machine's guest under a name, and have it again", allow_abbrev=False,
+        description="Snapshots of a running machine, which goes on. Ctrl-C calls off the saving of one.",
+    )  # fmt: skip
     stream = commands.add_parser(
         "stream", help="show or compare files in which guests were saved", allow_abbrev=False,
     )  # fmt: skip
@@ -73,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             restore.add_argument("--whole", action="store_true", help="load all of its RAM before the guest runs")
             _add_run(restore)
+        case "snapshot":
+            from vmm.cli_snapshot import add_snapshot_options
+
+            add_snapshot_options(snapshot)
         case "stream":
             from vmm.cli_stream import add_stream_options
 
@@ -102,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from vmm.cli_resume import restore_machine
 
                 return restore_machine(options.file, options, whole=options.whole)
+            case "snapshot":
+                from vmm.cli_snapshot import run_snapshot_command
+
+                return run_snapshot_command(options)
             case "stream":
                 from vmm.cli_stream import run_stream
 

@@ -123,12 +123,13 @@ async def migrate(monitor: str, arguments: Mapping[str, Any], interruption: Inte
     """
     async with qmp_session(monitor) as client:
         try:
-            await client.execute("migrate", **arguments)
+            try:
+                await client.execute("migrate", **arguments)
+            except CommandFailed as error:
+                raise MigrationFailed(where=await _where(client), reason=error.desc) from error
             info = await outcome(client, interruption, bar)
             return Outcome(info, _RUNNING if info["status"] == "completed" else await _where(client))
-        except CommandFailed as error:
-            raise MigrationFailed(where=await _where(client), reason=error.desc) from error
-        except MonitorGone as error:
+        except (CommandFailed, MonitorGone) as error:  # of which the first may come just before the other
             raise MigrationUnclear(uri=arguments["uri"]) from error
 
 

@@ -107,15 +107,16 @@ async def save(monitor: str, target: Path, interruption: Interruption, bar: Bar 
 async def _written(client: QmpClient, part: Path, interruption: Interruption, bar: Bar) -> dict[str, Any]:
     """Have the machine write `part`; return what `query-migrate` says once all is on disk."""
     try:
-        await client.execute(
-            "migrate", parameters={"mode": "cpr-reboot", "tls-creds": ""},
-            channels=[{"channel-type": "main", "addr": {"transport": "file", "filename": str(part), "offset": 0}}],
-            capabilities=[{"capability": name, "state": name in _ON} for name in (*_ON, *_OFF)],
-        )  # fmt: skip
+        try:
+            await client.execute(
+                "migrate", parameters={"mode": "cpr-reboot", "tls-creds": ""},
+                channels=[{"channel-type": "main", "addr": {"transport": "file", "filename": str(part), "offset": 0}}],
+                capabilities=[{"capability": name, "state": name in _ON} for name in (*_ON, *_OFF)],
+            )  # fmt: skip
+        except CommandFailed as error:
+            raise SaveFailed(reason=error.desc) from error
         info = await outcome(client, interruption, bar)
-    except CommandFailed as error:
-        raise SaveFailed(reason=error.desc) from error
-    except MonitorGone as error:
+    except (CommandFailed, MonitorGone) as error:  # of which the first may come just before the other
         raise SaveUnclear(reason="the machine ended while it was being saved") from error
     if info["status"] == "cancelled":
         raise Interrupted(what=_WHAT, outcome="the machine goes on")
