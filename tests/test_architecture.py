@@ -24,6 +24,8 @@ ORDER: Final = (
         "tokens",
         "capabilities",
         "deferral",
+        "decisions",
+        "residents",
         "nursery_tree",
         "hostio",
         "host_fds",

@@ -11,13 +11,13 @@ from vmm.capabilities import (
     ADMIN,
     MaySetMigrationCap,
 )
+from vmm.decisions import Inbox, Turn
 from vmm.errors import (
     CommandAborted,
     DrainTimeout,
     InvalidState,
     NameTaken,
 )
-from vmm.nursery_tree import Inbox, Turn
 
 if TYPE_CHECKING:
     from vmm.capabilities import AnyToken

@@ -7,9 +7,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.monitor.test_command import Session, bench
+from vmm.decisions import Inbox
 from vmm.deferral import Deferral
 from vmm.errors import CommandDeferred, VmmError
-from vmm.nursery_tree import Inbox, Tree
+from vmm.nursery_tree import Tree
 
 
 async def test_what_waits_is_deferred_and_what_would_wait_is_too() -> None:

@@ -31,10 +31,11 @@ from vmm.errors import (
     TokenWithheld,
     leaves,
 )
-from vmm.nursery_tree import Residents, Turn
+from vmm.residents import Residents
 
 if TYPE_CHECKING:
     from vmm.capabilities import AnyToken
+    from vmm.decisions import Turn
     from vmm.nursery_tree import Phase, Window
 
 LEFT = "This decision is not possible once phase {} has been left; query-machine-phase says where the machine is"

@@ -6,9 +6,8 @@ A phase is two lifetimes, one inside the other::
       window    the code that holds the phase's tokens; ends with the phase
 
 Leaving a window waits for its users, then revokes its tokens. The next phase opens inside the residents, so tear-down
-is construction reversed. Nesting of nurseries alone does not give that order when a cancel comes from outside: trio
-delivers it to every task at once. So each resident runs in a shielded scope of its own, and the phase cancels these
-scopes, last started first, once its body (with all inner phases) has left.
+is construction reversed: the phase has its residents leave (`vmm.residents`), last started first, once its body (with
+all inner phases) has left.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ import attrs
 import trio
 
 from vmm.capabilities import AnyToken, Grant, MayCancelMigration, MayQuery, MayQuit, Mint, Token
+from vmm.decisions import Inbox, Turn, left
 from vmm.deferral import Deferral
 from vmm.errors import (
     CommandAborted,
     CommandDeferred,
     DeviceNotActive,
     DrainTimeout,
-    InvalidState,
     MachineReserved,
     SessionNotGranted,
     TokenNotGranted,
@@ -35,9 +34,10 @@ from vmm.errors import (
     VmmError,
     leaves,
 )
+from vmm.residents import Residents
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 
 GrantsT = TypeVar("GrantsT")
 ResultT = TypeVar("ResultT")
@@ -46,209 +46,6 @@ ViewT = TypeVar("ViewT")
 
 _ALWAYS_LENT: Final = frozenset({MayQuery, MayQuit, MayCancelMigration})
 """What every session may be lent even while somebody else builds the machine."""
-
-
-# --- decisions that a phase waits for ---------------------------------------------------------------------------
-
-
-@final
-class Turn(Generic[ValueT]):
-    """A request that a handler posts and a phase's body carries out, after the handler has left the window.
-
-    Awaiting it gives None when the machine has got where the request leads, or raises what kept it from there.
-    """
-
-    def __init__(self, value: ValueT, *, until: str | None = None) -> None:
-        self.value: Final = value
-        self.until: Final = until
-        """Name of the phase whose window settles the turn; None for whichever opens next."""
-        self.taken = False
-        """Whether a phase has begun to carry it out, or has looked at it."""
-        self._settled = trio.Event()
-        self._error: VmmError | None = None
-        self._callbacks: list[Callable[[], None]] = []
-
-    @property
-    def settled(self) -> bool:
-        """Whether the outcome is known."""
-        return self._settled.is_set()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the outcome is known to be an error."""
-        return self._error is not None
-
-    def succeed(self) -> None:
-        """Settle with success. Later settlements change nothing."""
-        self._settle(None)
-
-    def fail(self, error: VmmError) -> None:
-        """Settle with `error`. Later settlements change nothing."""
-        self._settle(error)
-
-    def _settle(self, error: VmmError | None) -> None:
-        if not self._settled.is_set():
-            self._error = error
-            self._settled.set()
-            for callback in self._callbacks:
-                callback()
-
-    def on_settled(self, callback: Callable[[], None]) -> None:
-        """Call `callback` when the turn is settled, at once if it is."""
-        if self._settled.is_set():
-            callback()
-        else:
-            self._callbacks.append(callback)
-
-    async def wait(self) -> None:
-        """Await it."""
-        await self
-
-    def __await__(self) -> Generator[Any, None, None]:
-        yield from self._settled.wait().__await__()
-        if self._error is not None:
-            raise self._error
-
-
-@final
-class Inbox(Generic[ValueT]):
-    """Where a lingering phase waits for the decision that moves it on."""
-
-    def __init__(self, phase: str) -> None:
-        self._phase = phase
-        self._turns: list[Turn[ValueT]] = []
-        self._arrived = trio.Event()
-        self._closed = False
-
-    def post(self, value: ValueT, *, until: str | None = None) -> Turn[ValueT]:
-        """Post `value`. Never blocks."""
-        turn = Turn(value, until=until)
-        self.post_turn(turn)
-        return turn
-
-    def post_turn(self, turn: Turn[ValueT]) -> None:
-        """Post a turn that was made before. Never blocks."""
-        if self._closed:
-            turn.fail(_left(self._phase))
-            return
-        self._turns.append(turn)
-        self._arrived.set()
-
-    async def take(self) -> Turn[ValueT]:
-        """Wait for the next decision."""
-        while not self._turns:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        turn = self._turns.pop(0)
-        turn.taken = True
-        return turn
-
-    def close(self) -> None:
-        """Fail what is still posted, and all that comes."""
-        self._closed = True
-        for turn in self._turns:
-            turn.fail(_left(self._phase))
-        self._turns.clear()
-
-
-def _left(phase: str) -> InvalidState:
-    return InvalidState(
-        what="This decision",
-        state=f"once phase {phase} has been left",
-        instead="query-machine-phase says where the machine is",
-    )
-
-
-# --- residents ----------------------------------------------------------------------------------------------------
-
-
-@final
-class _ShieldingStatus(Generic[ValueT]):
-    """Passes `started` on, and shields the resident from then on: until then its starter's cancel must reach it.
-
-    It must reach it afterwards too if it came just before: then trio leaves the task with its starter, who waits for
-    the task's end and would wait for ever.
-    """
-
-    def __init__(self, scope: trio.CancelScope, status: trio.TaskStatus[ValueT], nursery: trio.Nursery) -> None:
-        self._scope = scope
-        self._status = status
-        self._nursery = nursery
-        self._task = trio.lowlevel.current_task()
-
-    def started(self, value: Any = None) -> None:
-        self._status.started(value)
-        self._scope.shield = self._task.parent_nursery is self._nursery
-
-
-@final
-@attrs.define(eq=False)
-class Resident:
-    """A task that a phase leaves behind."""
-
-    name: str
-    _scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
-    _left: trio.Event = attrs.Factory(trio.Event)
-
-    async def leave(self) -> None:
-        """Cancel the task and wait until it has left. The task bounds its own clean-up."""
-        self._scope.cancel()
-        await self._left.wait()
-
-
-@final
-class Residents:
-    """The tasks of one phase that outlive its window. They end in the reverse order of their start."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self._here: list[Resident] = []
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the tasks, oldest first."""
-        return [resident.name for resident in self._here]
-
-    def start_soon(self, name: str, fn: Callable[..., Awaitable[object]], *args: Any) -> Resident:
-        """Start `fn(*args)` as a resident, without waiting for anything."""
-        resident = Resident(name)
-        resident._scope.shield = True
-        self._here.append(resident)
-        self._nursery.start_soon(self._run, resident, fn, *args, name=name)
-        return resident
-
-    async def start(self, name: str, fn: Callable[..., Awaitable[object]], *args: Any) -> Resident:
-        """Start `fn(*args, task_status=...)` and return when it has called `task_status.started()`."""
-        resident = Resident(name)
-        await self._nursery.start(self._run_started, resident, fn, *args, name=name)
-        return resident
-
-    async def _run(self, resident: Resident, fn: Callable[..., Awaitable[object]], *args: Any) -> None:
-        try:
-            with resident._scope:
-                await fn(*args)
-        finally:
-            self._here.remove(resident)
-            resident._left.set()
-
-    async def _run_started(
-        self,
-        resident: Resident,
-        fn: Callable[..., Awaitable[object]],
-        *args: Any,
-        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        self._here.append(resident)
-        status = _ShieldingStatus(resident._scope, task_status, self._nursery)
-
-        async def with_status() -> None:
-            await fn(*args, task_status=status)
-
-        await self._run(resident, with_status)
-
-    async def _leave_all(self) -> None:
-        while self._here:
-            await self._here[-1].leave()
 
 
 # --- windows ------------------------------------------------------------------------------------------------------
@@ -395,7 +192,7 @@ class Phase:
                     turn.fail(error)
                     continue
                 except BaseException:
-                    turn.fail(_left(self.name))
+                    turn.fail(left(self.name))
                     raise
                 self.tree.move(turn)
                 return result
@@ -594,7 +391,7 @@ class Tree:
         self._begun.set()
         for command, turn in self._awaited:
             turn.fail(error or CommandAborted(command=command))
-        self.halt(error or _left(self.path))
+        self.halt(error or left(self.path))
 
     # What phases and windows report.
 
@@ -669,7 +466,7 @@ async def _phase(
                 # Residents bound their own clean-up, so the shield is bounded by them. Without it a cancel from
                 # outside would end them all at once, in no order.
                 with trio.CancelScope(shield=True):
-                    await residents._leave_all()
+                    await residents.leave_all()
             finally:
                 if parent:
                     parent.children.remove(phase)

@@ -12,7 +12,7 @@ import trio
 from vmm.errors import HostFileRefused, MigrationCommandFailed, StreamCorrupt
 from vmm.migration.address import SHELL, ExecAddress
 from vmm.migration.command import start_command
-from vmm.nursery_tree import Residents
+from vmm.residents import Residents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -149,7 +149,7 @@ async def test_the_end_of_the_machine_ends_the_command() -> None:
         residents = Residents(nursery)
         connection = start_command(ExecAddress([*SHELL, "sleep 1000"]), "out", two_way=False).serve(residents)
         connection.close()
-        await residents._leave_all()
+        await residents.leave_all()
 
 
 async def test_what_was_said_last_is_passed_on_though_the_machine_ends(tmp_path: Path) -> None:
@@ -161,5 +161,5 @@ async def test_what_was_said_last_is_passed_on_though_the_machine_ends(tmp_path:
         await connection.stream.send_all(b"yours")
         connection.part()
         connection.close()
-        await residents._leave_all()
+        await residents.leave_all()
     assert (tmp_path / "said").read_bytes() == b"yours"

@@ -17,10 +17,10 @@ from vmm.errors import HostFileRefused, MigrationPeerGone, OptionInvalid, TlsFai
 from vmm.hw.doorbell import open_doorbell
 from vmm.migration.tls import secure
 from vmm.migration.tls_relay import Closed, Relay
-from vmm.nursery_tree import Residents
 from vmm.phases.commands_objects import TlsCredsX509
 from vmm.phases.host import HostFiles
 from vmm.phases.tls_objects import open_credentials
+from vmm.residents import Residents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -189,7 +189,7 @@ async def test_what_was_said_last_arrives_though_the_machine_ends(pki: Pki) -> N
         residents = Residents(nursery)
         client.serve(residents)
         client.close()
-        await residents._leave_all()
+        await residents.leave_all()
     assert heard == [b"yours"]
 
 

@@ -25,6 +25,7 @@ from vmm.capabilities import (
     MayQuit,
     MaySetMigrationCap,
 )
+from vmm.decisions import Inbox, Turn
 from vmm.errors import (
     CommandAborted,
     CommandNotFound,
@@ -39,7 +40,6 @@ from vmm.errors import (
 )
 from vmm.monitor.command import Command, CommandTable, For, ForEach, Need
 from vmm.monitor.ports import Caller  # noqa: TC001 - as above
-from vmm.nursery_tree import Inbox, Turn
 from vmm.phases.catalog import COMMANDS
 from vmm.phases.chain import hint, phases_granting
 

@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmm.capabilities import MayWriteGuestMemory
+    from vmm.decisions import Turn
     from vmm.embedding import EmbeddedMachine
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.copying import CopyPlan, Gone
     from vmm.phases.running import Run
 

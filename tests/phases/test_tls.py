@@ -17,9 +17,9 @@ from tests.phases.copy_kit import HANGS, commands, empty, goes_on, listening, ou
 from tests.phases.test_channels import arrived
 from vmm.errors import BackendNotFound, MigrationRefused, TlsFailed
 from vmm.migration.tls import secure
-from vmm.nursery_tree import Residents
 from vmm.phases.start import Start
 from vmm.recipe import Recipe
+from vmm.residents import Residents
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from vmm.errors import VmmError
-    from vmm.nursery_tree import Residents
+    from vmm.residents import Residents
 
 
 class Attendant(Protocol):

@@ -32,11 +32,12 @@ import attrs
 import trio
 
 from vmm.capabilities import Grant, MayAppendRecipe, MayCancelMigration, MayQuery, MayQuit, Token
+from vmm.decisions import Turn
 from vmm.errors import CommandDeferred, CommandNotFound, TokenError
 from vmm.monitor import qapi
 from vmm.monitor.arguments import structure, unstructure
 from vmm.monitor.ports import Caller
-from vmm.nursery_tree import Lending, Turn, require_granted
+from vmm.nursery_tree import Lending, require_granted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, final
 import attrs
 
 from vmm.capabilities import MayOpenHostFile, MayOpenKvm
+from vmm.decisions import Inbox
 from vmm.hw.irq import IrqLines
 from vmm.kvm.system import Kvm
-from vmm.nursery_tree import Inbox
 from vmm.phases.backends import make_ram, run_backends
 from vmm.phases.config import AcceleratorOptions
 from vmm.phases.processors import KvmProcessors

@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from vmm.capabilities import MayDeclareState, MayMapGuestMemory, MayPlugDevice
     from vmm.hw.device import Device
     from vmm.kvm.memory import GuestMemory
-    from vmm.nursery_tree import Residents
     from vmm.phases.accel import Accelerator
     from vmm.phases.assembly import Precreated
     from vmm.phases.cpus import CpuModel
     from vmm.phases.slot_plan import SlotPlan
+    from vmm.residents import Residents
 
 
 SECOND: Final = 1_000_000_000  # ns

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, final
 import attrs
 import trio
 
+from vmm.decisions import Turn
 from vmm.errors import InvalidState
-from vmm.nursery_tree import Turn
 from vmm.phases.config import GoOn
 from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.stream_port import Admission
@@ -17,8 +17,8 @@ from vmm.phases.stream_port import Admission
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from vmm.decisions import Inbox
     from vmm.migration.channel import Channel
-    from vmm.nursery_tree import Inbox
     from vmm.phases.incoming_port import IncomingPort
 
 

@@ -16,8 +16,8 @@ from vmm.capabilities import (
     MayResumeHere,
     MayRunVcpus,
 )
+from vmm.decisions import Turn
 from vmm.monitor.command import For
-from vmm.nursery_tree import Turn
 from vmm.phases.config import AcceleratorOptions, CpuOptions, GoOn, MachineOptions
 from vmm.phases.run_state import RunState, RunStateName
 

@@ -42,15 +42,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vmm.capabilities import Mint
+    from vmm.decisions import Turn
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.address import ChannelAddress
     from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Residents, Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.migration_state import MigrationState
     from vmm.phases.running import Run
     from vmm.phases.tls_objects import Tls
     from vmm.recipe import Recipe
+    from vmm.residents import Residents
 
 _CONNECTING: Final = 10.0
 """Seconds for the channel to be connected."""

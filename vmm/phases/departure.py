@@ -15,8 +15,8 @@ from vmm.phases.migration_state import Wishes
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
+    from vmm.decisions import Inbox
     from vmm.migration.dirty_rate import Measurement
-    from vmm.nursery_tree import Inbox
     from vmm.phases.dirty_limits import DirtyLimits
     from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.predecessor import Predecessor

@@ -21,8 +21,8 @@ from vmm.capabilities import (
     MaySetNuma,
     MayWriteGuestMemory,
 )
+from vmm.decisions import Inbox
 from vmm.errors import VmmError
-from vmm.nursery_tree import Inbox
 from vmm.phases.board import BoardBuilder
 from vmm.phases.building import Onward, WishToRun
 from vmm.phases.config import GoOn

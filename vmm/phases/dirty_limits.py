@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from vmm.kvm.dirty_log import LoggingVm
     from vmm.kvm.memory import GuestMemory
-    from vmm.nursery_tree import Residents
     from vmm.phases.dirty_rate import DirtyRates
     from vmm.phases.vcpus import GuestCpu
+    from vmm.residents import Residents
 
 PERIOD: Final = 1.0
 """Seconds between two looks at what was written."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vmm.kvm.dirty_log import LoggingVm
     from vmm.kvm.memory import GuestMemory
-    from vmm.nursery_tree import Residents
+    from vmm.residents import Residents
 
 _MIB: Final = 1 << 20
 _ZERO: Final = crc32(bytes(PAGE_SIZE))

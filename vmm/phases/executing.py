@@ -21,7 +21,8 @@ from vmm.phases.migration_state import NO_WISHES, Wishes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.decisions import Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
 
 

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from vmm.migration.channel import Channel
     from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Resident
+    from vmm.nursery_tree import Phase
     from vmm.phases.arriving import Arriving
     from vmm.phases.differences import Difference
     from vmm.phases.fd_receive import Arrival
     from vmm.phases.foundation import Host
     from vmm.phases.migration_state import MigrationState, Wishes
     from vmm.recipe import Recipe
+    from vmm.residents import Resident
 
 
 @final

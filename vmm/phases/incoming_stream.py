@@ -21,12 +21,12 @@ from vmm.capabilities import (
     MaySetMigrationParam,
     MayWriteGuestMemory,
 )
+from vmm.decisions import Turn
 from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
 from vmm.kvm.page_map import PageMap
 from vmm.migration.multifd_intake import MultifdIntake
 from vmm.migration.packing import packing
 from vmm.migration.status import MigrationStatus
-from vmm.nursery_tree import Turn
 from vmm.phases.building import SavedState
 from vmm.phases.incoming import IncomingGrants
 from vmm.phases.loading import read_state

@@ -44,10 +44,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vmm.capabilities import Mint
+    from vmm.decisions import Turn
     from vmm.migration.address import SocketAddress
     from vmm.migration.channel import Channels
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.assembly import Precreated
     from vmm.phases.machine import Machine
     from vmm.phases.running import Run

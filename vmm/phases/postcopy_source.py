@@ -8,6 +8,7 @@ import attrs
 import trio
 
 from vmm.capabilities import MayCancelMigration, MayInject, MayRunVcpus, MayStartMigration, MaySteerPostcopy
+from vmm.decisions import Inbox
 from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt, VmmError
 from vmm.kvm.page_file import checksum
 from vmm.kvm.page_map import PageMap
@@ -16,7 +17,6 @@ from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.page_server import LinkBroken
 from vmm.migration.pump import in_thread
 from vmm.migration.status import MigrationStatus
-from vmm.nursery_tree import Inbox
 from vmm.phases.copying import CopyPlan
 from vmm.phases.postcopy import GREETING, PAUSED, PostcopySourceGrants, exactly, hang_up
 
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from vmm.capabilities import Mint
+    from vmm.decisions import Turn
     from vmm.hw.doorbell import Doorbell
     from vmm.migration.address import SocketAddress
     from vmm.migration.connection import Connection
     from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase
 
 
 @final

@@ -9,6 +9,7 @@ import attrs
 import trio
 
 from vmm.capabilities import MaySteerPostcopy
+from vmm.decisions import Inbox
 from vmm.errors import HostFileRefused, MigrationRefused, StreamCorrupt, VmmError
 from vmm.kvm.page_file import checksum
 from vmm.migration.connect import listen
@@ -16,7 +17,6 @@ from vmm.migration.connection import Connection
 from vmm.migration.incoming_ram import with_postcopy
 from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.status import MigrationStatus
-from vmm.nursery_tree import Inbox
 from vmm.phases.postcopy import GREETING, PAUSED, WITHHELD, PostcopyGrants, exactly, hang_up
 
 if TYPE_CHECKING:
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from vmm.migration.address import SocketAddress
     from vmm.migration.connect import Listener
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Residents
+    from vmm.nursery_tree import Phase
     from vmm.phases.running import Run
     from vmm.phases.tls_objects import Tls
+    from vmm.residents import Residents
 
 
 @final

@@ -11,9 +11,9 @@ import attrs
 import trio
 
 from vmm.capabilities import MayResumeHere
+from vmm.decisions import Inbox
 from vmm.errors import InvalidState
 from vmm.migration.status import MigrationStatus
-from vmm.nursery_tree import Inbox
 from vmm.phases.run_state import NEEDS_RESET
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from vmm.capabilities import (
     MaySetMigrationParam,
     MaySetNuma,
 )
-from vmm.nursery_tree import Inbox
+from vmm.decisions import Inbox
 from vmm.phases.building import Onward, WishToRun
 from vmm.phases.config import CpuOptions, GoOn
 from vmm.phases.cpus import CpuOffer

@@ -17,7 +17,7 @@ from vmm.capabilities import (
     MaySetMigrationCap,
     MaySetMigrationParam,
 )
-from vmm.nursery_tree import Inbox
+from vmm.decisions import Inbox
 from vmm.phases.imports import import_the_rest
 from vmm.phases.incoming_port import IncomingPort
 from vmm.phases.migration_state import MigrationState

@@ -21,9 +21,9 @@ from vmm.capabilities import (
     MayStartMigration,
 )
 from vmm.cpr.handover import take
+from vmm.decisions import Inbox
 from vmm.errors import CprError, InvalidState, VmmError
 from vmm.migration.status import MigrationStatus
-from vmm.nursery_tree import Inbox
 from vmm.phases.building import SavedState
 from vmm.phases.copying import CopyPlan, Gone, run_copying
 from vmm.phases.departure import Departure
@@ -44,9 +44,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from vmm.capabilities import Mint
+    from vmm.decisions import Turn
     from vmm.kvm.exits import Stop
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.incoming import Loaded
     from vmm.phases.machine import Machine

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from vmm.capabilities import Mint
+    from vmm.decisions import Turn
     from vmm.migration.status import MigrationProgress
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.copying import CopyPlan
     from vmm.phases.running import Run
 

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from vmm.hw.doorbell import Doorbell
     from vmm.kvm.memory import GuestMemory
     from vmm.migration.registry import StateRegistry
-    from vmm.nursery_tree import Resident, Residents
     from vmm.phases.accel import Accelerator
     from vmm.phases.foundation import Host
     from vmm.phases.slot_plan import Planned, Request, SlotPlan
+    from vmm.residents import Resident, Residents
 
 
 @final

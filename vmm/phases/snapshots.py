@@ -14,7 +14,8 @@ from vmm.phases.copying import CopyPlan
 
 if TYPE_CHECKING:
     from vmm.backends.snapshots import SnapshotDirectory
-    from vmm.nursery_tree import Phase, Turn
+    from vmm.decisions import Turn
+    from vmm.nursery_tree import Phase
     from vmm.phases.jobs import Jobs
     from vmm.phases.migration_state import Wishes
     from vmm.phases.running import Run

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vmm.backends.tap import Tap
     from vmm.migration.registry import StateRegistry
     from vmm.migration.tls_creds import TlsCredentials
-    from vmm.nursery_tree import Resident, Residents
     from vmm.phases.fdsets import FdSets
     from vmm.phases.monitors import Monitor
     from vmm.phases.qtest import QtestBackend
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from vmm.phases.session_moves import MovingSessions
     from vmm.phases.websocket import WebSocketBackend
     from vmm.recipe import Recipe
+    from vmm.residents import Resident, Residents
 
 
 @final

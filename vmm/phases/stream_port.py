@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final, final
 
+from vmm.decisions import Turn
 from vmm.errors import DifferencesVisible, MigrationRefused
-from vmm.nursery_tree import Turn
 from vmm.phases.differences import compare, visible
 
 if TYPE_CHECKING:

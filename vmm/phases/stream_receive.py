@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from vmm.migration.further import ChannelKind
     from vmm.migration.stream_records import Recipe as RecipeRecord
     from vmm.migration.stream_records import Section
-    from vmm.nursery_tree import Phase, Residents
+    from vmm.nursery_tree import Phase
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
     from vmm.phases.tls_objects import Tls
+    from vmm.residents import Residents
 
 
 _GATHERING: Final = 60.0
