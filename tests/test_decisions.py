@@ -1,14 +1,13 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from tests.trees import lending, nothing, settings, tree
+from tests.trees import LEFT, lending, looked_up, nothing, over, refusal, reserved_for, settings, tree
 from vmm.capabilities import (
-    ADMIN,
     MaySetMigrationCap,
 )
 from vmm.decisions import Inbox, Turn
@@ -18,35 +17,6 @@ from vmm.errors import (
     InvalidState,
     NameTaken,
 )
-
-if TYPE_CHECKING:
-    from vmm.capabilities import AnyToken
-    from vmm.nursery_tree import Phase, Window
-
-LEFT = "This decision is not possible once phase {} has been left; query-machine-phase says where the machine is"
-
-
-def over(turn: Turn[Any]) -> bool:
-    return turn.settled
-
-
-def refusal(name: str = "serial0") -> NameTaken:
-    return NameTaken(what="Chardev", name=name)
-
-
-def window_of(phase: Phase) -> Window[Any] | None:
-    return phase.open_window
-
-
-def reserved_for(phase: Phase) -> str | None:
-    return phase.tree.reserved_for
-
-
-def looked_up(
-    phase: Phase, *kinds: type[AnyToken], scope: str | None = None, grant: Any = ADMIN, holder: str = "qmp0/1"
-) -> tuple[AnyToken, Window[Any]]:
-    return phase.tree.find("some-command", kinds, scope, grant, holder)
-
 
 # --- turns and inboxes ------------------------------------------------------------------------------------
 

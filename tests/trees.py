@@ -8,14 +8,19 @@ from typing import TYPE_CHECKING, Any, final
 import attrs
 import trio
 
-from vmm.capabilities import MayQuery, MayQuit, MaySetMigrationCap
+from vmm.capabilities import ADMIN, MayQuery, MayQuit, MaySetMigrationCap
+from vmm.errors import NameTaken
 from vmm.nursery_tree import Lending, open_tree
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
 
     from vmm.capabilities import AnyToken, Mint
-    from vmm.nursery_tree import Phase
+    from vmm.decisions import Turn
+    from vmm.nursery_tree import Phase, Window
+
+LEFT = "This decision is not possible once phase {} has been left; query-machine-phase says where the machine is"
+"""What a decision fails with that comes too late, with the phase's name to be filled in."""
 
 
 @attrs.define(eq=False)
@@ -121,3 +126,30 @@ def grants_of(*kinds: type[AnyToken]) -> Callable[[Mint], Any]:
 def lending(command: str = "command", holder: str = "qmp0/1", *kinds: type[AnyToken]) -> Lending:
     """Return a lending as the command table makes them."""
     return Lending(command, holder, kinds or (MayQuery,), trio.current_time())
+
+
+def over(turn: Turn[Any]) -> bool:
+    """Whether it is settled, asked so that a type checker takes no answer for the last."""
+    return turn.settled
+
+
+def refusal(name: str = "serial0") -> NameTaken:
+    """Return an error that is expected."""
+    return NameTaken(what="Chardev", name=name)
+
+
+def window_of(phase: Phase) -> Window[Any] | None:
+    """Return the open window, as `over` does."""
+    return phase.open_window
+
+
+def reserved_for(phase: Phase) -> str | None:
+    """Return whom the machine is reserved for, as `over` does."""
+    return phase.tree.reserved_for
+
+
+def looked_up(
+    phase: Phase, *kinds: type[AnyToken], scope: str | None = None, grant: Any = ADMIN, holder: str = "qmp0/1"
+) -> tuple[AnyToken, Window[Any]]:
+    """Look a token up for a command that is called so."""
+    return phase.tree.find("some-command", kinds, scope, grant, holder)
