@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
-import subprocess
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 import attrs
 import pytest
 
+from tests.guests.layout import in_c, offsets_of
 from tests.guests.machine import RAM_SIZE, boot
-from tests.guests.test_heartbeat import struct_codes
 from tests.kvm.tiny import TinyMachine
 from vmm.errors import StateRejected
 from vmm.guests import build, dirtier
@@ -24,8 +22,8 @@ from vmm.kvm.memory import GuestMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
-SOURCES = Path(dirtier.__file__).parent
 PAGE = 4096
 PAGES = 8
 GIB = 1 << 30
@@ -111,27 +109,15 @@ def look(reader: DirtierReader) -> DirtierReport:
 
 
 def test_the_layout_is_that_of_the_header_file(tmp_path: Path) -> None:
-    names = [field.name for field in attrs.fields(DirtierHeader)]
     numbers = [
         *("DIRTIER_ADDRESS", "DIRTIER_MAGIC", "DIRTIER_VERSION", "DIRTIER_START", "DIRTIER_LOW_END", "DIRTIER_KEY"),
         *("FILL_WORDS", "FILL_PAGES", "FILL_FACTOR", "FILL_SUMMAND", "GUEST_DIRTIER", "sizeof(struct dirtier)"),
-        *(f"__builtin_offsetof(struct dirtier, {name})" for name in names),
     ]
-    program = tmp_path / "print.c"
-    program.write_text(
-        '#include <stdio.h>\n#include "layout.h"\nint main(void) {'
-        + "".join(f'printf("%u\\n", (unsigned)({number}));' for number in numbers)
-        + "return 0;}"
-    )
-    subprocess.run(["gcc", f"-I{SOURCES}", "-o", tmp_path / "print", program], check=True)
-    printed = [int(line) for line in subprocess.check_output([tmp_path / "print"]).split()]
     layout = DirtierHeader.LAYOUT
-    codes = [code for count, code in struct_codes(layout.format) for _ in range(count)]
-    offsets = [struct.calcsize("<" + "".join(codes[:n])) for n in range(len(names))]
-    assert printed == [
+    assert in_c(tmp_path, numbers, "struct dirtier", DirtierHeader) == [
         *(dirtier.ADDRESS, dirtier.MAGIC, dirtier.VERSION, dirtier.START, dirtier.LOW_END, dirtier.KEY),
         *(dirtier.FILL_WORDS, dirtier.FILL_PAGES, dirtier.FILL_FACTOR, dirtier.FILL_SUMMAND, DIRTIER, layout.size),
-        *offsets,
+        *offsets_of(layout),
     ]
 
 

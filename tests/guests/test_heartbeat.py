@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import struct
-import subprocess
-from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
 import attrs
 import pytest
 
+from tests.guests.layout import in_c, offsets_of
 from vmm.errors import StateRejected
 from vmm.guests import heartbeat
 from vmm.guests.heartbeat import HeartbeatHeader, HeartbeatReader, HeartbeatReport
 
-SOURCES = Path(heartbeat.__file__).parent
+if TYPE_CHECKING:
+    from pathlib import Path
+
 KHZ = 1_000_000
 PERIOD = 1_000_000
 RING = 0x30_0000
@@ -68,39 +69,15 @@ def look(reader: HeartbeatReader) -> HeartbeatReport:
 
 
 def test_the_layout_is_that_of_the_header_file(tmp_path: Path) -> None:
-    names = [field.name for field in attrs.fields(HeartbeatHeader)]
     numbers = [
         *("HEADER_ADDRESS", "HEADER_MAGIC", "HEADER_VERSION", "RING_CHECK", "RING_ENTRIES"),
         *("GUEST_HEARTBEAT", "GUEST_DEADLINE", "sizeof(struct header)", "sizeof(struct ring_entry)"),
-        *(f"__builtin_offsetof(struct header, {name})" for name in names),
     ]
-    program = tmp_path / "print.c"
-    program.write_text(
-        '#include <stdio.h>\n#include "layout.h"\nint main(void) {'
-        + "".join(f'printf("%u\\n", (unsigned)({number}));' for number in numbers)
-        + "return 0;}"
-    )
-    subprocess.run(["gcc", f"-I{SOURCES}", "-o", tmp_path / "print", program], check=True)
-    printed = [int(line) for line in subprocess.check_output([tmp_path / "print"]).split()]
     layout = HeartbeatHeader.LAYOUT
-    codes = [code for count, code in struct_codes(layout.format) for _ in range(count)]
-    offsets = [struct.calcsize("<" + "".join(codes[:n])) for n in range(len(names))]
-    assert printed == [
+    assert in_c(tmp_path, numbers, "struct header", HeartbeatHeader) == [
         *(heartbeat.HEADER_ADDRESS, heartbeat.MAGIC, heartbeat.VERSION, heartbeat.RING_CHECK, heartbeat.RING_LIMIT),
-        *(heartbeat.HEARTBEAT, heartbeat.DEADLINE, layout.size, 16, *offsets),
+        *(heartbeat.HEARTBEAT, heartbeat.DEADLINE, layout.size, 16, *offsets_of(layout)),
     ]
-
-
-def struct_codes(layout: str) -> list[tuple[int, str]]:
-    """Split "<10I5Q" into its counts and codes."""
-    found, count = [], ""
-    for letter in layout.removeprefix("<"):
-        if letter.isdigit():
-            count += letter
-        else:
-            found.append((int(count or 1), letter))
-            count = ""
-    return found
 
 
 def test_before_the_guest_has_started_there_is_no_report() -> None:

@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from tests.hw.fakes import FakeSink
-from tests.kvm.tiny import TinyMachine
+from tests.kvm.tiny import TinyMachine, first_pic
 from vmm.hw.board import COM1_GSI, COM1_PORTS
 from vmm.hw.bus import Bus
 from vmm.hw.debug_exit import DebugExit
@@ -27,20 +27,9 @@ PATIENCE = 60  # s
 READY = range(0x510, 0x511)
 """The port that a guest writes to once its UART is set up: what comes in before is cleared with the FIFOs."""
 
-SET_UP = """
- cli
- mov word [12*4], isr
- mov word [12*4+2], 0
- mov al, 0x11
- out 0x20, al
- mov al, 8
- out 0x21, al
- mov al, 4
- out 0x21, al
- mov al, 1
- out 0x21, al
- mov al, 0xef
- out 0x21, al
+SET_UP = (
+    first_pic(4)
+    + """
  mov dx, 0x3fa
  mov al, 7
  out dx, al
@@ -56,6 +45,7 @@ SET_UP = """
 l: hlt
  jmp l
 """
+)
 
 ECHO = (
     SET_UP.format(ier=1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.kvm.rings import skip_without_rings
 from tests.kvm.tiny import PROTECTED_MODE, TinyMachine
 from vmm.errors import KvmCallFailed, KvmExtensionMissing, Unsupported
 from vmm.kvm._kvm import lib
@@ -32,13 +33,7 @@ STORE = "l: out 0x99, al\n mov byte [ebx], 1\n add ebx, 4096\n dec ecx\n jnz m\n
 @pytest.fixture
 def working() -> None:
     """Skip where rings do not work."""
-    kvm = Kvm.open()
-    try:
-        require_working_rings(kvm)
-    except (Unsupported, KvmExtensionMissing) as error:
-        pytest.skip(str(error))
-    finally:
-        kvm.close()
+    skip_without_rings()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvm.tiny import TinyMachine
+from tests.kvm.tiny import TinyMachine, first_pic
 from vmm.errors import KvmCallFailed, KvmUnavailable
 from vmm.kvm._kvm import ffi, lib
 from vmm.kvm.cpuid import CpuidEntry
@@ -159,20 +159,9 @@ def test_a_store_to_an_ioeventfd_rings_it_and_does_not_exit() -> None:
         os.close(bell)
 
 
-INTERRUPT_ON_GSI_4 = """
- cli
- mov word [12*4], isr
- mov word [12*4+2], 0
- mov al, 0x11
- out 0x20, al
- mov al, 8
- out 0x21, al
- mov al, 4
- out 0x21, al
- mov al, 1
- out 0x21, al
- mov al, 0xef
- out 0x21, al
+INTERRUPT_ON_GSI_4 = (
+    first_pic(4)
+    + """
  sti
  out 0x99, al
 l: hlt
@@ -182,6 +171,7 @@ isr: mov al, 0x20
  out 0x99, al
  iret
 """
+)
 
 
 @pytest.mark.kvm

@@ -76,10 +76,14 @@ in_long_mode:
 )
 """Goes on in 64-bit code. The first 2 MiB are mapped, and the 2 MiB of the LAPIC, uncached."""
 
-PIT_AT_100_HZ = """
+
+def first_pic(line: int) -> str:
+    """Code that has interrupts of `line`, 0 to 7, and of no other, go to `isr`; they are off still."""
+    vector, mask = 8 + line, 0xFF ^ 1 << line
+    return f"""
  cli
- mov word [8*4], isr
- mov word [8*4+2], 0
+ mov word [{vector}*4], isr
+ mov word [{vector}*4+2], 0
  mov al, 0x11
  out 0x20, al
  mov al, 8
@@ -88,8 +92,14 @@ PIT_AT_100_HZ = """
  out 0x21, al
  mov al, 1
  out 0x21, al
- mov al, 0xfe
+ mov al, {mask}
  out 0x21, al
+"""
+
+
+PIT_AT_100_HZ = (
+    first_pic(0)
+    + """
  mov al, 0x34
  out 0x43, al
  mov ax, 11932
@@ -108,6 +118,7 @@ isr: push ax
  pop ax
  iret
 """
+)
 """Counts ticks at 0x8000, and writes the count to port 0x80 after each."""
 
 

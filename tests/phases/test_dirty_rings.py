@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
+from tests.kvm.rings import skip_without_rings
 from tests.phases.copy_kit import HANGS, commands, empty, goes_on, in_status, move, parts, ticked
 from vmm import machine
-from vmm.errors import KvmExtensionMissing, OptionInvalid, Unsupported
+from vmm.errors import OptionInvalid, Unsupported
 from vmm.guests.dirtier import DirtierReader
 from vmm.kvm import dirty_ring
-from vmm.kvm.dirty_ring import require_working_rings
-from vmm.kvm.system import Kvm
 from vmm.phases.differences import compare, visible
 from vmm.recipe import Recipe, Step
 
@@ -66,13 +65,7 @@ def test_whether_there_are_rings_is_the_host_s_business() -> None:
 @pytest.fixture
 def working() -> None:
     """Skip where rings do not work."""
-    kvm = Kvm.open()
-    try:
-        require_working_rings(kvm)
-    except (Unsupported, KvmExtensionMissing) as error:
-        pytest.skip(str(error))
-    finally:
-        kvm.close()
+    skip_without_rings()
 
 
 @pytest.mark.usefixtures("working")
