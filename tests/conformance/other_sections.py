@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, cast, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
@@ -11,12 +11,12 @@ from vmm.hw.codec import StateCodec
 from vmm.kvm.state import ChipState, VcpuState
 from vmm.monitor.belongings import Belongings, SessionState
 from vmm.monitor.json_stream import Fault, Message, StreamState
+from vmm.phases.chardev_sections import loader
 from vmm.phases.fdsets_state import FdSetsState, FdState
 from vmm.phases.guest_requests import GuestWishes
 from vmm.phases.processors import _structure
 from vmm.phases.quiesced import Pause
 from vmm.phases.session_state import MonitorState, client_state
-from vmm.phases.stores import BootStores
 from vmm.qtest.session_state import Interception, NumberedSession, QtestServerState, QtestSessionState, Unsent
 from vmm.qtest.state import QtestState
 from vmm.terminals import TERMINAL_SETTINGS_SIZE
@@ -24,7 +24,6 @@ from vmm.terminals import TERMINAL_SETTINGS_SIZE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vmm.backends.chardev import Chardev
 
 Section = dict[str, Any]
 
@@ -51,7 +50,7 @@ def chardev_sections() -> dict[str, Section]:
 
 
 def load_chardev(version: int, section: Section) -> object:
-    return BootStores._loader(cast("BootStores", None), "serial0", cast("Chardev", None))(version, section)
+    return loader("serial0", lambda state: None)(version, section)
 
 
 def pause_sections() -> dict[str, Section]:

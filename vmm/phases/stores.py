@@ -15,15 +15,16 @@ from vmm.errors import (
     DeviceNotFound,
     NameTaken,
     OptionInvalid,
-    StateRejected,
 )
 from vmm.phases import fdsets, session_moves
+from vmm.phases.chardev_sections import SECTION, byte_loader, byte_saver, loader, saver
 from vmm.phases.luggage import FDSET, Luggage, is_luggage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from vmm.backends.chardev import Chardev
+    from vmm.backends.chardev_state import ChardevState
     from vmm.backends.memory import MemoryBackend
     from vmm.backends.rng import Rng
     from vmm.backends.snapshots import SnapshotDirectory
@@ -354,20 +355,15 @@ class BootStores:
             for name, (monitor, _) in self.monitors.items()
             for suffix, fd in monitor.descriptors().items()
         }
+        held_objects: tuple[tuple[str, Rng | MemoryBackend | SnapshotDirectory], ...] = (
+            *((name, held.rng) for name, held in self.rngs.items()),
+            *((name, held.memory) for name, held in self.memories.items()),
+            *((name, directory) for name, (directory, _) in self.snapshots.items()),
+        )
         objects = {
             f"object/{name}/{suffix}": fd
-            for name, held in self.rngs.items()
-            for suffix, fd in held.rng.descriptors().items()
-        }
-        objects |= {
-            f"object/{name}/{suffix}": fd
-            for name, held in self.memories.items()
-            for suffix, fd in held.memory.descriptors().items()
-        }
-        objects |= {
-            f"object/{name}/{suffix}": fd
-            for name, (directory, _) in self.snapshots.items()
-            for suffix, fd in directory.descriptors().items()
+            for name, backend in held_objects
+            for suffix, fd in backend.descriptors().items()
         }
         netdevs = {f"netdev/{name}": tap.fd for name, (tap, _) in self.netdevs.items()}
         sessions = {
@@ -422,7 +418,8 @@ class BootStores:
         )
         for label, held in self.chardevs.items():
             if not held.chardev.surrendered and (moved is None or label in moved):
-                yield f"{_SECTION}{label}", SectionOwner(1, _saver(held.chardev), self._loader(label, held.chardev))
+                load = loader(label, partial(self._take_over, label, held.chardev))
+                yield f"{SECTION}{label}", SectionOwner(1, saver(held.chardev), load)
         theirs = None if recipe is None else {step.arguments["id"] for step in recipe if step.execute == "object-add"}
         for clients in self._qtest_clients():
             if theirs is None or clients.name in theirs:
@@ -454,40 +451,16 @@ class BootStores:
         _forget(state)
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(PORT):
-                state.register(f"{_SECTION}{held.user}", 1, save=_byte_saver(held.chardev), load=_byte_loader(held))
+                load = byte_loader(held.user, held.chardev.take_bytes)
+                state.register(f"{SECTION}{held.user}", 1, save=byte_saver(held.chardev), load=load)
 
-    def _loader(self, label: str, chardev: Chardev) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
-        def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
-            from vmm.backends.chardev_state import ChardevState
+    def _take_over(self, label: str, chardev: Chardev, state: ChardevState) -> None:
+        prefix = _prefix(label)
+        mine = [name for name in self._moved if name.startswith(prefix)]
+        new = {name.removeprefix(prefix): self._moved.pop(name) for name in mine}
+        gone = [name.removeprefix(prefix) for name in self._gone if name.startswith(prefix)]
+        chardev.take_over(state, new, gone)
 
-            kinds = {"output": bytes, "input": bytes, "escape": bool, "terminal": bytes}
-            faults = [
-                f"chardev/{label}.{name} must be of type {kind.__name__}"
-                for name, kind in kinds.items()
-                if not isinstance(section.get(name), kind)
-            ]
-            faults += [f"chardev/{label}.{name} is unknown" for name in section if name not in kinds]
-            try:
-                state = None if faults else ChardevState(**section)
-            except ValueError as error:
-                faults.append(f"chardev/{label}: {error}")
-            if state is None:
-                raise StateRejected(section=f"chardev/{label}", faults=tuple(faults))
-            found = state
-
-            def apply() -> None:
-                prefix = _prefix(label)
-                mine = [name for name in self._moved if name.startswith(prefix)]
-                new = {name.removeprefix(prefix): self._moved.pop(name) for name in mine}
-                gone = [name.removeprefix(prefix) for name in self._gone if name.startswith(prefix)]
-                chardev.take_over(found, new, gone)
-
-            return apply
-
-        return load
-
-
-_SECTION: Final = "chardev/"
 
 _QTEST: Final = "qtest-server/"
 """How the section of a qtest's clients begins; its present version."""
@@ -496,7 +469,7 @@ _QTEST_VERSION: Final = 1
 
 def _forget(state: StateRegistry) -> None:
     for name in state.order():
-        if name.startswith((_SECTION, _QTEST, session_moves.SECTION)) or name == fdsets.SECTION:
+        if name.startswith((SECTION, _QTEST, session_moves.SECTION)) or name == fdsets.SECTION:
             state.unregister(name)
 
 
@@ -506,34 +479,6 @@ MONITOR: Final = "monitor "
 
 PORT: Final = "COM"
 """How the user of a chardev begins that is a serial port."""
-
-
-def _byte_saver(chardev: Chardev) -> Callable[[], Mapping[str, Any]]:
-    def save() -> Mapping[str, Any]:
-        pending = chardev.pending()
-        return {"output": pending.output, "input": pending.input}
-
-    return save
-
-
-def _byte_loader(held: Held) -> Callable[[int, Mapping[str, Any]], Callable[[], None]]:
-    def load(_version: int, section: Mapping[str, Any]) -> Callable[[], None]:
-        from vmm.backends.chardev_state import ChardevState
-
-        name = f"{_SECTION}{held.user}"
-        if set(section) != {"output", "input"} or not all(isinstance(value, bytes) for value in section.values()):
-            raise StateRejected(section=name, faults=("it must have members output and input, both bytes",))
-        try:
-            state = ChardevState(**section)
-        except ValueError as error:
-            raise StateRejected(section=name, faults=(str(error),)) from error
-        return lambda: held.chardev.take_bytes(state)
-
-    return load
-
-
-def _saver(chardev: Chardev) -> Callable[[], Mapping[str, Any]]:
-    return lambda: attrs.asdict(chardev.pending())
 
 
 def _prefix(label: str) -> str:
