@@ -8,6 +8,9 @@ PYTEST_ARGS ?=
 # Each test has files, sockets and ports of its own, so several run at once. By hand (pytest tests/…) they run one by one.
 parallel := -n auto --maxprocesses 8 --dist worksteal
 
+# Where bytecode may not be kept, each of the thousand processes that the tests start compiles this package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 COMPILED := build/compiled
 C_SOURCES := vmm/kvm/build_ffi.py $(filter-out vmm/kvm/_%,$(wildcard vmm/kvm/*.[ch])) \
 	vmm/guests/build.py $(wildcard vmm/guests/*.[ch] vmm/guests/*.ld)
