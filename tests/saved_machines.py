@@ -32,7 +32,7 @@ HANGS: Final = 30.0
 def steps(folder: Path, *, file: bool, serial: bool = False) -> tuple[Step, ...]:
     """Return a machine's recipe, its RAM in a file or not, its serial port too."""
     made: list[Step] = []
-    options: dict[str, Any] = {"memory": {"size": SIZE}, "kernel": "builtin:heartbeat", "append": "region=64K"}
+    options: dict[str, Any] = {"memory": {"size": SIZE}, "kernel": "builtin:heartbeat", "append": "region=64K pages=1"}
     if file:
         backend = {"qom-type": "memory-backend-file", "id": "m0", "size": SIZE, "share": True}
         made.append(Step("object-add", {**backend, "mem-path": str(folder / "ram")}))

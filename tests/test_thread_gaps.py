@@ -390,7 +390,7 @@ async def test_gap_i_a_machine_comes_from_nothing_but_a_qmp_socket() -> None:
                 "machine-set",
                 memory={"size": 16 << 20},
                 kernel="builtin:heartbeat",
-                append="region=64K",
+                append="region=64K pages=1",
                 serial=["com"],
             )
             await client.execute("accel-set")

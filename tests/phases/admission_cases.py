@@ -189,7 +189,7 @@ def _save(state: State, grant: str) -> None:
     state.phase, state.goes_back = "postmigrate", True
 
 
-DEFINITION: Final = {"memory": {"size": MEMORY}, "kernel": "builtin:heartbeat", "append": "region=64K"}
+DEFINITION: Final = {"memory": {"size": MEMORY}, "kernel": "builtin:heartbeat", "append": "region=64K pages=1"}
 _NULL: Final = {"type": "null", "data": {}}
 
 _QUERIES: Final = (

@@ -36,8 +36,12 @@ PREAMBLE: Final = 12
 OVER: Final = ("completed", "failed", "cancelled")
 
 
-def definition(size: int = SIZE, region: str = "64K", **options: Any) -> dict[str, Any]:
-    """Return the arguments of `machine-set` for a machine whose guest keeps its heartbeat."""
+def definition(size: int = SIZE, region: str = "64K pages=1", **options: Any) -> dict[str, Any]:
+    """Return the arguments of `machine-set` for a machine whose guest keeps its heartbeat, and leaves a processor free.
+
+    Args:
+        region: its command line from there on.
+    """
     return {"memory": {"size": size}, "kernel": "builtin:heartbeat", "append": f"region={region}", **options}
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vmm.phases.foundation import Host
 
 SIZE: Final = 16 << 20
-DEFINITION: Final[Mapping[str, Any]] = {"kernel": "builtin:heartbeat", "memory": {"size": SIZE}}
+DEFINITION: Final[Mapping[str, Any]] = {"kernel": "builtin:heartbeat", "memory": {"size": SIZE}, "append": "pages=1"}
 
 WAY: Final[tuple[tuple[str, str, Mapping[str, Any]], ...]] = (
     ("precreate", "machine-set", DEFINITION),

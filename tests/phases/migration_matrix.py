@@ -33,7 +33,7 @@ FAULTS: Final = (
     "destination killed", "destination stalled", "destination told to quit",
 )  # fmt: skip
 
-GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16", "-nodefaults")
+GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "hz=250 region=64K pages=1", "-m", "16", "-nodefaults")
 """It writes no more than a socket takes though nobody reads from it."""
 
 SLOW: Final = {"max-bandwidth": 4096}

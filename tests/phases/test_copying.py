@@ -329,7 +329,7 @@ async def test_another_machine_than_the_source_s_is_refused_with_a_list(tmp_path
         info = await outcome(source)
         assert info["status"] == "failed"
         assert "machine-set.memory ({'size': 16777216} there, {'size': 33554432} here)" in info["error-desc"]
-        assert "machine-set.append ('region=64K' there, 'region=128K' here)" in info["error-desc"]
+        assert "machine-set.append ('region=64K pages=1' there, 'region=128K' here)" in info["error-desc"]
         assert await status(source) == "running"
         await goes_on(source)
 

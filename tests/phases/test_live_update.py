@@ -443,10 +443,10 @@ async def test_the_update_command_says_what_a_successor_would_have_otherwise() -
         assert (done.returncode, done.stderr) == (1, "")
         *items, verdict = done.stdout.splitlines()
         assert items == [
-            'guest-visible  machine-set.append: "region=64K" -> "quiet"',
+            'guest-visible  machine-set.append: "region=64K pages=1" -> "quiet"',
             'host-only      machine-set.name: null -> "b"',
         ]
-        assert "machine-set.append ('region=64K' there, 'quiet' here); allow each by its name" in verdict
+        assert "machine-set.append ('region=64K pages=1' there, 'quiet' here); allow each by its name" in verdict
         done = await update(bench, "--check", "--json", "--binary", str(binary))
         assert (done.returncode, json.loads(done.stdout)["admitted"]) == (1, False)
 

@@ -96,7 +96,9 @@ async def test_a_damaged_file_is_refused_before_the_guest_is_touched(cut: int, t
 async def test_another_machine_s_file_is_refused_with_a_list(tmp_path: Path) -> None:
     async with started() as machine, started(region="128K") as other:
         await save(other, tmp_path / "other")
-        with pytest.raises(DifferencesVisible, match=r"machine-set.append \('region=128K' there, 'region=64K' here\)"):
+        with pytest.raises(
+            DifferencesVisible, match=r"machine-set.append \('region=128K' there, 'region=64K pages=1' here\)"
+        ):
             await machine.execute("loadvm", name=str(tmp_path / "other"))
         await goes_on(machine)
 

@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from tests.phases.machine import Running, appearance, connected, machine, monitor, start_of
-from tests.phases.update_kit import OVER, channels, due
+from tests.phases.update_kit import APPEND, OVER, channels, due
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vmm.phases.migration_state import MigrationState
     from vmm.qmp_client import QmpClient
 
-GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16", "-serial", "null")
+GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", APPEND, "-m", "16", "-serial", "null")
 
 
 @final

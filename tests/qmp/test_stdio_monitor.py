@@ -236,7 +236,7 @@ async def test_after_its_monitor_a_chardev_on_stdio_is_of_no_use_and_says_so(tmp
 @pytest.mark.kvm
 async def test_in_a_live_update_a_monitor_on_stdio_stays_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "qmp"
-    guest = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16", "-serial", "null")
+    guest = ("-kernel", "builtin:heartbeat", "-append", "region=64K pages=1", "-m", "16", "-serial", "null")
     async with talk(tmp_path, "-qmp", f"unix:{path}", "-qmp", "stdio", *guest) as it:
         await it.begin()
         while True:
@@ -317,7 +317,7 @@ async def test_in_a_live_update_a_listening_socket_that_was_passed_goes_to_the_s
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
-    guest = ("-kernel", "builtin:heartbeat", "-append", "region=64K", "-m", "16", "-serial", "null")
+    guest = ("-kernel", "builtin:heartbeat", "-append", "region=64K pages=1", "-m", "16", "-serial", "null")
     options = ("-chardev", f"socket,id=mon,fd={listener.fileno()},server=on,wait=off", "-mon", "mon", *guest)
     async with talk(tmp_path, *options, pass_fds=(listener.fileno(),)) as it:
         listener.close()
