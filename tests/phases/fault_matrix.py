@@ -25,6 +25,7 @@ from tests.phases.conditions import (
     small_disk,
 )
 from tests.phases.update_kit import (
+    OVER,
     Bench,
     Console,
     Process,
@@ -55,21 +56,28 @@ ENDS: Final = ("killed", "told to quit", "SIGTERM")
 NOT_YET: Final = frozenset({("source:begun", "channel ended")})
 """There is no channel."""
 
+GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "hz=250 region=64K pages=1", "-m", "16")
+"""Ten of them run at once."""
+
+PATIENT: Final = "describing=600,building=600,loading=600,taking=600"
+"""Limits of both sides, unless one is to be stalled: how long the test takes at a step changes nothing."""
+
 LIMITS: Final = {
     "source:connected": "describing=0.5",
-    "source:greeted": "describing=0.5",
+    "source:greeted": "describing=2",
     "destination:accepted": "building=6",
     "destination:greeted": "building=6",
     "destination:received": "building=6",
     "destination:described": "building=6",
     "destination:built": "building=6",
-    "destination:paused": "loading=1",
-    "destination:state-received": "loading=1",
+    "destination:paused": "loading=4",
+    "destination:state-received": "loading=4",
     "destination:loaded": "taking=1",
-    "destination:offer-seen": "taking=1",
-    "destination:running": "taking=1",
+    "destination:offer-seen": "taking=4",
+    "destination:taken": "taking=4",
+    "destination:running": "taking=4",
 }
-"""Limits of the other side, for a side that is stalled at a step. Else the usual ones, which nothing here reaches."""
+"""Limits of the other side, for a side that is stalled at a step. The side has come there before it is over."""
 
 AT_REST: Final = {
     "source:connected": "accepted",
@@ -95,6 +103,9 @@ AT_REST: Final = {
     "destination:running": "offered",
 }
 """The step at which the other side waits for the one that has stopped. It has come there before the fault strikes."""
+
+UNDISTURBED: Final = ("source:offered", "source:given", "destination:taken", "destination:running")
+"""Where the end of the channel changes nothing for the other side: the guest is there for it, or lost to it."""
 
 SOON: Final = ("told to quit", "SIGTERM", "called off")
 """Faults that strike some turns of the loop later: at which step exactly is not told."""
@@ -171,10 +182,10 @@ async def pair(zygote: Zygote, step: str, fault: str) -> AsyncGenerator[Pair, No
         unprivileged = poor and f"{side}:" in " ".join(arguments)
         return zygote.fork(arguments, log, unprivileged=unprivileged)
 
-    options: dict[str, tuple[str, ...]] = {"source": (), "destination": ()}
-    options[side] = ("--x-cpr-stop-at", step)
-    if fault == "stalled" and step in LIMITS:
-        options["destination" if side == "source" else "source"] = ("--x-cpr-limits", LIMITS[step])
+    limits = LIMITS.get(step, PATIENT) if fault == "stalled" else PATIENT
+    options: dict[str, tuple[str, ...]]
+    options = {it: ("--x-cpr-limits", PATIENT if it == side else limits) for it in ("source", "destination")}
+    options[side] += ("--x-cpr-stop-at", step)
     async with AsyncExitStack() as stack:
         bench = await stack.enter_async_context(open_bench(spawn))
         if fault == "ENOSPC":
@@ -182,7 +193,7 @@ async def pair(zygote: Zygote, step: str, fault: str) -> AsyncGenerator[Pair, No
             stack.enter_context(small_disk(bench.folder))
             stack.callback(bench.close)
         console = bench.console()
-        source = bench.machine(console, *options["source"])
+        source = bench.machine(console, *options["source"], guest=GUEST)
         destination = bench.destination(*options["destination"])
         await bench.listening(destination)
         await console.beats(1)
@@ -209,6 +220,9 @@ async def observe(zygote: Zygote, step: str, fault: str) -> Seen:
             late = await stall(made, step)
             if late is not None:
                 return attrs.evolve(late, told=without_names(late.told, made))
+        elif fault == "channel ended":
+            await noticed(made)
+            made.struck.go_on()
         elif fault != "killed":
             made.struck.go_on()
         seen = await settled(made)
@@ -247,6 +261,21 @@ async def other_at_rest(made: Pair) -> None:
             with suppress(CommandFailed):  # Its phase has ended just now.
                 if (await made.watch.execute("query-migrate")).get("x-step") == due_step:
                     return
+            await trio.sleep(0.01)
+
+
+async def noticed(made: Pair) -> None:
+    """Wait until the side that has not stopped has noticed the end of the channel.
+
+    Else it is a race which of the two is at the cell first, the other that gives up or the one that wakes.
+    """
+    if made.step in UNDISTURBED:
+        return
+    if made.side == "source":
+        await quiet(made.destination)
+        return
+    async with due("the source to notice"):
+        while (await made.watch.execute("query-migrate"))["status"] not in OVER:  # noqa: ASYNC110 - it has phases to leave
             await trio.sleep(0.01)
 
 
