@@ -44,7 +44,7 @@ async def test_what_was_set_goes_over_but_for_what_the_destination_was_given_and
         assert (await concluded(new))["status"] == "completed"
         settings = migration(new)
         assert settings.capabilities["events"]
-        assert (settings.parameters["max-bandwidth"], settings.parameters.downtime_limit) == (7, 30)
+        assert (settings.parameters["max-bandwidth"], settings.parameters["downtime-limit"]) == (7, 30)
         assert settings.parameters.mode == "normal"
         assert settings.settings()["parameters"] == {"downtime-limit": 30, "max-bandwidth": 7}
 
@@ -253,11 +253,11 @@ def test_what_is_lent_to_an_incoming_migration_is_as_it_came_once_that_is_over()
     state.parameters.lend({"downtime-limit": 1, "max-bandwidth": 2})
     state.capabilities.lend({"events": False})
     state.inherit({"capabilities": {"events": True}, "parameters": {"downtime-limit": 20, "mode": "cpr-transfer"}})()
-    assert (state.parameters.downtime_limit, state.parameters.mode) == (1, "cpr-transfer")
+    assert (state.parameters["downtime-limit"], state.parameters.mode) == (1, "cpr-transfer")
     assert not state.capabilities["events"]
     state.parameters.give_back()
     state.capabilities.give_back()
-    assert (state.parameters.downtime_limit, state.parameters["max-bandwidth"]) == (20, 128 << 20)
+    assert (state.parameters["downtime-limit"], state.parameters["max-bandwidth"]) == (20, 128 << 20)
     assert state.capabilities["events"]
 
 

@@ -235,12 +235,6 @@ class MigrationParameters:
         mode: MigrationMode = self._values["mode"]
         return mode
 
-    @property
-    def downtime_limit(self) -> int:
-        """Milliseconds."""
-        limit: int = self._values["downtime-limit"]
-        return limit
-
     @staticmethod
     def _check_throttle(values: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
         """Check the one rule between two parameters; blame the one that is being changed."""
