@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.phases.test_live_update import machine
-from tests.phases.test_live_update import update as update_command
+from tests.phases.update_command import machine
+from tests.phases.update_command import update as update_command
 from vmm.errors import RecipeInvalid
 from vmm.kvm.cpuid import CpuidEntry
 from vmm.phases.config import CpuOptions

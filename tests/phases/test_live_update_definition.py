@@ -12,9 +12,8 @@ import pytest
 from tests.hw.boot.test_acpi import tables
 from tests.hw.boot.test_acpi_file import table
 from tests.kvm.tiny import assemble
-from tests.phases.test_live_update import move
 from tests.phases.test_numa import affinity
-from tests.phases.update_kit import open_bench
+from tests.phases.update_kit import move, open_bench
 from vmm.hw.boot import layout
 from vmm.hw.boot.plan import Data
 

@@ -13,11 +13,11 @@ import vmm
 from tests.backends.pseudo_source import pseudo_source
 from tests.phases.copy_kit import save
 from tests.phases.rng_guest import RAM, USED, RngGuest, definition, rng_guest
-from tests.phases.test_live_update import move
 from tests.phases.update_kit import (
     begin_update,
     descriptors_in,
     descriptors_of,
+    move,
     open_bench,
     outcome,
     ready,

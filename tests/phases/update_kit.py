@@ -424,3 +424,33 @@ async def hung_up(client: QmpClient) -> None:
         with suppress(MonitorGone):
             while True:
                 await client.read()
+
+
+STAGES: Final = {"stop", "quiesce", "save", "send", "load", "answer", "resume", "total"}
+
+
+async def move(bench: Bench, source: Process, *, complaints: int = 0) -> Process:
+    """Hand the machine over to a new process, and end the old one, of so many complaints, as QEMU's clients do."""
+    destination = bench.destination()
+    await bench.listening(destination)
+    async with bench.session(bench.qmp) as client:
+        assert client.peer_pid == source.pid
+        await begin_update(client, bench.channels(destination))
+        info = await outcome(client)
+        assert info["status"] == "completed", info
+        assert set(info["x-pause"]) == STAGES
+        assert (await client.execute("query-status")) == {"running": False, "status": "postmigrate"}
+        await client.send("quit")
+        await hung_up(client)
+    assert await source.ended() == 0
+    assert len(source.said()) == complaints
+    return destination
+
+
+def told(events: Any) -> list[str]:
+    names = ("STOP", "RESUME", "MIGRATION")
+    return [
+        f"{event['event']} {event.get('data', {}).get('status', '')}".strip()
+        for event in events
+        if event["event"] in names
+    ]

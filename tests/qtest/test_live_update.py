@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.phases.test_live_update import move
-from tests.phases.update_kit import due, open_bench
+from tests.phases.update_kit import due, move, open_bench
 from tests.qtest.client import QtestClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
