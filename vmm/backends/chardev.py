@@ -314,6 +314,19 @@ class Chardev(ABC):
 
     # --- steps that kinds share ---
 
+    def _read_from(self, fd: int) -> bool:
+        if self._input:
+            return self._feed()
+        room = self._room()
+        if room <= 0:
+            return False
+        try:
+            data = os.read(fd, min(room, READ_LIMIT))
+        except OSError:  # EAGAIN: there is nothing. EIO: nobody is at the other end, who may come back.
+            return False
+        self._input += data
+        return self._feed()
+
     def _write_to(self, fd: int, limit: int = BUFFER_LIMIT) -> bool:
         chunk = self._output.peek(limit)
         if not chunk:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, ClassVar, final
 
-from vmm.backends.chardev import READ_LIMIT, Chardev
+from vmm.backends.chardev import Chardev
 
 if TYPE_CHECKING:
     from vmm.backends.chardev import Complain
@@ -49,17 +49,7 @@ class PipeChardev(Chardev):
         return self._write_to(self._sink)
 
     def _read_some(self) -> bool:
-        if self._input:
-            return self._feed()
-        room = self._room()
-        if room <= 0:
-            return False
-        try:
-            data = os.read(self._source, min(room, READ_LIMIT))
-        except OSError:  # EAGAIN: there is nothing. EIO: a terminal that was hung up, and may come back.
-            return False
-        self._input += data
-        return self._feed()
+        return self._read_from(self._source)
 
     @property
     def _sink_name(self) -> str:

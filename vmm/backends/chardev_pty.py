@@ -7,7 +7,7 @@ import select
 from typing import TYPE_CHECKING, ClassVar, Final, final
 
 from vmm import host_fds
-from vmm.backends.chardev import READ_LIMIT, Chardev
+from vmm.backends.chardev import Chardev
 from vmm.backends.chardev_watch import poll
 
 if TYPE_CHECKING:
@@ -54,17 +54,7 @@ class PtyChardev(Chardev):
         return self._write_to(self._master)
 
     def _read_some(self) -> bool:
-        if self._input:
-            return self._feed()
-        room = self._room()
-        if room <= 0:
-            return False
-        try:
-            data = os.read(self._master, min(room, READ_LIMIT))
-        except OSError:  # EAGAIN: nothing typed. EIO: the slave is closed.
-            return False
-        self._input += data
-        return self._feed()
+        return self._read_from(self._master)
 
     def _release(self, *, owner: bool) -> None:
         self._watch.remove(self._master)
