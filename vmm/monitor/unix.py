@@ -223,6 +223,23 @@ class PipeTransport:
             raise trio.ClosedResourceError
 
 
+async def accepted(listener: socket.socket, gate: Gate, complain: Callable[[str], None]) -> socket.socket | None:
+    """Wait for a client, and for `gate` to be open; return its socket, or None if there is nobody after all."""
+    await trio.lowlevel.wait_readable(listener)
+    if not await gate.passed():
+        return None
+    try:
+        return listener.accept()[0]
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        # The client is gone already, or descriptors are short; waiting would help only the second.
+        complain(f"cannot accept a client: {os.strerror(error.errno or 0)}")
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            await trio.sleep(0.1)
+        return None
+
+
 class SocketSession(Protocol):
     """What is spoken with one client: QMP, or another language."""
 
@@ -292,18 +309,8 @@ class SocketMonitor(Generic[SessionT]):
         self, listener: socket.socket, admit: Callable[[socket.socket], None], nursery: trio.Nursery
     ) -> None:
         while True:
-            await trio.lowlevel.wait_readable(listener)
-            if not await self._accepting.passed():
-                continue
-            try:
-                client, _ = listener.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                # The client is gone already, or descriptors are short; waiting would help only the second.
-                self._log(f"{self.name}: cannot accept a client: {os.strerror(error.errno or 0)}")
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await trio.sleep(0.1)
+            client = await accepted(listener, self._accepting, lambda text: self._log(f"{self.name}: {text}"))
+            if client is None:
                 continue
             try:
                 admit(client)

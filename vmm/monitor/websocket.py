@@ -11,8 +11,6 @@ This module and what it imports take longer to import than a monitor takes to st
 
 from __future__ import annotations
 
-import errno
-import os
 from typing import TYPE_CHECKING, Final, final
 
 import trio
@@ -21,7 +19,7 @@ from wsproto.utilities import ProtocolError
 
 from vmm.errors import leaves
 from vmm.monitor.session import Session
-from vmm.monitor.unix import Gate
+from vmm.monitor.unix import Gate, accepted
 from vmm.monitor.upgrade import UpgradeRefused, read_upgrade
 
 if TYPE_CHECKING:
@@ -246,18 +244,8 @@ class WebSocketMonitor:
         while True:
             while self._connections >= 2 * MAX_SESSIONS:
                 await self._changed.park()
-            await trio.lowlevel.wait_readable(listener)
-            if not await self._gate.passed():
-                continue
-            try:
-                client, _ = listener.accept()
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                # The client is gone already, or descriptors are short; waiting would help only the second.
-                self._complain(f"cannot accept a client: {os.strerror(error.errno or 0)}")
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await trio.sleep(0.1)
+            client = await accepted(listener, self._gate, self._complain)
+            if client is None:
                 continue
             self._connections += 1
             nursery.start_soon(self._serve, client)
