@@ -17,8 +17,8 @@ from typing import ClassVar, Final, final
 import attrs
 
 from vmm.hw.board import I8042_COMMAND, I8042_DATA, I8042_PORTS
-from vmm.hw.irq import IrqLine
-from vmm.hw.state import U8, Schema, derived, host_only
+from vmm.hw.irq import Interrupts
+from vmm.hw.state import U8, Schema, host_only
 
 _COMMAND: Final = I8042_COMMAND - I8042_DATA
 
@@ -76,10 +76,9 @@ class I8042State:
 
 @final
 @attrs.define(eq=False, repr=False, kw_only=True)
-class I8042:
+class I8042(Interrupts):
     """The keyboard controller. `request_reset` is called on a vCPU thread under `lock`: it rings, and never blocks."""
 
-    irq: IrqLine = attrs.field(metadata=host_only("wired by the board"))
     request_reset: Callable[[], object] = attrs.field(metadata=host_only("the machine's reset, in this process"))
     name: str = attrs.field(metadata=host_only("configuration: of the board"), default="i8042")
     addresses: tuple[range, ...] = attrs.field(metadata=host_only("configuration: of the board"), default=I8042_PORTS)
@@ -88,9 +87,6 @@ class I8042:
         metadata=host_only("orders this process's threads"), factory=threading.Lock, init=False
     )
     state: I8042State = attrs.Factory(I8042State)
-    _irq_level: bool = attrs.field(
-        metadata=derived("follows from the output buffer and the configuration byte"), default=False, init=False
-    )
 
     def read(self, offset: int, size: int) -> int:
         """Read the status, or the byte in the output buffer; when that is empty, the last one again."""
@@ -177,12 +173,3 @@ class I8042:
 
     def _is_pending(self) -> bool:
         return self.state.output_full and bool(self.state.config & _CONFIG_INTERRUPT)
-
-    def _update_irq(self) -> None:
-        level = self._is_pending()
-        if level != self._irq_level:
-            self._drive_irq(level)
-
-    def _drive_irq(self, level: bool) -> None:
-        self._irq_level = level
-        self.irq.set(level)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol, final
 
+import attrs
+
+from vmm.hw.state import derived, host_only
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -63,3 +67,24 @@ class GsiLine:
     def set(self, level: bool) -> None:
         """Drive the line: with KVM one ioctl."""
         self._drive(self.gsi, level)
+
+
+@attrs.define(eq=False, repr=False, kw_only=True)
+class Interrupts:
+    """The part of a device that has a line: the line is driven where its level changes, and only there."""
+
+    irq: IrqLine = attrs.field(metadata=host_only("wired by the board"))
+    _irq_level: bool = attrs.field(metadata=derived("follows from what is pending"), default=False, init=False)
+
+    def _is_pending(self) -> bool:
+        """Say whether the device wants to interrupt."""
+        raise NotImplementedError
+
+    def _update_irq(self) -> None:
+        level = self._is_pending()
+        if level != self._irq_level:
+            self._drive_irq(level)
+
+    def _drive_irq(self, level: bool) -> None:
+        self._irq_level = level
+        self.irq.set(level)

@@ -20,7 +20,7 @@ from typing import Annotated, ClassVar, Final, Protocol, final
 
 import attrs
 
-from vmm.hw.irq import IrqLine
+from vmm.hw.irq import Interrupts
 from vmm.hw.state import U8, U16, Integer, Octets, Schema, derived, host_only
 
 # Offsets. RBR, THR, IER: while DLAB is 0; DLL, DLM: while it is 1.
@@ -104,7 +104,7 @@ class UartState:
 
 @final
 @attrs.define(eq=False, repr=False, kw_only=True)
-class Uart:
+class Uart(Interrupts):
     """A 16550A.
 
     Register accesses come from vCPU threads under `lock`, by the bus. `room`, `receive` and `drained` are for the
@@ -113,7 +113,6 @@ class Uart:
 
     name: str = attrs.field(metadata=host_only("configuration: in the recipe"))
     addresses: tuple[range, ...] = attrs.field(metadata=host_only("configuration: of the board"))
-    irq: IrqLine = attrs.field(metadata=host_only("wired by the board"))
     sink: ByteSink = attrs.field(metadata=host_only("a back end of this host"))
     on_room: Callable[[], object] = attrs.field(
         metadata=host_only("a back end of this host; rung on any thread when `room` was 0 and no longer is"),
@@ -124,9 +123,6 @@ class Uart:
         metadata=host_only("orders this process's threads"), factory=threading.Lock, init=False
     )
     state: UartState = attrs.Factory(UartState)
-    _irq_level: bool = attrs.field(
-        metadata=derived("follows from the pending interrupts, IER and OUT2"), default=False, init=False
-    )
     _sender_waits: bool = attrs.field(metadata=derived("the back end asks for room anew"), default=False, init=False)
 
     # --- the guest's side -------------------------------------------------------------------------------------------
@@ -362,12 +358,3 @@ class Uart:
     def _is_pending(self) -> bool:
         # In loopback the pin OUT2 is inactive whatever MCR says.
         return self.state.mcr & (_MCR_OUT2 | _MCR_LOOP) == _MCR_OUT2 and self._cause() != _IIR_NONE
-
-    def _update_irq(self) -> None:
-        level = self._is_pending()
-        if level != self._irq_level:
-            self._drive_irq(level)
-
-    def _drive_irq(self, level: bool) -> None:
-        self._irq_level = level
-        self.irq.set(level)

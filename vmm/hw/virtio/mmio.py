@@ -17,8 +17,8 @@ from typing import Annotated, Any, ClassVar, Final, Protocol, final
 
 import attrs
 
-from vmm.hw.irq import IrqLine
-from vmm.hw.state import U8, U32, U64, Integer, Schema, derived, host_only
+from vmm.hw.irq import Interrupts
+from vmm.hw.state import U8, U32, U64, Integer, Schema, host_only
 from vmm.hw.virtio.queue import Chain, QueueBroken, QueueState, Ram, Virtqueue
 
 MAGIC: Final = 0x7472_6976  # "virt"
@@ -114,7 +114,7 @@ class Function(Protocol):
 
 @final
 @attrs.define(eq=False, repr=False, kw_only=True)
-class VirtioMmio:
+class VirtioMmio(Interrupts):
     """One virtio device at its registers.
 
     `peek`, `answer`, `hold` and their like are for the task that works the queues off, on the loop; they take `lock`
@@ -123,7 +123,6 @@ class VirtioMmio:
 
     name: str = attrs.field(metadata=host_only("configuration: in the recipe"))
     addresses: tuple[range, ...] = attrs.field(metadata=host_only("configuration: of the board"))
-    irq: IrqLine = attrs.field(metadata=host_only("wired by the board"))
     ram: Ram = attrs.field(metadata=host_only("travels by itself"))
     function: Function = attrs.field(metadata=host_only("configuration: in the recipe"))
     kick: Callable[[], object] = attrs.field(
@@ -140,7 +139,6 @@ class VirtioMmio:
     fault: str = attrs.field(
         metadata=host_only("why the device needs a reset, for who looks after this program"), default="", init=False
     )
-    _irq_level: bool = attrs.field(metadata=derived("follows from the pending interrupts"), default=False, init=False)
 
     # --- the guest's side -------------------------------------------------------------------------------------------
 
@@ -343,15 +341,6 @@ class VirtioMmio:
     def _is_pending(self) -> bool:
         transport: TransportState = self.state.transport
         return transport.interrupts != 0
-
-    def _update_irq(self) -> None:
-        level = self._is_pending()
-        if level != self._irq_level:
-            self._drive_irq(level)
-
-    def _drive_irq(self, level: bool) -> None:
-        self._irq_level = level
-        self.irq.set(level)
 
 
 def _with_half(whole: int, shift: int, half: int) -> int:
