@@ -38,7 +38,7 @@ class LoggingVm(Protocol):
         """Where its vCPUs say what they write, if they have rings for it."""
 
     def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
-        """Switch the log of a slot on or off."""
+        """Put RAM at `address`, or switch the log of a slot on or off."""
 
     def protect_by_hand(self) -> int:
         """Have the log keep what it says."""

@@ -14,6 +14,7 @@ import attrs
 from vmm.capabilities import MayOpenHostFile, MayOpenKvm
 from vmm.decisions import Inbox
 from vmm.hw.irq import IrqLines
+from vmm.kvm.dirty_log import LoggingVm
 from vmm.kvm.system import Kvm
 from vmm.phases.backends import make_ram, run_backends
 from vmm.phases.config import AcceleratorOptions
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
     from vmm.capabilities import Mint
-    from vmm.kvm._kvm import CData
     from vmm.kvm.cpuid import CpuidEntry
     from vmm.kvm.dirty_log import DirtyLog
-    from vmm.kvm.dirty_ring import DirtyRings
     from vmm.kvm.memory import GuestMemory
     from vmm.kvm.vcpu import IoSpace
     from vmm.kvm.vm import Vm
@@ -45,24 +44,8 @@ class AccelGrants:
     open_host_file: MayOpenHostFile
 
 
-class VirtualMachine(Protocol):
+class VirtualMachine(LoggingVm, Protocol):
     """What devices and memory ask of a virtual machine; `vmm.kvm.vm.Vm` says what each does."""
-
-    @property
-    def rings(self) -> DirtyRings | None:
-        """Where its vCPUs say what they write, if they have rings for it."""
-
-    def set_memory_slot(self, slot: int, address: int, hva: int, size: int, *, log_dirty: bool = False) -> None:
-        """Put RAM at `address`."""
-
-    def protect_by_hand(self) -> int:
-        """Have the dirty log keep what it says."""
-
-    def read_dirty_log(self, slot: int, bitmap: CData) -> None:
-        """Read it."""
-
-    def clear_dirty_log(self, slot: int, first: int, pages: int, bitmap: CData) -> None:
-        """Take pages out of it."""
 
     def assign_irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None) -> None:
         """From now on a written eventfd `fd` raises `gsi`."""
