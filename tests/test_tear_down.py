@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from tests.trees import Log, basic, lending, settings, tree
+from tests.trees import Log, basic, lending, out_of_order, settings, tree
 
 if TYPE_CHECKING:
     from tests.trees import Settings
@@ -21,22 +21,6 @@ if TYPE_CHECKING:
 RUNS = 100
 DEPTH = 5
 PHASES = ("precreate", "accel", "backends", "devices", "running")
-
-
-def out_of_order(lines: list[str], opening: tuple[str, ...], closing: tuple[str, ...]) -> list[str]:
-    """Return what is wrong with `lines` if what they say to open has to be closed in the reverse order."""
-    stack: list[str] = []
-    faults: list[str] = []
-    for line in lines:
-        verb, _, name = line.partition(" ")
-        if verb in opening:
-            stack.append(name)
-        elif verb in closing:
-            if not stack or stack[-1] != name:
-                faults.append(f"{line}, where {stack[-1] if stack else 'nothing'} was the last opened")
-            if name in stack:
-                stack.remove(name)
-    return faults + [f"{name} was never closed" for name in stack]
 
 
 def faults_of(lines: list[str]) -> list[str]:

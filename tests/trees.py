@@ -153,3 +153,19 @@ def looked_up(
 ) -> tuple[AnyToken, Window[Any]]:
     """Look a token up for a command that is called so."""
     return phase.tree.find("some-command", kinds, scope, grant, holder)
+
+
+def out_of_order(lines: list[str], opening: tuple[str, ...], closing: tuple[str, ...]) -> list[str]:
+    """Return what is wrong with `lines` if what they say to open has to be closed in the reverse order."""
+    stack: list[str] = []
+    faults: list[str] = []
+    for line in lines:
+        verb, _, name = line.partition(" ")
+        if verb in opening:
+            stack.append(name)
+        elif verb in closing:
+            if not stack or stack[-1] != name:
+                faults.append(f"{line}, where {stack[-1] if stack else 'nothing'} was the last opened")
+            if name in stack:
+                stack.remove(name)
+    return faults + [f"{name} was never closed" for name in stack]

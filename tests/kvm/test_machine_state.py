@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import attrs
 import pytest
 
-from tests.kvm.test_system import INTERRUPT_ON_GSI_4
-from tests.kvm.tiny import LONG_MODE, PIT_AT_100_HZ, TinyMachine, assemble
+from tests.kvm.tiny import INTERRUPT_ON_GSI_4, LONG_MODE, PIT_AT_100_HZ, TinyMachine, assemble
 from vmm.errors import KvmCallFailed, KvmExtensionMissing, StateRejected
 from vmm.kvm.clock import Moment, clock_distance
 from vmm.kvm.machine_state import load_machine, save_machine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kvm.tiny import TinyMachine, first_pic
+from tests.kvm.tiny import INTERRUPT_ON_GSI_4, TinyMachine
 from vmm.errors import KvmCallFailed, KvmUnavailable
 from vmm.kvm._kvm import ffi, lib
 from vmm.kvm.cpuid import CpuidEntry
@@ -157,21 +157,6 @@ def test_a_store_to_an_ioeventfd_rings_it_and_does_not_exit() -> None:
                 m.vm.deassign_ioeventfd(bell, 0x510, 1, port=True)
     finally:
         os.close(bell)
-
-
-INTERRUPT_ON_GSI_4 = (
-    first_pic(4)
-    + """
- sti
- out 0x99, al
-l: hlt
- jmp l
-isr: mov al, 0x20
- out 0x20, al
- out 0x99, al
- iret
-"""
-)
 
 
 @pytest.mark.kvm

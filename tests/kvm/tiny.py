@@ -121,6 +121,21 @@ isr: push ax
 )
 """Counts ticks at 0x8000, and writes the count to port 0x80 after each."""
 
+INTERRUPT_ON_GSI_4 = (
+    first_pic(4)
+    + """
+ sti
+ out 0x99, al
+l: hlt
+ jmp l
+isr: mov al, 0x20
+ out 0x20, al
+ out 0x99, al
+ iret
+"""
+)
+"""Leaves the guest when it is ready for interrupts, and with each one of line 4."""
+
 
 def assemble(source: str, origin: int = ENTRY) -> bytes:
     """Assemble 16-bit code (unless `source` says otherwise) for guest address `origin`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hw.boot.test_acpi_file import table
+from tests.hw.boot.acpi_kit import table
 from tests.kvm.test_cpu_features import seen_by
 from tests.kvm.tiny import TinyMachine
 from tests.kvmbox.guest import SHELL

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from typing import TYPE_CHECKING, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 import attrs
 
+from vmm.phases.commands_objects import TlsCredsX509
+from vmm.phases.host import HostFiles
+from vmm.phases.tls_objects import open_credentials
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from vmm.migration.tls_creds import Endpoint, TlsCredentials
 
 NAME: Final = "there.example"
 """What the server's certificate is for, besides 127.0.0.1."""
@@ -84,3 +90,9 @@ class Pki:
 
 def _openssl(*args: str, given: bytes = b"") -> bytes:
     return subprocess.run(["openssl", *args], check=True, capture_output=True, input=given).stdout
+
+
+def creds(folder: Path, endpoint: Endpoint, **options: Any) -> TlsCredentials:
+    """Open an object's files."""
+    args = TlsCredsX509(qom_type="tls-creds-x509", id="tls0", dir=str(folder), endpoint=endpoint, **options)
+    return open_credentials(HostFiles(), args)  # type: ignore[arg-type]

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trio
 
-from tests.migration.pki import NAME, Pki
+from tests.migration.pki import NAME, Pki, creds
 from vmm.errors import HostFileRefused, MigrationPeerGone, OptionInvalid, TlsFailed, VmmError
 from vmm.hw.doorbell import open_doorbell
 from vmm.migration.tls import secure
 from vmm.migration.tls_relay import Closed, Relay
-from vmm.phases.commands_objects import TlsCredsX509
-from vmm.phases.host import HostFiles
-from vmm.phases.tls_objects import open_credentials
 from vmm.residents import Residents
 
 if TYPE_CHECKING:
@@ -41,12 +38,6 @@ MUCH: Final = os.urandom(1 << 16) * 48
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     return Pki.make(tmp_path_factory.mktemp("pki"))
-
-
-def creds(folder: Path, endpoint: Endpoint, **options: Any) -> TlsCredentials:
-    """Open an object's files."""
-    args = TlsCredsX509(qom_type="tls-creds-x509", id="tls0", dir=str(folder), endpoint=endpoint, **options)
-    return open_credentials(HostFiles(), args)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

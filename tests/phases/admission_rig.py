@@ -311,3 +311,15 @@ def unexpected(failure: BaseException | None) -> list[BaseException]:
     if failure is None:
         return []
     return [error for error in leaves(failure) if not isinstance(error, VmmError | trio.Cancelled)]
+
+
+def opened(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Return what opened and closed, in the words of `out_of_order`, but for what is beside the chain."""
+    words = {"TOKEN_GRANTED": "granted", "TOKEN_REVOKED": "revoked"}
+    return [
+        f"{words[name]} {data['token']} of {data['path']}"
+        if name in words
+        else f"{'open' if data['opened'] else 'leave'} {data['path']}"
+        for name, data in events
+        if (name in words or name == "PHASE_CHANGED") and data["phase"] not in ("fd_receive", "stream_receive")
+    ]

@@ -6,10 +6,12 @@ import hashlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
+import attrs
 import pytest
 import trio
 
 import vmm
+from vmm.capabilities import ADMIN, Grant
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.stream import HEAD_SIZE
 from vmm.migration.words import Ear, Word, say
@@ -260,3 +262,39 @@ async def source_peer(path: Path) -> AsyncGenerator[Peer, None]:
     stream = await trio.open_unix_socket(str(path))
     async with stream:
         yield Peer(stream)
+
+
+async def given(machine: EmbeddedMachine, folder: Path, endpoint: str, **parameters: Any) -> None:
+    """Give a machine credentials, and have it use them."""
+    arguments = {"qom_type": "tls-creds-x509", "id": "tls0", "dir": str(folder), "endpoint": endpoint}
+    await machine.execute("object-add", **arguments)
+    await machine.execute("migrate-set-parameters", tls_creds="tls0", **parameters)
+
+
+async def arrived(source: EmbeddedMachine, destination: EmbeddedMachine) -> None:
+    """Wait until the guest has gone from one, and goes on in the other."""
+    info = await outcome(source)
+    assert info["status"] == "completed", info
+    await in_status(destination, "running")
+    await goes_on(destination)
+
+
+@final
+@attrs.frozen
+class Client:
+    """A caller that may do anything, as a monitor's session."""
+
+    name: str = "qmp0/1"
+    grant: Grant = ADMIN
+    descriptors: dict[str, int] = attrs.Factory(dict)
+    by_number: bool = False
+
+    def take_descriptors(self) -> list[int]:
+        """Return none."""
+        return []
+
+
+async def execute(machine: EmbeddedMachine, client: Client, command: str, **arguments: Any) -> object:
+    """Have `client` execute a command."""
+    wired = {name.replace("_", "-"): value for name, value in arguments.items()}
+    return await machine._host.table.execute(client, command, wired)

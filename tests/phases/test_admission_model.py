@@ -35,8 +35,8 @@ from tests.phases.admission_model import (
     refusals,
     told,
 )
-from tests.phases.admission_rig import GRANTS, HANGS, Rig, open_rig, unexpected
-from tests.test_tear_down import out_of_order
+from tests.phases.admission_rig import GRANTS, HANGS, Rig, open_rig, opened, unexpected
+from tests.trees import out_of_order
 from vmm.phases.catalog import COMMANDS
 
 if TYPE_CHECKING:
@@ -234,18 +234,6 @@ def _windows(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield node["phase"], ({it["token"]: it.get("scope") for it in node["tokens"]}, node["withholds"])
     for child in node["children"]:
         yield from _windows(child)
-
-
-def opened(events: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Return what opened and closed, in the words of `out_of_order`, but for what is beside the chain."""
-    words = {"TOKEN_GRANTED": "granted", "TOKEN_REVOKED": "revoked"}
-    return [
-        f"{words[name]} {data['token']} of {data['path']}"
-        if name in words
-        else f"{'open' if data['opened'] else 'leave'} {data['path']}"
-        for name, data in events
-        if (name in words or name == "PHASE_CHANGED") and data["phase"] not in ("fd_receive", "stream_receive")
-    ]
 
 
 # --- the exploration ----------------------------------------------------------------------------------------

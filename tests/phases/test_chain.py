@@ -26,7 +26,7 @@ from tests.phases.machine import (
     sockets_in,
     start_of,
 )
-from tests.test_tear_down import out_of_order
+from tests.trees import out_of_order
 from vmm.errors import RecipeInvalid, leaves
 from vmm.phases.chain import chain
 from vmm.phases.config import GoOn

@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import vmm
-from tests.phases.copy_kit import SIZE, commands, empty, goes_on, in_status, outcome, port_of, started
-from tests.phases.test_migration_descriptors import Client, execute
+from tests.phases.copy_kit import (
+    SIZE,
+    Client,
+    arrived,
+    commands,
+    empty,
+    execute,
+    goes_on,
+    outcome,
+    port_of,
+    started,
+)
 from vmm.capabilities import MIGRATE
 from vmm.errors import DescriptorWrongKind, HostFileRefused, MigrationRefused
 
@@ -20,14 +30,6 @@ if TYPE_CHECKING:
     from vmm.embedding import EmbeddedMachine
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
-
-
-async def arrived(source: EmbeddedMachine, destination: EmbeddedMachine) -> None:
-    """Wait until the guest has gone from one, and goes on in the other."""
-    info = await outcome(source)
-    assert info["status"] == "completed", info
-    await in_status(destination, "running")
-    await goes_on(destination)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------

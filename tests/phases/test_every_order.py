@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import trio
 
-from tests.phases.admission_rig import HANGS, Rig, open_rig, unexpected
-from tests.phases.test_admission_model import opened
+from tests.phases.admission_rig import HANGS, Rig, open_rig, opened, unexpected
 from tests.qmp.kit import HALT, flat_guest
-from tests.test_tear_down import out_of_order
+from tests.trees import out_of_order
 from vmm.recipe import Step
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.hw.boot.test_acpi import tables
-from tests.hw.boot.test_acpi_file import table
+from tests.hw.boot.acpi_kit import table, tables
 from tests.phases.machine import DEFINITION, PATHS, advance, bare, failure
 from vmm.errors import OptionInvalid
 from vmm.hw.boot import layout

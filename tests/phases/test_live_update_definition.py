@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.hw.boot.test_acpi import tables
-from tests.hw.boot.test_acpi_file import table
+from tests.hw.boot.acpi_kit import table, tables
 from tests.kvm.tiny import assemble
 from tests.phases.test_numa import affinity
 from tests.phases.update_kit import move, open_bench

@@ -13,10 +13,9 @@ import trio
 
 from tests.monitor.fakes import Client
 from tests.phases.machine import Running, connected
-from tests.phases.test_live_update_settings import add_fd
 from tests.phases.test_live_update_strangers import stranger
 from tests.phases.update_kit import due
-from tests.phases.update_pair import Pair, concluded, hand_over, pair
+from tests.phases.update_pair import Pair, add_fd, concluded, hand_over, pair
 from vmm import host_sockets
 from vmm.capabilities import ADMIN, MayRunVcpus
 from vmm.errors import CprRefused

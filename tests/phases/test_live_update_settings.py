@@ -8,10 +8,9 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
-import trio
 
 from tests.phases.machine import connected
-from tests.phases.update_pair import concluded, hand_over, migration, pair
+from tests.phases.update_pair import add_fd, concluded, hand_over, migration, pair
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.monitor.events import EventHub
 from vmm.phases.catalog import EVENTS
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmm.monitor.events import Occurrence
-    from vmm.qmp_client import QmpClient
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -74,16 +72,6 @@ async def test_the_service_manager_is_told_before_a_client_that_tells_the_old_pr
             await source.ended.wait()
             assert manager.recv(100) == f"MAINPID={os.getpid()}\n".encode()
             assert (await concluded(new))["status"] == "completed"
-
-
-async def add_fd(client: QmpClient, fd: int, **arguments: Any) -> dict[str, int]:
-    """Put `fd` into a set."""
-    sock = client._sock
-    await trio.lowlevel.wait_writable(sock)
-    with socket.fromfd(sock.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
-        socket.send_fds(copy, [b"\n"], [fd])
-    found: dict[str, int] = await client.execute("add-fd", **arguments)
-    return found
 
 
 async def test_descriptor_sets_go_over_under_the_numbers_that_clients_know(tmp_path: Path) -> None:

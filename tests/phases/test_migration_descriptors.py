@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final
 
-import attrs
 import pytest
 
 import vmm
-from tests.phases.copy_kit import commands, empty, goes_on, in_status, outcome, started
-from vmm.capabilities import ADMIN, Grant
+from tests.phases.copy_kit import Client, commands, empty, execute, goes_on, in_status, outcome, started
 from vmm.errors import (
     DescriptorError,
     DescriptorWrongKind,
@@ -32,27 +30,6 @@ if TYPE_CHECKING:
     from vmm.embedding import EmbeddedMachine
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
-
-
-@final
-@attrs.frozen
-class Client:
-    """A caller that may do anything, as a monitor's session."""
-
-    name: str = "qmp0/1"
-    grant: Grant = ADMIN
-    descriptors: dict[str, int] = attrs.Factory(dict)
-    by_number: bool = False
-
-    def take_descriptors(self) -> list[int]:
-        """Return none."""
-        return []
-
-
-async def execute(machine: EmbeddedMachine, client: Client, command: str, **arguments: Any) -> object:
-    """Have `client` execute a command."""
-    wired = {name.replace("_", "-"): value for name, value in arguments.items()}
-    return await machine._host.table.execute(client, command, wired)
 
 
 def named(kind: str, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests.migration.pki import Pki
 from tests.phases.copy_kit import (
     commands,
     empty,
+    given,
     goes_on,
     in_status,
     listening,
@@ -26,7 +27,6 @@ from tests.phases.copy_kit import (
     ram,
     started,
 )
-from tests.phases.test_tls import given
 from vmm.errors import MigrationRefused
 from vmm.migration.further import SIZE, Preamble
 from vmm.phases.start import Start

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.hw.boot.acpi_kit import tables
 from tests.hw.boot.images import MIB
-from tests.hw.boot.test_acpi import tables
 from tests.phases.machine import PATHS, advance, bare, failure
 from vmm.hw.boot import layout
 from vmm.hw.boot.plan import Data

@@ -17,6 +17,7 @@ from tests.phases.copy_kit import (
     HANGS,
     commands,
     empty,
+    given,
     goes_on,
     in_status,
     look,
@@ -27,7 +28,6 @@ from tests.phases.copy_kit import (
     status,
     ticked,
 )
-from tests.phases.test_tls import given
 from vmm.errors import (
     HostFileRefused,
     InvalidState,

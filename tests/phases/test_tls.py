@@ -12,9 +12,8 @@ import trio
 
 import vmm
 from tests.migration.pki import NAME, Pki
-from tests.migration.test_tls import creds as opened
-from tests.phases.copy_kit import HANGS, commands, empty, goes_on, listening, outcome, port_of, started
-from tests.phases.test_channels import arrived
+from tests.migration.pki import creds as opened
+from tests.phases.copy_kit import HANGS, arrived, commands, empty, given, goes_on, listening, outcome, port_of, started
 from vmm.errors import BackendNotFound, MigrationRefused, TlsFailed
 from vmm.migration.tls import secure
 from vmm.phases.start import Start
@@ -34,13 +33,6 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 @pytest.fixture(scope="session")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
     return Pki.make(tmp_path_factory.mktemp("pki"))
-
-
-async def given(machine: EmbeddedMachine, folder: Path, endpoint: str, **parameters: Any) -> None:
-    """Give a machine credentials, and have it use them."""
-    arguments = {"qom_type": "tls-creds-x509", "id": "tls0", "dir": str(folder), "endpoint": endpoint}
-    await machine.execute("object-add", **arguments)
-    await machine.execute("migrate-set-parameters", tls_creds="tls0", **parameters)
 
 
 @asynccontextmanager

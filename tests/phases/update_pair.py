@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, final
 
@@ -90,3 +91,13 @@ async def hand_over(made: Pair, client: QmpClient, number: int, **more: Any) -> 
     """Have `client` hand the guest over to process `number`, with `more` parameters for that."""
     parameters = {name.replace("_", "-"): value for name, value in more.items()}
     await client.execute("migrate", channels=made.where(number), parameters={"mode": "cpr-transfer", **parameters})
+
+
+async def add_fd(client: QmpClient, fd: int, **arguments: Any) -> dict[str, int]:
+    """Put `fd` into a set."""
+    sock = client._sock
+    await trio.lowlevel.wait_writable(sock)
+    with socket.fromfd(sock.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as copy:
+        socket.send_fds(copy, [b"\n"], [fd])
+    found: dict[str, int] = await client.execute("add-fd", **arguments)
+    return found

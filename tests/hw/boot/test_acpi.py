@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.hw.boot.acpi_kit import tables
 from tests.hw.boot.images import MIB, bzimage, elf, memory_of, source
 from vmm.errors import BootError
 from vmm.hw.board import PM1_CONTROL, PM1_EVENT
@@ -12,33 +12,7 @@ from vmm.hw.boot import aml, layout
 from vmm.hw.boot.acpi import SCI, PciRoot, acpi_tables
 from vmm.hw.boot.image import plan_boot
 
-if TYPE_CHECKING:
-    from vmm.hw.boot.plan import Data
-
 WINDOW = range(0xC000_0000, 0xFEC0_0000)
-
-
-def tables(made: Data) -> dict[bytes, bytes]:
-    """Every table by its signature, found as a guest finds them, with its checksum proved."""
-    blob = bytes(made.data)
-
-    def at(address: int) -> bytes:
-        (size,) = struct.unpack_from("<I", blob, address - made.address + 4)
-        return blob[address - made.address : address - made.address + size]
-
-    assert blob[:8] == b"RSD PTR "
-    assert (sum(blob[:20]) % 256, sum(blob[:36]) % 256) == (0, 0)
-    (xsdt,) = struct.unpack_from("<Q", blob, 24)
-    found = {b"XSDT": at(xsdt)}
-    for (address,) in struct.iter_unpack("<Q", found[b"XSDT"][36:]):
-        found[at(address)[:4]] = at(address)
-    (dsdt,) = struct.unpack_from("<Q", found[b"FACP"], 140)
-    found[b"DSDT"] = at(dsdt)
-    assert all(sum(table) % 256 == 0 for table in found.values())
-    (facs,) = struct.unpack_from("<I", found[b"FACP"], 36)
-    assert facs % 64 == 0
-    found[b"FACS"] = at(facs)
-    return found
 
 
 def test_a_search_finds_the_root_and_the_root_everything() -> None:

@@ -6,20 +6,13 @@ import struct
 
 import pytest
 
+from tests.hw.boot.acpi_kit import table, tables
 from tests.hw.boot.images import MIB, source
-from tests.hw.boot.test_acpi import tables
 from vmm.errors import HostFileRefused
 from vmm.hw.boot import layout
 from vmm.hw.boot.acpi import acpi_tables
 from vmm.hw.boot.acpi_file import AcpiTable
 from vmm.hw.boot.numa import Numa
-
-
-def table(signature: bytes = b"TEST", body: bytes = b"body", length: int | None = None) -> bytes:
-    """A table with the header that all have."""
-    size = 36 + len(body) if length is None else length
-    data = struct.pack("<4sIBB6s8sI4sI", signature, size, 1, 0, b"OEMID ", b"OEMTABLE", 1, b"TEST", 1) + body
-    return data[:9] + bytes([-sum(data) & 0xFF]) + data[10:]
 
 
 def test_tables_are_listed_after_the_machines_own_as_they_are() -> None:

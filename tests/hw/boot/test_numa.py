@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from tests.hw.boot.acpi_kit import tables
 from tests.hw.boot.images import MIB
-from tests.hw.boot.test_acpi import tables
 from vmm.hw.boot.acpi import acpi_tables
 from vmm.hw.boot.numa import Numa
 
