@@ -1,4 +1,4 @@
-"""RAM at fixed places of a file: written there, in several threads, and read from there.
+"""RAM at fixed places of a file: written there, and read from there in several threads.
 
 The stream says where (`RamMapped`), goes on behind the pages, and says before its end what is there (`RamMappedSums`):
 so a page that the guest has changed since is written again in its place, and the file does not grow. What is zero takes
@@ -76,14 +76,14 @@ class MappedWriter:
         self._data = self._zero = self._left = self._live = 0
 
     async def save(self, wanted: PageMap, report: Callable[[], object], limit: Callable[[], int] = lambda: 0) -> None:
-        """Write these pages.
+        """Write these pages. In one thread: a file has one writer at a time, and those that wait keep CPUs busy.
 
         Args:
             report: called now and then, on the loop.
             limit: bytes a second, 0 for no limit; it may change.
 
         Raises:
-            HostFileRefused: the file cannot be written; in a group.
+            HostFileRefused: the file cannot be written.
         """
         self._left = len(wanted)
         if not self.passes:
@@ -91,9 +91,10 @@ class MappedWriter:
         self.passes += 1
         begun, before = trio.current_time(), self._data
 
-        async def piece(first: int, count: int) -> None:
+        for first in range(0, self.record.pages, PIECE_PAGES):
+            count = min(PIECE_PAGES, self.record.pages - first)
             if not wanted.count(first, first + count):
-                return
+                continue
             tally = await trio.to_thread.run_sync(self.file.save, self._memory, wanted.words, first, count)
             self._data += tally.data
             self._zero += tally.zero
@@ -102,8 +103,6 @@ class MappedWriter:
             if rate := limit():
                 ahead = (self._data - before) * PAGE_SIZE / rate - (trio.current_time() - begun)
                 await trio.sleep(max(ahead, 0.0))
-
-        await in_pieces(self.record.pages, piece)
 
     def stands(self) -> None:
         """Note that the guest stands from here on."""

@@ -172,7 +172,7 @@ class _Save:
                 log.collect(todo)
             else:
                 # Not before: devices, or a `cont` that came meanwhile, may have used some for the first time.
-                todo.merge(self.run.machine.memory.touched())
+                todo.merge(await trio.to_thread.run_sync(self.run.machine.memory.touched))
             await ram.save(todo, self._report)
             self._report()
             progress.advance(MigrationStatus.DEVICE)
@@ -195,7 +195,7 @@ class _Save:
             await trio.to_thread.run_sync(log.protect, 0, todo.pages)
             if not ram.passes:
                 # Not before: what is used for the first time just before it is protected the log may forget.
-                todo.merge(self.run.machine.memory.touched())
+                todo.merge(await trio.to_thread.run_sync(self.run.machine.memory.touched))
             await ram.save(todo, self._report, lambda: int(settings.values["max-bandwidth"]))
             seconds = max(trio.current_time() - begun, 1e-6)
             todo.clear()
@@ -222,7 +222,7 @@ class _Save:
         async with self._standing() as (may, pause):
             sections = _sections(may, pause)
             ram.stands()
-            todo.merge(self.run.machine.memory.touched())
+            todo.merge(await trio.to_thread.run_sync(self.run.machine.memory.touched))
             await ram.save(todo, self._report)
         self._report()
         await self._rest(sections)
