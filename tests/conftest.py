@@ -49,7 +49,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the kvmbox tests to the box where this machine's KVM can't boot their guests (`make test` runs both)."""
+    """Leave the kvmbox tests to the box where this machine's KVM can't boot their guests (`make test` runs both).
+
+    What is marked as long comes first.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if boots_stock_linux():
         return
     elsewhere = [item for item in items if item.get_closest_marker("kvmbox")]

@@ -200,6 +200,7 @@ def test_the_committed_results_are_of_a_whole_run() -> None:
 
 
 @pytest.mark.kvm
+@pytest.mark.long
 def test_quick_mode_measures_everything_that_a_whole_run_does() -> None:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}  # as some machines have it; must not matter
     done = subprocess.run(

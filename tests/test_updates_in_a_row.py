@@ -27,6 +27,7 @@ def anonymous_kib(pid: int) -> int:
 
 
 @pytest.mark.kvm
+@pytest.mark.long
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # each successor is to live on
 def test_no_process_of_a_row_holds_more_than_the_one_before(tmp_path: Path) -> None:

@@ -382,6 +382,7 @@ def explorer(yard: Yard) -> type[RuleBasedStateMachine]:
     return Explorer
 
 
+@pytest.mark.long
 async def test_ten_thousand_random_commands_are_admitted_as_the_design_says(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         yard = Yard(tmp_path, nursery)

@@ -102,6 +102,7 @@ async def settled(rig: Rig) -> None:
     await rig.admin("migrate-set-parameters")
 
 
+@pytest.mark.long
 async def test_quit_comes_after_any_order_of_the_ways_out_of_preconfig(tmp_path: Path) -> None:
     await save(tmp_path)
     steps, held = preconfig(tmp_path), sorted(os.listdir("/proc/self/fd"))

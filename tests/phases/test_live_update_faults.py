@@ -59,6 +59,7 @@ async def all_steps(zygote: Zygote, fault: str) -> dict[str, Seen]:
     return {step: found[step] for step in steps}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_leaves_the_guest_with_one_owner_or_dead_with_it_and_tells_why(
     zygote: Zygote, fault: str

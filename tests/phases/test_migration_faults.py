@@ -36,6 +36,7 @@ def zygote(no_leaks: None) -> Iterator[Zygote]:
         yield it
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", FAULTS)
 async def test_a_fault_leaves_the_guest_with_one_owner_or_dead_with_it_and_tells_why(
     zygote: Zygote, fault: str
