@@ -380,3 +380,42 @@ async def test_others_are_told_if_it_never_began() -> None:
         await trio.testing.wait_all_tasks_blocked()
         boot.tree.settle(refusal())
     assert told == ["Command 'machine-set' was cut short because its phase ended"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_between_two_windows_commands_wait_also_those_that_had_waited_for_one_before(*, fails: bool) -> None:
+    async with tree() as boot, trio.open_nursery() as nursery:
+        held, turn = lending("chardev-add"), Turn("go")
+        await boot.tree.wait_held_off("cont")  # by nobody
+        await boot.tree.pass_turnstile(held)
+        nursery.start_soon(boot.tree.pass_turnstile, lending("stop"))
+        await trio.testing.wait_all_tasks_blocked()
+        boot.tree.hold_off(turn)
+        boot.tree.leave_turnstile(held)
+        nursery.start_soon(boot.tree.wait_held_off, "cont")
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == 2
+        if fails:
+            turn.fail(refusal())  # which is not for them
+        else:
+            turn.succeed()
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == 0
+        await boot.tree.wait_held_off("cont")
+
+
+async def test_commands_that_wait_between_two_windows_are_told_of_the_end() -> None:
+    async with tree() as boot, trio.open_nursery() as nursery:
+        turn = Turn("go")
+        boot.tree.hold_off(turn)
+        boot.tree.move(turn)
+
+        async def late() -> None:
+            with pytest.raises(CommandAborted):
+                await boot.tree.wait_held_off("cont")
+            with pytest.raises(CommandAborted):
+                await boot.tree.pass_turnstile(lending("stop"))
+
+        nursery.start_soon(late)
+        await trio.testing.wait_all_tasks_blocked()
+        boot.tree.settle()

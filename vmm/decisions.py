@@ -67,6 +67,10 @@ class Turn(Generic[ValueT]):
         """Await it."""
         await self
 
+    async def wait_settled(self) -> None:
+        """Wait until the outcome is known, whatever it is. Whoever awaits the turn hears of an error."""
+        await self._settled.wait()
+
     def __await__(self) -> Generator[Any, None, None]:
         yield from self._settled.wait().__await__()
         if self._error is not None:

@@ -217,6 +217,7 @@ class Tree:
         self._open: list[Window[Any]] = []
         self._views: dict[type, list[object]] = {}
         self._turnstile = trio.CapacityLimiter(1)
+        self._held_off: Turn[Any] | None = None
         self.deferral: Final = Deferral()
         """For the time in which it is not known which process has the guest."""
         self._passing: Lending | Turn[Any] | None = None
@@ -333,6 +334,11 @@ class Tree:
             self._turnstile.release_on_behalf_of(lending)
             raise CommandAborted(command=lending.command)
         self._passing = lending
+        try:
+            await self.wait_held_off(lending.command)
+        except BaseException:
+            self.leave_turnstile(lending)
+            raise
 
     def leave_turnstile(self, holder: Lending | Turn[Any]) -> None:
         """Let the next command pass."""
@@ -357,6 +363,27 @@ class Tree:
             f"{holder.command} of {holder.holder} is" if isinstance(holder, Lending) else "a move of the machine is"
         )
         raise DrainTimeout(phase=phase, seconds=within, holders=holders)
+
+    def hold_off(self, turn: Turn[Any]) -> None:
+        """Have commands that change the machine wait until `turn` is settled, but for the one under way.
+
+        For a move between two windows, neither of which is open for a moment, without waiting for that one.
+        """
+        self._held_off = turn
+
+    async def wait_held_off(self, command: str) -> None:
+        """Wait as long as commands are held off.
+
+        Raises:
+            CommandAborted: the machine has come to its end meanwhile.
+            CommandDeferred: see `vmm.deferral`.
+        """
+        turn = self._held_off
+        if turn is None or turn.settled:
+            return
+        await self.deferral.wait(turn.wait_settled)
+        if self._over:
+            raise CommandAborted(command=command)
 
     def move(self, turn: Turn[Any]) -> None:
         """Let `turn` settle by itself, when the window that it leads to opens."""

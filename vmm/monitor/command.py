@@ -344,6 +344,7 @@ class CommandTable:
         command = self[name]
         if not command.harmless:
             await self._tree.wait_begun(name, caller.name)
+            await self._tree.wait_held_off(name)
         if self.is_noted(command, caller):
             token = self._note_token(command, caller, arguments)
             structure(command.arguments or _NoArguments, arguments, name)
