@@ -40,6 +40,14 @@ def test_an_event_has_its_name_data_and_time() -> None:
     assert lines == [f'{{"event": "STOP", "data": {{"by-whom": "\\u00e9"}}, {stamp}}}\r\n'.encode()]
 
 
+def test_an_event_that_is_told_late_has_the_time_when_it_was() -> None:
+    hub = EventHub([Event("RESUME")], now=lambda: 1_700_000_000_123_456_789)
+    told: list[object] = []
+    hub.subscribe(lambda occurrence: told.append(occurrence.body["timestamp"]))
+    hub.emit("RESUME", at=1_699_999_999_999_001_999)
+    assert told == [{"seconds": 1699999999, "microseconds": 999001}]
+
+
 def test_an_event_that_is_not_declared_is_a_bug() -> None:
     with pytest.raises(KeyError):
         EventHub([]).emit("STOP")

@@ -98,8 +98,10 @@ class EventHub:
             return None
         return tuple(self._history)[len(self._history) - missed :]
 
-    def emit(self, name: str, data: object = None) -> None:
+    def emit(self, name: str, data: object = None, *, at: int | None = None) -> None:
         """Tell the event `name`. `data` is an object of the event's class, or a mapping of wire names.
+
+        `at` is when it was, CLOCK_REALTIME in ns, where that is not now.
 
         Raises:
             KeyError: no such event is declared, which is a bug.
@@ -108,7 +110,7 @@ class EventHub:
         body: dict[str, object] = {"event": name}
         if data is not None:
             body["data"] = unstructure(data)
-        seconds, nanoseconds = divmod(self._now(), 1_000_000_000)
+        seconds, nanoseconds = divmod(self._now() if at is None else at, 1_000_000_000)
         body["timestamp"] = {"seconds": seconds, "microseconds": nanoseconds // 1000}
         if event.interval > 0:
             self._emit_limited(event, body)

@@ -5,10 +5,7 @@ Source: QEMU qapi/run-state.json (RunState).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Final, Literal, final, get_args
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import ClassVar, Final, Literal, Protocol, final, get_args
 
 RunStateName = Literal[
     "debug", "inmigrate", "internal-error", "io-error", "paused", "postmigrate", "prelaunch", "finish-migrate",
@@ -27,6 +24,13 @@ NEEDS_RESET: Final = frozenset({"internal-error", "guest-panicked", "shutdown", 
 """States that only a reset leads out of: the vCPUs have nothing sensible to execute."""
 
 
+class Emit(Protocol):
+    """Tells an event."""
+
+    def __call__(self, name: str, *, at: int | None = None) -> None:
+        """Tell the event `name`, of the moment `at`, CLOCK_REALTIME in ns, or of now."""
+
+
 @final
 class RunState:
     """The run state of one machine. Written by phases, read through `may-query`."""
@@ -34,7 +38,7 @@ class RunState:
     what: ClassVar[str] = "The run state"
     phase: ClassVar[str] = "boot"
 
-    def __init__(self, emit: Callable[[str], None]) -> None:
+    def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.name: RunStateName = "prelaunch"
         self.failure: str = ""
@@ -45,11 +49,11 @@ class RunState:
         """Whether vCPUs execute guest code."""
         return self.name == "running"
 
-    def runs(self) -> None:
-        """The vCPUs were started: state running, event RESUME."""
+    def runs(self, *, since: int | None = None) -> None:
+        """The vCPUs were started, `since` on CLOCK_REALTIME in ns, or just now: state running, event RESUME."""
         self.name = "running"
         self.failure = ""
-        self._emit("RESUME")
+        self._emit("RESUME", at=since)
 
     def stands(self, name: RunStateName, *, failure: str = "") -> None:
         """The vCPUs are out, for the reason `name`: event STOP if they ran before."""
