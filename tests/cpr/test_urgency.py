@@ -67,6 +67,16 @@ def test_a_thread_that_is_made_meanwhile_is_ordinary() -> None:
         assert own == os.SCHED_RR | os.SCHED_RESET_ON_FORK
 
 
+def test_a_thread_that_goes_first_anyway_stays_as_it_is() -> None:
+    one, two = Urgency(), Urgency()
+    before = os.sched_getscheduler(0)
+    one.begin()
+    two.begin()
+    one.close()
+    two.close()
+    assert os.sched_getscheduler(0) == before
+
+
 def test_where_the_host_does_not_permit_it_nothing_changes() -> None:
     child = os.fork()
     if child == 0:

@@ -12,7 +12,7 @@ from vmm.migration.words import Ear, Word, say, written
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-EXPECTED = "expected one of ready, acknowledged, loaded, refused, yours"
+EXPECTED = "expected one of ready, acknowledged, prepared, loaded, refused, yours"
 
 Pair = tuple[trio.SocketStream, trio.SocketStream]
 

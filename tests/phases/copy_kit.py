@@ -11,9 +11,11 @@ import pytest
 import trio
 
 import vmm
+from tests.phases.streams import PREAMBLE
 from vmm.capabilities import ADMIN, Grant
 from vmm.guests.heartbeat import HeartbeatReader
-from vmm.migration.stream import HEAD_SIZE
+from vmm.migration.ram_records import Switchover
+from vmm.migration.stream import HEAD_SIZE, StreamReader
 from vmm.migration.words import Ear, Word, say
 from vmm.phases.machine import Machine
 from vmm.phases.start import Start
@@ -31,9 +33,6 @@ if TYPE_CHECKING:
 SIZE: Final = 16 << 20
 HANGS: Final = 30.0
 """Seconds after which a test says that what it waits for does not come. No outcome depends on it."""
-
-PREAMBLE: Final = 12
-"""Bytes before the first record of a stream."""
 
 OVER: Final = ("completed", "failed", "cancelled")
 
@@ -181,6 +180,9 @@ class Peer:
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
         self._ear = Ear(stream, "peer", "the test fails")
+        self._reader: StreamReader | None = None
+        self._is_prepared = False
+        self._answers = True
         self.seen = 0
 
     async def say(self, name: WordName, reason: str = "") -> None:
@@ -205,7 +207,20 @@ class Peer:
                 assert data, f"it ended after {self.seen} bytes"
                 found += data
                 self.seen += len(data)
+                await self._answer(data)
         return found
+
+    async def _answer(self, data: bytes) -> None:
+        """As a destination, say that it is prepared as soon as the source tells it to be."""
+        if self._reader is None:
+            return
+        records = self._reader.feed(data)
+        while self._reader.content and self._reader.take_content():
+            records += self._reader.feed(b"")
+        if Switchover() in records:
+            self._is_prepared = True
+            if self._answers:
+                await self.say("prepared")
 
     async def invite(self) -> None:
         """Read what comes before the guest is stopped, and ask for the rest."""
@@ -214,10 +229,29 @@ class Peer:
 
     async def invited(self) -> None:
         """Read what comes before the guest is stopped."""
+        self._reader = StreamReader()
         await self.read(PREAMBLE)
         for _ in range(4):
             head = await self.read(HEAD_SIZE)
             await self.read(int.from_bytes(head[8:12], "little"))
+
+    async def read_pages(self) -> None:
+        """Read until the guest is about to be stopped, and do not answer."""
+        assert self._reader is not None, "invited() comes first"
+        self._answers = False
+        await self._read_on()
+
+    async def prepare(self) -> None:
+        """Ask for the rest, and read until the guest is about to be stopped; say that it may be."""
+        await self.invite()
+        await self._read_on()
+
+    async def _read_on(self) -> None:
+        with trio.fail_after(HANGS):
+            while not self._is_prepared:
+                data = await self._stream.receive_some(65536)
+                assert data, "it ended before"
+                await self._answer(data)
 
     async def ended(self) -> bytes:
         """Read to the end; return what came."""
@@ -226,9 +260,14 @@ class Peer:
             try:
                 while data := await self._stream.receive_some(65536):
                     found += data
+                    await self._answer(data)
             except trio.BrokenResourceError:
                 pass
         return found
+
+    async def send_eof(self) -> None:
+        """Say no more."""
+        await self._stream.send_eof()
 
     def close(self) -> None:
         """Hang up."""

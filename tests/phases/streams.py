@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from vmm.kvm._pages import ffi, lib
 from vmm.migration.ram_records import RamPages
-from vmm.migration.stream import StreamReader, StreamWriter
+from vmm.migration.stream import HEAD_SIZE, StreamReader, StreamWriter
 from vmm.migration.stream_records import PAGES_VERSION, End, Header, Home
 from vmm.migration.terms import Terms
+
+PREAMBLE: Final = 12
+"""Bytes before the first record of a stream."""
 
 
 @attrs.frozen
@@ -71,3 +74,11 @@ def stream_of(records: list[Any]) -> bytes:
 def answered(data: bytes) -> bytes:
     """Return a stream that was saved in a file as one whose source hears the destination, and waits for its words."""
     return stream_of([attrs.evolve(it, answers=True) if isinstance(it, Terms) else it for it in records_of(data)])
+
+
+def head_of(data: bytes) -> int:
+    """Return how many bytes of a stream are its preamble, header, recipe, processor and terms."""
+    at = PREAMBLE
+    for _ in range(4):
+        at += HEAD_SIZE + int.from_bytes(data[at + 8 : at + 12], "little")
+    return at

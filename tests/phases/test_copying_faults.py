@@ -11,7 +11,6 @@ import trio
 
 import vmm
 from tests.phases.copy_kit import (
-    PREAMBLE,
     commands,
     destination_peer,
     empty,
@@ -28,10 +27,10 @@ from tests.phases.copy_kit import (
     status,
 )
 from tests.phases.machine import sockets_in
-from tests.phases.streams import answered
+from tests.phases.streams import answered, head_of
 from vmm.cpr.limits import CprLimits
 from vmm.errors import MigrationPeerGone, MigrationRefused, StreamCorrupt, VmmError
-from vmm.migration.stream import HEAD_SIZE, StreamWriter
+from vmm.migration.stream import StreamWriter
 from vmm.migration.stream_records import PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.phases.start import Start
 from vmm.recipe import Recipe
@@ -47,14 +46,6 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 def full(machine: EmbeddedMachine) -> None:
     """Put something into all of the guest's upper 8 MiB, so that no socket takes all of its RAM at once."""
     parts(machine).memory.write(8 << 20, os.urandom(8 << 20))
-
-
-def head_of(data: bytes) -> int:
-    """Return how many bytes of a stream are its preamble, header, recipe, processor and terms."""
-    at = PREAMBLE
-    for _ in range(4):
-        at += HEAD_SIZE + int.from_bytes(data[at + 8 : at + 12], "little")
-    return at
 
 
 async def failed(source: EmbeddedMachine, reason: str) -> None:
@@ -91,7 +82,7 @@ async def test_a_destination_that_hangs_up_amid_ram_keeps_nothing(tmp_path: Path
 async def test_a_destination_that_hangs_up_in_place_of_a_last_word_keeps_nothing(tmp_path: Path) -> None:
     async with started() as source:
         async with destination_peer(source, tmp_path) as peer:
-            await peer.invite()
+            await peer.prepare()
             await outcome(source, "device")
             peer.close()
         await failed(source, GONE)
@@ -131,7 +122,7 @@ async def test_a_destination_refuses_before_the_guest_has_been_stopped(tmp_path:
         (
             b"HTTP/1.1 400\n",
             "State stream: the destination says b'HTTP/1.1 400\\n', "
-            "expected one of ready, acknowledged, loaded, refused, yours",
+            "expected one of ready, acknowledged, prepared, loaded, refused, yours",
         ),
         (b'{"word": "yours"}\n', "State stream: the destination says 'yours', expected 'ready'"),
         (b'{"word": "loaded"}\n', "State stream: the destination says 'loaded', expected 'ready'"),
@@ -162,7 +153,7 @@ async def test_a_guest_that_stood_stands_after_a_failure(tmp_path: Path) -> None
     async with started() as source:
         await source.execute("stop")
         async with destination_peer(source, tmp_path) as peer:
-            await peer.invite()
+            await peer.prepare()
             await outcome(source, "device")
             peer.close()
         assert (await outcome(source))["status"] == "failed"
@@ -203,10 +194,22 @@ async def test_a_migration_is_cancelled_while_it_waits_for_the_destination(word:
     async with started() as source:
         async with destination_peer(source, tmp_path) as peer:
             if word is not None:
-                await peer.invite()
+                await peer.prepare()
                 await outcome(source, "device")
             else:
                 await outcome(source, "active")
+            await source.execute("migrate_cancel")
+            assert (await outcome(source))["status"] == "cancelled"
+        await goes_on(source)
+
+
+async def test_a_guest_runs_until_the_destination_has_made_ready(tmp_path: Path) -> None:
+    async with started() as source:
+        async with destination_peer(source, tmp_path) as peer:
+            await peer.invite()
+            await peer.read_pages()
+            assert (await outcome(source, "active"))["ram"]["remaining"] <= 64 * 4096
+            await goes_on(source)
             await source.execute("migrate_cancel")
             assert (await outcome(source))["status"] == "cancelled"
         await goes_on(source)
@@ -232,7 +235,7 @@ async def test_a_machine_ends_amid_a_migration(tmp_path: Path) -> None:
 
 async def test_what_would_change_the_machine_waits_until_the_migration_is_over(tmp_path: Path) -> None:
     async with started() as source, destination_peer(source, tmp_path) as peer:
-        await peer.invite()
+        await peer.prepare()
         await outcome(source, "device")
         for command, arguments in (
             ("stop", {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
@@ -13,10 +14,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vmm
-from tests.phases.copy_kit import PREAMBLE, commands, goes_on, ram, save, started, status
-from tests.phases.streams import Pages, records_of, stream_of
+from tests.phases.copy_kit import (
+    commands,
+    goes_on,
+    in_status,
+    outcome,
+    parts,
+    ram,
+    save,
+    source_peer,
+    started,
+    status,
+)
+from tests.phases.streams import PREAMBLE, Pages, answered, head_of, records_of, stream_of
 from vmm.errors import StateRejected, StreamCorrupt, VmmError
-from vmm.migration.ram_records import RamExtents, RamPages, RamPass
+from vmm.migration.ram_records import RamExtents, RamPages, RamPass, Switchover
 from vmm.migration.stream import HEAD_SIZE
 from vmm.migration.stream_records import Header, Recipe, Section, recipe_digest
 from vmm.migration.terms import Terms
@@ -193,6 +205,14 @@ HOSTILE: Final[dict[str, tuple[Callable[[list[Any]], list[Any]], str]]] = {
         ],
         "the content of the guest's RAM is not in it; only a live update comes so",
     ),
+    "the guest stands twice": (
+        changed(RamPass, lambda it: [it, Switchover(), Switchover()]),
+        "a second notice of the switchover",
+    ),
+    "the guest stands before there is RAM": (
+        changed(RamExtents, lambda it: [Switchover(), it]),
+        "notice of the switchover, expected after the RAM extents",
+    ),
     "no extents before the pages": (
         lambda records: [it for it in records if not isinstance(it, RamExtents | RamPass)],
         "list of RAM pages, expected after the RAM extents",
@@ -276,6 +296,41 @@ async def test_a_stream_made_with_intent_is_refused(name: str, tmp_path: Path) -
 async def test_the_good_stream_survives_being_taken_apart(tmp_path: Path) -> None:
     data = await saved(tmp_path)
     assert stream_of(records_of(data)) == data
+
+
+@pytest.mark.parametrize("pages", [1, 600])
+async def test_what_comes_while_the_guest_stands_is_taken_in_however_much_it_is(pages: int, tmp_path: Path) -> None:
+    """More than is read on the loop goes on in a thread; and what does not come at all is noticed in either."""
+    content = os.urandom(pages * 4096)
+    parted = [(at, content[at : at + 4096 * 100]) for at in range(0, len(content), 4096 * 100)]
+    last = [Switchover(), *(Pages.of(((8 << 20) + at, part)) for at, part in parted)]
+    records = records_of(answered(await saved(tmp_path)))
+    at = 1 + max(number for number, record in enumerate(records) if isinstance(record, Pages))
+    good = stream_of([*records[:at], *last, *records[at:]])
+    head = head_of(good)
+    async with vmm.machine(commands(upto="accel-set")) as machine:
+        for number, data in enumerate((good[:-1], good)):
+            path = tmp_path / f"main{number}"
+            await machine.execute("migrate-incoming", uri=f"unix:{path}", exit_on_error=False)
+            async with source_peer(path) as peer:
+                await peer.send(data[:head])
+                assert (await peer.hear()).name == "ready"
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(peer.send, data[head:])
+                    assert (await peer.hear()).name == "prepared"
+                if data is good:
+                    assert (await peer.hear()).name == "loaded"
+                    await peer.say("yours")
+                else:
+                    await peer.send_eof()
+                    word = await peer.hear()
+                    assert word.name == "refused"
+                    assert "expected record" in word.reason
+            if data is not good:
+                assert (await outcome(machine))["status"] == "failed"
+        await in_status(machine, "running")
+        await goes_on(machine)
+        assert parts(machine).memory.read(8 << 20, len(content)) == content
 
 
 async def test_a_device_s_state_that_cannot_be_is_named(tmp_path: Path) -> None:

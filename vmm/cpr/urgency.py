@@ -32,6 +32,8 @@ class Urgency:
         self._collects = gc.isenabled()
         gc.disable()
         before = os.sched_getscheduler(0), os.sched_getparam(0)
+        if before[0] != os.SCHED_OTHER:
+            return  # it goes before ordinary ones already
         try:
             # Threads that are made meanwhile, and vCPUs above all, stay ordinary.
             os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(_PRIORITY))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections import deque
-from contextlib import closing, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import trio
@@ -30,7 +30,7 @@ from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from vmm.hw.doorbell import Doorbell
     from vmm.kvm.page_map import PageMap
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _PIECE: Final = 1 << 16
 """Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
+
+_REST_PIECES: Final = 16
+"""How many are read on the loop, of a guest that stands."""
 
 _LAST_WORDS: Final = 1.0
 """Seconds for a source to hear that it was refused, while it still sends."""
@@ -148,31 +151,72 @@ class Inflow:
 
         def work(bell: Doorbell) -> None:
             reader = self._reader
-            bulk = Bulk(self._fd, peer=self._channel is not None).heed(bell)
+            bulk = self._bulk().heed(bell)
             buffer = memoryview(bytearray(_PIECE))
-            while True:
-                while self._records:
-                    record = self._records.popleft()
-                    if isinstance(record, RamPages):
-                        if ram is None:
-                            raise StreamCorrupt(reason="pages of RAM, where its head was expected")
-                        ram.take_pages(record, reader, bulk)
-                        self._records.extend(reader.feed(b""))
-                    elif take(record):
-                        return
-                if reader.ended:
-                    return
-                if self._reader.jump is not None:
-                    os.lseek(self._fd, self._start + self._reader.jump, os.SEEK_SET)
-                    self._reader.jumped()
+            while not self._take_records(take, ram, bulk):
+                if reader.jump is not None:
+                    os.lseek(self._fd, self._start + reader.jump, os.SEEK_SET)
+                    reader.jumped()
                 count = bulk.read_into(buffer)
                 if not count:
                     reader.close()
                 self._records.extend(reader.feed(buffer[:count]))
 
+        async with self._explained():
+            await in_thread(work)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of it has been read."""
+        return self._reader.ended
+
+    async def read_rest(self, take: Callable[[Record], bool], ram: RamWriter) -> None:
+        """Do as `read`, on the loop while it is little: the way to a thread and back is longer than what that takes.
+
+        To be called while it is still to come, and not for a file. What is more than a little is read in a thread.
+        """
+        bulk = self._bulk()
+        buffer = memoryview(bytearray(_PIECE))
+        async with self._explained():
+            for _ in range(_REST_PIECES):
+                if self._take_records(take, ram, bulk, whole=True):
+                    return
+                while (count := bulk.read_here(buffer)) is None:
+                    await trio.lowlevel.wait_readable(self._fd)
+                if not count:
+                    self._reader.close()
+                self._records.extend(self._reader.feed(buffer[:count]))
+        await self.read(take, ram)
+
+    def _take_records(
+        self, take: Callable[[Record], bool], ram: RamWriter | None, bulk: Bulk, *, whole: bool = False
+    ) -> bool:
+        """Take what was read; return whether that is all. With `whole`, leave pages that have not been read all."""
+        reader = self._reader
+        while self._records:
+            record = self._records[0]
+            if isinstance(record, RamPages):
+                if ram is None:
+                    raise StreamCorrupt(reason="pages of RAM, where its head was expected")
+                if whole and reader.lacking:
+                    return False
+                self._records.popleft()
+                ram.take_pages(record, reader, bulk)
+                self._records.extend(reader.feed(b""))
+            else:
+                self._records.popleft()
+                if take(record):
+                    return True
+        return reader.ended
+
+    def _bulk(self) -> Bulk:
+        return Bulk(self._fd, peer=self._channel is not None)
+
+    @asynccontextmanager
+    async def _explained(self) -> AsyncGenerator[None, None]:
         async with self._connection.explained():
             try:
-                await in_thread(work)
+                yield
             except ChannelBroken as error:
                 what = silence(error.__cause__)
                 reason = f"the source {what}" if what else "the connection broke before its end record"
@@ -190,6 +234,12 @@ class Inflow:
                 await say(self._channel, Word("ready"))
                 if self.terms.acknowledge:
                     await say(self._channel, Word("acknowledged"))
+
+    async def say_prepared(self) -> None:
+        """Say that the guest may be stopped now."""
+        assert self._channel is not None, "a source that nobody answers does not ask"
+        with suppress(trio.BrokenResourceError):  # as above
+            await say(self._channel, Word("prepared"))
 
     async def confirm(self) -> None:
         """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.

@@ -12,6 +12,7 @@ from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, Str
 from vmm.migration.multifd import MultifdSink
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.page_server import LinkBroken
+from vmm.migration.precopy import AT_ONCE
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamAbsent
 from vmm.migration.silence import silence
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
     from vmm.migration.stream_records import Section
 
 _OUTCOME: Final = "the guest goes on in the source"
-
-_AT_ONCE: Final = 64
-"""Pages that are sent on the loop: 256 KiB."""
+_PIECE: Final = 1 << 13
+"""Bytes of sections that are worth to be sent before there are more."""
 _LAST_WORDS: Final = 2.0
 """Seconds for a destination that has closed a channel to say why."""
 
@@ -115,22 +115,49 @@ class Outflow:
         self._sink = self._multifd = sink
         return sink
 
-    async def precopy(self, precopy: Precopy) -> None:
-        """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`."""
+    async def precopy(self, precopy: Precopy, *, lingers: bool) -> None:
+        """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`.
+
+        Where little is left, the destination has made ready for it then; unless the guest `lingers` once it stands.
+        """
         writer = self._announced()
+        tells = self._goes_alone and self._ear is not None and not lingers
 
         def work(bulk: Bulk) -> None:
-            precopy.run(writer, bulk, self._pages(precopy.ram.memory))
+            precopy.run(writer, bulk, self._pages(precopy.ram.memory), tells=tells)
 
         await self._in_thread(work)
+        if precopy.told:
+            await self._hear("prepared")
 
-    async def send(self, sections: Iterable[Section], precopy: Precopy) -> None:
+    async def send(self, save: Callable[[], Iterable[Section]], precopy: Precopy) -> None:
         """Send all the rest. The guest stands. A file is on its disk when this returns.
+
+        Args:
+            save: returns the sections; called on the loop.
 
         Raises:
             VmmError: it did not get there.
         """
         writer = self._announced()
+        if self._goes_alone and precopy.ram.passes and precopy.ram.collect() <= AT_ONCE:
+            # The way to a thread and back is longer than what little is left takes. While this side saves, the other
+            # takes the pages in.
+            bulk = self._bulk
+            bulk.hold()
+            precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
+            bulk.push()
+            for section in save():
+                writer.section(section.name, section.version, section.state)
+                bulk.write(writer.take())
+                if bulk.held >= _PIECE:
+                    bulk.push()
+            bulk.write(writer.finish())
+            rest = bulk.release()
+            if rest:
+                await self._in_thread(lambda bulk: bulk.write([memoryview(rest)]))
+            return
+        sections = save()
 
         def work(bulk: Bulk) -> None:
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
@@ -142,16 +169,7 @@ class Outflow:
             if self._connection.is_file:
                 _sync(self._fd)
 
-        plain = self._multifd is None and not self._connection.is_file
-        if plain and precopy.ram.passes and precopy.ram.collect() <= _AT_ONCE:
-            # The way to a thread and back is longer than what little is left takes.
-            self._bulk.hold()
-            work(self._bulk)
-            rest = self._bulk.release()
-            if rest:
-                await self._in_thread(lambda bulk: bulk.write([rest]))
-        else:
-            await self._in_thread(work)
+        await self._in_thread(work)
 
     async def hand_on(self, sections: Iterable[Section], ram: RamSender) -> None:
         """Send all the rest but the pages that `ram` has left, which come afterwards, in frames. The guest stands.
@@ -220,6 +238,11 @@ class Outflow:
 
         await self._in_thread(work)
         return self._bulk.bytes
+
+    @property
+    def _goes_alone(self) -> bool:
+        """Whether all goes over this one channel, which is no file."""
+        return self._multifd is None and not self._connection.is_file
 
     def _announced(self) -> StreamWriter:
         assert self._writer is not None, "the state follows the recipe"

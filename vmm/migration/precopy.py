@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vmm.migration.ram import RamSender
     from vmm.migration.stream import StreamWriter
 
-_FEW: Final = 64 * PAGE_SIZE
-"""Bytes that take no time to speak of."""
+AT_ONCE: Final = 64
+"""Pages that take no time to speak of: they are sent, and taken in, on the loop."""
+_FEW: Final = AT_ONCE * PAGE_SIZE
 _BURST: Final = 0.05
 """Seconds by which a limited rate may be exceeded, and afterwards has to be waited for."""
 _LOOK: Final = 0.1
@@ -55,12 +56,17 @@ class Precopy:
         self.ram: Final = ram
         self._parameters: Final = parameters
         self._watcher: Final = watcher
+        self.told = False
+        """Whether the stream says that the guest is about to stand."""
         self._bandwidth: float | None = None  # bytes a second
         self._sent, self._seconds = 0, 0.0  # since that was found
         self._had = ram.memory.size  # bytes that the present pass has
 
-    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
+    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink, *, tells: bool = False) -> None:
         """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
+
+        Args:
+            tells: whether the stream is to say so, where that is little.
 
         Raises:
             ChannelBroken, HostFileRefused: it cannot go there.
@@ -70,6 +76,10 @@ class Precopy:
         writer.ram_extents(self.ram.extents, in_stream=True)
         while not self._one_pass(writer, bulk, sink):
             pass
+        self.told = tells and self._had <= _FEW
+        if self.told:
+            writer.switchover()
+            bulk.write(writer.take())
 
     def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Send what is left, with no limit to the rate. The guest stands."""

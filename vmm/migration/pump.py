@@ -6,6 +6,7 @@ such wait listens to, and that is looked at between pieces. So a cancelled trans
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -66,19 +67,27 @@ class Bulk:
         """Whether what is written is kept."""
         return self._held is not None
 
-    def release(self) -> memoryview:
-        """Write what was kept, as far as there is room for it at once; return the rest. Does not wait, never raises.
+    @property
+    def held(self) -> int:
+        """Bytes that are kept."""
+        return 0 if self._held is None else len(self._held)
+
+    def push(self) -> None:
+        """Write what is kept, as far as there is room for it at once, and keep the rest. Does not wait, never raises.
 
         Whoever writes the rest learns what is wrong, if anything is.
         """
         assert self._held is not None
-        data, self._held = memoryview(self._held), None
-        try:
-            count = os.write(self.fd, data)
-        except OSError:
-            count = 0
-        self.bytes -= len(data) - count  # which is counted once it is written
-        return data[count:]
+        with contextlib.suppress(OSError):
+            del self._held[: os.write(self.fd, self._held)]
+
+    def release(self) -> bytearray:
+        """Do as `push`, keep no more, and return the rest."""
+        assert self._held is not None
+        self.push()
+        rest, self._held = self._held, None
+        self.bytes -= len(rest)  # which is counted once it is written
+        return rest
 
     def heed(self, bell: Doorbell) -> Self:
         """Stop where `bell` rings, from now on; return itself."""
@@ -131,6 +140,20 @@ class Bulk:
                 raise self.failure("read", error) from error
             self.bytes += count
             return count
+
+    def read_here(self, buffer: memoryview) -> int | None:
+        """Read what there is, without waiting; return how many bytes, 0 at the end, None if there is nothing yet.
+
+        For the loop. Raises as `read_into`.
+        """
+        try:
+            count = os.readv(self.fd, [buffer])
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise self.failure("read", error) from error
+        self.bytes += count
+        return count
 
     def write_by(self, step: Callable[[], int]) -> None:
         """Call `step` until it has written all: it returns 1 then, 0 where there is no room, or minus an errno.

@@ -232,3 +232,22 @@ class RamAbsent:
         if not payload or len(payload) % 8:
             raise Misshapen(f"{len(payload)} bytes, expected words of 8")
         return cls(payload)
+
+
+@final
+@attrs.frozen
+class Switchover:
+    """The guest is about to stand, and what is left of it is little. A hint: whoever reads may make ready."""
+
+    TYPE: ClassVar[int] = 14
+    NOUN: ClassVar[str] = "notice of the switchover"
+    LIMIT: ClassVar[int] = 0
+
+    def payload(self) -> bytes:
+        """Encode."""
+        return b""
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Switchover:
+        """Undo `payload`, whose length the limit has checked."""
+        return cls()

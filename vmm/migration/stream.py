@@ -32,7 +32,7 @@ from zlib import crc32
 
 from vmm.errors import StateRejected, StreamCorrupt
 from vmm.migration.ram_file_records import RamInPlace, RamMapped
-from vmm.migration.ram_records import RamContent, RamExtents, RamPages, RamPass
+from vmm.migration.ram_records import RamContent, RamExtents, RamPages, RamPass, Switchover
 from vmm.migration.section_payload import Misshapen
 from vmm.migration.stream_order import RECIPE_NUMBER, SECTIONS_LIMIT, UNLIMITED, Misplaced, RecordOrder
 from vmm.migration.stream_records import FORMAT_VERSION, KINDS, PAGES_VERSION, End, Header, Home, Recipe, Section, noun
@@ -133,6 +133,10 @@ class StreamWriter:
         """Begin a pass over RAM."""
         self._add(RamPass(number))
 
+    def switchover(self) -> None:
+        """Say that the guest is about to stand, and that little is left of it."""
+        self._add(Switchover())
+
     def ram_pages(self, table: bytes | memoryview) -> bytes:
         """Add pages whose table this is; return the head that goes before it. Both are the caller's to send, and the
         content after them; what was added before must have been taken."""
@@ -216,6 +220,11 @@ class StreamReader:
     def content(self) -> int:
         """Bytes of pages that come next, before another record: those of the last record that `feed` returned."""
         return self._pending
+
+    @property
+    def lacking(self) -> int:
+        """Bytes of them that have not been fed."""
+        return max(0, self._pending - len(self._buffer))
 
     @property
     def offset(self) -> int:

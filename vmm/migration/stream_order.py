@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, final
 
 from vmm.migration.ram_file_records import RamMapped
-from vmm.migration.ram_records import RamContent, RamExtents, RamPages, RamPass
+from vmm.migration.ram_records import RamContent, RamExtents, RamPages, RamPass, Switchover
 from vmm.migration.stream_records import PAGES_VERSION, Header, Recipe, Section, noun
 from vmm.migration.terms import Terms
 
@@ -21,6 +21,9 @@ SECTIONS_LIMIT: Final = 4096
 
 UNLIMITED: Final = (RamContent, RamPages, RamPass)
 """What RAM comes in: of these there may be any number, of any size in all, as far as the extents go."""
+
+
+_OF_PAGES: Final = (RamPages.TYPE, RamPass.TYPE, Switchover.TYPE)
 
 
 class Misplaced(ValueError):
@@ -36,6 +39,7 @@ class RecordOrder:
         self._names: Final[set[str]] = set()
         self._ram: Final = _RamOrder()
         self._mapped = False  # whether its pages have fixed places
+        self._switches = False  # whether it says that the guest is about to stand
         self._unlimited = 0  # how many of these records there were
 
     def check_kind(self, kind: int, number: int, version: int) -> None:
@@ -52,9 +56,9 @@ class RecordOrder:
             raise Misplaced(f"{noun(kind)}, expected the header as record 0 and nowhere else")
         if kind == Recipe.TYPE and number != RECIPE_NUMBER:
             raise Misplaced("recipe, expected as record 1 or not at all")
-        if kind in (Terms.TYPE, RamPages.TYPE, RamPass.TYPE) and version < PAGES_VERSION:
+        if kind in (Terms.TYPE, *_OF_PAGES) and version < PAGES_VERSION:
             raise Misplaced(f"{noun(kind)}, which format version {version} has not")
-        if kind in (RamPages.TYPE, RamPass.TYPE) and not self._ram.listed:
+        if kind in _OF_PAGES and not self._ram.listed:
             raise Misplaced(f"{noun(kind)}, expected after the RAM extents")
         if number - self._unlimited > 3 * SECTIONS_LIMIT:
             raise Misplaced(f"at most {3 * SECTIONS_LIMIT} records are read")
@@ -75,6 +79,10 @@ class RecordOrder:
             self._ram.take(record)
         elif isinstance(record, RamMapped):
             self._take_map(record, end)
+        elif isinstance(record, Switchover):
+            if self._switches:
+                raise Misplaced(f"a second {record.NOUN}")
+            self._switches = True
         if isinstance(record, UNLIMITED):
             self._unlimited += 1
 

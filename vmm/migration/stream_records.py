@@ -15,7 +15,7 @@ import attrs
 
 from vmm.errors import MigrationRefused, OptionInvalid, StateRejected
 from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
-from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass
+from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPages, RamPass, Switchover
 from vmm.migration.record_fields import NAME_LIMIT, pack_name, unpack_fixed, unpack_name
 from vmm.migration.section_payload import Misshapen, StateValue, canonical, decode_state, encode_state, parse_canonical
 from vmm.migration.terms import Terms
@@ -219,6 +219,7 @@ Record: TypeAlias = (
     | Terms
     | RamPages
     | RamPass
+    | Switchover
     | End
 )
 

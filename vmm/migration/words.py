@@ -2,6 +2,7 @@
 
     destination   ready                  in answer to the recipe: the machine is here, and its RAM may come
                   acknowledged           where the terms ask for it: the guest may be stopped
+                  prepared               in answer to the notice of the switchover: it has made ready
                   loaded                 in answer to the rest: all of it is in force, and the guest stands
                   refused, and why       at any time before; nothing of it is in force
     source        yours                  in answer to loaded: run it; from here on it does not run in the source
@@ -24,7 +25,7 @@ from vmm.migration.silence import silence
 if TYPE_CHECKING:
     from trio.abc import ReceiveStream, SendStream
 
-WordName = Literal["ready", "acknowledged", "loaded", "refused", "yours"]
+WordName = Literal["ready", "acknowledged", "prepared", "loaded", "refused", "yours"]
 
 _NAMES: Final[tuple[str, ...]] = get_args(WordName)
 _LIMIT: Final = 16384  # bytes of a line

@@ -16,6 +16,7 @@ import attrs
 import trio
 
 from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySteerPostcopy, MaySwitchOver
+from vmm.cpr.urgency import Urgency
 from vmm.errors import InvalidState, MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import ExecAddress, FileAddress, InetAddress, UnixAddress, VsockAddress
 from vmm.migration.connect import close_descriptors, connect_channel
@@ -345,7 +346,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
-                                await flow.precopy(precopy)
+                                await flow.precopy(precopy, lingers=waits is not None)
                         pause = await _copy(phase, run, copy)
                         if steering.server is not None:
                             from vmm.phases.postcopy_source import OutgoingPostcopy, run_postcopy_source
@@ -379,8 +380,12 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
     # Nobody else starts, stops or resets the guest from here on. Who was at it has finished.
     async with run.control:
         ran = False
+        urgency = Urgency()
         try:
             async with migrating.child("quiesced") as phase:
+                host.stores.declare_ports(machine.state)
+                urgency.begin()
+                machine.rehearse_save()
                 progress.pause_begins()
                 ran = run.gang.running
                 # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
@@ -393,9 +398,10 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                 if ran:
                     run.status.stands("finish-migrate")
                 if copy.gate is not None:
+                    urgency.close()
                     progress.advance(MigrationStatus.PRE_SWITCHOVER)
                     await copy.gate.wait()
-                host.stores.declare_ports(machine.state)
+                    urgency.begin()
                 guest = StandingGuest(machine.state, machine.memory)
 
                 def grants(mint: Mint) -> QuiescedGrants:
@@ -413,6 +419,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                         await copy.flow.let_go()
                     run.here = False
         finally:
+            urgency.close()
             progress.pause_ends()
             with trio.CancelScope(shield=True):
                 await run.gang.stop()  # whose tasks may not have ended yet
@@ -529,13 +536,15 @@ async def _announce(run: Run, flow: Outflow, steering: _Steering, terms: Terms) 
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
     progress = copy.progress
-    sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
+
+    def save() -> list[Section]:
+        return [*may.save().values(), Section(Pause.KIND, Pause.VERSION, pause.to_json())]
 
     if copy.left is None:
-        await copy.flow.send(sections, copy.precopy)
+        await copy.flow.send(save, copy.precopy)
     else:
         ram = may.ram()
-        transferred = await copy.flow.leave(sections, ram, *copy.left)
+        transferred = await copy.flow.leave(save(), ram, *copy.left)
         progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
     with trio.move_on_after(_ANSWERING) as patience:

@@ -8,6 +8,7 @@ was until the state is in force.
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import trio
@@ -30,6 +31,7 @@ from vmm.migration.status import MigrationStatus
 from vmm.phases.building import SavedState
 from vmm.phases.incoming import IncomingGrants
 from vmm.phases.loading import read_state
+from vmm.phases.precedence import Precedence
 from vmm.phases.running import Copied, Run, run_running
 from vmm.phases.stream_port import Admission, settled
 
@@ -133,12 +135,16 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                 if wait is None:
                     again.awaited = trio.Event()
                     await again.awaited.wait()
-                else:
-                    copied = await _attempt(run, wait, window.grants)
+                    continue
+                with closing(Precedence(phase.tree)) as precedence:
+                    copied = await _attempt(run, wait, window.grants, precedence)
+                    if copied is not None:
+                        # Here, and not in running: to get there takes longer than all that is left to do.
+                        await copied.take_up(run, start=autostart.on)
         await run_running(phase, run, start=autostart.on, copied=copied)
 
 
-async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied | None:
+async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, precedence: Precedence) -> Copied | None:
     """Load one stream. Return None if it was refused, and nothing of it is left; or raise, if the process ends so."""
     machine = run.machine
     made = machine.made
@@ -148,10 +154,11 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied
         return None  # whoever awaited it has said why
     failure: VmmError | None = None
     try:
-        pause, rest = await _load(run, wait, grants)
+        pause, rest = await _load(run, wait, grants, precedence)
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
+        precedence.taken()
         port.forget(wait)
         made.incoming.allowed.clear()
         if rest is None:
@@ -170,13 +177,16 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants) -> Copied
     return None
 
 
-async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pause, IncomingPostcopy | None]:
+async def _load(
+    run: Run, wait: StreamWait, grants: IncomingGrants, precedence: Precedence
+) -> tuple[Pause, IncomingPostcopy | None]:
     machine, made, arrival = run.machine, run.machine.made, wait.arrival
     assert arrival is not None
+    flow = arrival.flow
     assert grants.write_guest_memory is not None
     assert made.incoming.progress is not None
     made.incoming.streams.require_same(arrival.recipe, arrival.cpu, machine.cpu)
-    terms = arrival.flow.terms
+    terms = flow.terms
     packings = [packing(terms.compression) for _ in range(terms.multifd)]
     if terms.multifd or terms.preempt:
         wait.require_listener()
@@ -184,11 +194,11 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
         from vmm.kvm.faults import LINK_FEATURES, require_features
 
         require_features("run the guest before all of its RAM is there", LINK_FEATURES)
-    if not arrival.flow.from_file:
+    if not flow.from_file:
         # Nothing is done for the first time while the guest stands. One in a file stands anyway.
         await machine.rehearse_load()
     await run.gang.stand_by()
-    await arrival.flow.invite()
+    await flow.invite()
     made.incoming.progress.advance(MigrationStatus.ACTIVE)
     with ExitStack() as stack:
         multifd: MultifdIntake | None = None
@@ -200,21 +210,30 @@ async def _load(run: Run, wait: StreamWait, grants: IncomingGrants) -> tuple[Pau
         if terms.preempt:
             (urgent,) = await wait.more_channels("preempt", 1)
             stack.callback(urgent.close)
-        pause, sections = await read_state(arrival.flow, machine, grants.write_guest_memory, multifd)
-        if arrival.flow.absent is not None:
-            rest = await _load_some(machine, arrival.flow, urgent, grants, sections)
+        make_ready = None if flow.from_file else partial(_make_ready, machine, flow, precedence)
+        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready)
+        precedence.hold_off()
+        if flow.absent is not None:
+            rest = await _load_some(machine, flow, urgent, grants, sections)
             # Nothing of it is closed before all of the guest is here.
             kept = stack.pop_all()
             kept.callback(wait.over.set)
             rest.over = kept.close
             return pause, rest
     # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
-    machine.processors.let_time_stand(arrival.flow.from_file)
+    machine.processors.let_time_stand(flow.from_file)
     grants.load_state.check(sections).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
-    await arrival.flow.confirm()
+    await flow.confirm()
     return pause, None
+
+
+async def _make_ready(machine: Machine, flow: Inflow, precedence: Precedence) -> None:
+    """Do now what would take its time while the guest stands, which it is about to."""
+    precedence.hurry()
+    machine.rehearse_again()
+    await flow.say_prepared()
 
 
 async def _load_some(

@@ -11,12 +11,12 @@ from vmm.errors import PageFaultsUnavailable, StateRejected, StreamCorrupt
 from vmm.migration.incoming_ram import IncomingRam
 from vmm.migration.ram import RamWriter
 from vmm.migration.ram_file_records import RamInPlace, RamMapped, RamMappedSums
-from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPass
+from vmm.migration.ram_records import RamAbsent, RamContent, RamExtents, RamPass, Switchover
 from vmm.migration.stream_records import Section
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from vmm.capabilities import MayWriteGuestMemory
     from vmm.migration.inflow import Inflow
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 async def read_state(
-    flow: Inflow, machine: Machine, may_write: MayWriteGuestMemory | None, multifd: MultifdIntake | None = None
+    flow: Inflow,
+    machine: Machine,
+    may_write: MayWriteGuestMemory | None,
+    multifd: MultifdIntake | None = None,
+    make_ready: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Pause, list[Section]]:
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
 
@@ -34,6 +38,8 @@ async def read_state(
         multifd: the further channels that its terms promise.
         may_write: to put RAM in place as it comes. With None it is only looked at. RAM at fixed places of a file is put
             in place last, or with x-restore-on-demand comes when it is used.
+        make_ready: awaited, where the source says so, when the guest is about to stand and little is left of it. That
+            is read on the loop. With None it is read as all before.
 
     Raises:
         VmmError: it is damaged, cut off, or of no such machine.
@@ -45,6 +51,7 @@ async def read_state(
     intakes = [ram.intake, *(multifd.intakes if multifd is not None else ())]
     coming = IncomingRam(machine.memory.size, flow, multifd, intakes)
     if may_write is not None and progress is not None:
+        # It keeps the buffers, too, which would else be given back while the guest stands.
         progress.follow_ram(coming.statistics)
     sections: list[Section] = []
     maps: list[RamMapped] = []
@@ -67,6 +74,8 @@ async def read_state(
                 sums.append(record)
             case RamPass() if multifd is not None:
                 multifd.begins(record.number)
+            case Switchover():
+                return make_ready is not None and multifd is None
             case RamAbsent():
                 if flow.absent is not None or not flow.terms.postcopy:
                     raise StreamCorrupt(reason="it lists absent pages twice, or its source has not said that it may")
@@ -75,6 +84,9 @@ async def read_state(
 
     if multifd is None:
         await flow.read(take, ram)
+        if make_ready is not None and not flow.ended:
+            await make_ready()
+            await flow.read_rest(take, ram)
     else:
         await multifd.beside(lambda: flow.read(take, ram))
         multifd.require_whole()

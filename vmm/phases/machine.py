@@ -12,7 +12,7 @@ from vmm.migration.stream import StreamReader, StreamWriter
 from vmm.migration.stream_io import StateStream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from vmm.facets import GuestRam
     from vmm.hw.codec import DeviceSection
@@ -74,16 +74,34 @@ class Machine:
             prepared.prepare()
             await trio.lowlevel.checkpoint()
         self.made.host.stores.prepare_to_move()
+        for _ in self._rehearsal():
+            await trio.lowlevel.checkpoint()
+
+    def rehearse_again(self) -> None:
+        """Do as `rehearse_load`, at once, when it has been done: all that a load takes is in the CPU's caches then."""
+        for _ in self._rehearsal():
+            pass
+
+    def _rehearsal(self) -> Iterator[None]:
         writer = StreamWriter("rehearsal")
         for section in self.state.save(optional=False).values():
             writer.section(section.name, section.version, section.state)
-        await trio.lowlevel.checkpoint()
+        yield
         reader = StreamReader()
         stream = StateStream.of(reader.feed(b"".join(writer.finish())))
-        await trio.lowlevel.checkpoint()
+        yield
         checked = self.state.check(stream.sections)
-        await trio.lowlevel.checkpoint()
+        yield
         checked.apply()
+
+    def rehearse_save(self) -> None:
+        """Encode some state: all that it takes is in the CPU's caches then. The guest may run."""
+        writer = StreamWriter("rehearsal")
+        for section in self.sections:
+            writer.section(section.name, section.version, section.save())
+        for name, state in self.processors.reset_state().items():
+            writer.section(name, 0, state)
+        writer.finish()
 
     def power_on(self, ram: GuestRam) -> None:
         """Write what starts out in the guest's RAM, and put the boot processor where it begins.

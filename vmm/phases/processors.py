@@ -54,6 +54,9 @@ class Processors(Protocol):
     def power_on_again(self) -> None:
         """Put everything into its power-on state."""
 
+    def reset_state(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return what `declare` has declared, as it was at power-on, by section. vCPUs may be in the guest."""
+
     def note_pause(self) -> None:
         """Tell the guest's watchdogs that it stood."""
 
@@ -113,6 +116,10 @@ class KvmProcessors:
         vcpus, chips = self._reset_state
         load_machine(self._vm, self._fds, vcpus, chips)
 
+    def reset_state(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return section `kvm`."""
+        return {"kvm": _section(*self._reset_state)}
+
     def note_pause(self) -> None:
         """Have each vCPU's next entry say that it was paused."""
         for fd in self._fds:
@@ -137,8 +144,7 @@ class KernelState:
 
     def save(self) -> Mapping[str, Any]:
         """Read it all. Every vCPU is out."""
-        vcpus, chips = save_machine(self._vm, self._vcpus)
-        return {"vcpus": [_fields(vcpu) for vcpu in vcpus], "chips": _fields(chips)}
+        return _section(*save_machine(self._vm, self._vcpus))
 
     def load(self, _version: int, state: Mapping[str, Any]) -> Callable[[], None]:
         """Check it all, and return what loads it."""
@@ -150,6 +156,10 @@ class KernelState:
         check_machine(self._vm, self._vcpus, states, chips)
         stood_still = self.stood_still
         return lambda: load_machine(self._vm, self._vcpus, states, chips, stood_still=stood_still)
+
+
+def _section(vcpus: Sequence[VcpuState], chips: ChipState) -> dict[str, Any]:
+    return {"vcpus": [_fields(vcpu) for vcpu in vcpus], "chips": _fields(chips)}
 
 
 def _fields(state: VcpuState | ChipState) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
@@ -220,7 +221,7 @@ async def run_running(
     """Run the guest until the machine ends, or has gone to another process; then go on to phase postmigrate.
 
     With `loaded`, the guest is a predecessor's until it has been taken here; `start` is then what it was there. With
-    `copied` it is here already.
+    `copied` it has been taken up already.
     """
     async with parent.child("running", machine_phase="machine-ready") as phase:
         if loaded is None and copied is None:
@@ -231,9 +232,7 @@ async def run_running(
         if loaded is not None:
             await take_over(run, loaded)
             phase.tree.reserved_for = None
-        elif copied is not None:
-            await copied.take_up(run, start=start)
-        elif start:
+        elif start and copied is None:
             run.start_nowait()
         while (left := await stay_in_running(phase, run, copied, start=start)) is not None:
             copied = None
@@ -279,13 +278,14 @@ class Copied:
         run.machine.bells.forget()  # What a client of qtest did here before.
         if pause.runs and start:
             run.machine.processors.note_pause()
+            since = time.time_ns()
             run.gang.start_now()
         else:
             await run.gang.stop()
         run.machine.wake()
         run.machine.bells.take_over(pause.wishes)
         if pause.runs and start:
-            run.status.runs()
+            run.status.runs(since=since)
         else:
             run.status.stands("paused" if pause.runs else pause.run_state, failure=pause.failure)
         if self.rest is None:

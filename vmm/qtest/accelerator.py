@@ -6,7 +6,7 @@ Time stands still but for `VirtualClock`; interrupt lines keep the level that de
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, ClassVar, Final, final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 from vmm.hw.irq import IrqLines
 from vmm.qtest.clock import VirtualClock
@@ -15,7 +15,7 @@ from vmm.qtest.state import QtestSection, QtestState
 from vmm.qtest.vm import QtestVm
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import ExitStack
 
     from vmm.capabilities import MayDeclareState
@@ -87,6 +87,10 @@ class IdleProcessors:
 
     def power_on_again(self) -> None:
         """Do nothing."""
+
+    def reset_state(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return nothing: nothing was declared."""
+        return {}
 
     def note_pause(self) -> None:
         """Do nothing."""
