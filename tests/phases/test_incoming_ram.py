@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
 
 from tests.phases.copy_kit import HANGS, SIZE, empty, outcome, parts, started
+from vmm.migration import mapped_ram
 from vmm.migration.ram import RamWriter
 
 if TYPE_CHECKING:
@@ -89,8 +91,11 @@ async def test_of_a_file_it_is_known_what_is_left(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("on_demand", [False, True])
 async def test_pages_at_their_places_are_counted_also_those_that_come_when_the_guest_runs(
-    on_demand: bool, tmp_path: Path
+    on_demand: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Several threads take several pieces each.
+    monkeypatch.setattr(mapped_ram, "PIECE_PAGES", 512)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     async with started() as source:
         fill(source)
         await source.execute("migrate", uri=f"file:{tmp_path / 'state'}", capabilities=MAPPED)

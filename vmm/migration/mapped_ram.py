@@ -231,7 +231,8 @@ class MappedReader:
         await trio.to_thread.run_sync(may.clear)
 
         async def piece(first: int, count: int) -> None:
-            self._data += await trio.to_thread.run_sync(may.load_pages, self.file, first, count)
+            came = await trio.to_thread.run_sync(may.load_pages, self.file, first, count)
+            self._data += came  # not before: others add meanwhile
 
         await in_pieces(self._record.pages, piece)
 
