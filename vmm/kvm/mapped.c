@@ -20,6 +20,38 @@ static uint32_t tm_crc32c(uint32_t crc, const void *data, uint64_t size)
     return tp_crc32c(crc, data, size);
 }
 
+/* Notes of at most 4 pages, those whose bit is set in `mask`, what they are. 0, or minus an errno. */
+static int tm_look(uintptr_t base, int fd, uint64_t offset, uint64_t *listed, uint32_t *sums, uint64_t first,
+                   unsigned mask, struct tm_tally *tally)
+{
+    uint32_t found[4];
+    uint64_t ored[4];
+
+    if (mask == 15)
+        tp_crc_pages((const uint8_t *)base + first * TP_PAGE, 4, found, ored);
+    for (unsigned at = 0; at < 4; at++) {
+        uint64_t page = first + at;
+
+        if (!(mask >> at & 1))
+            continue;
+        if (mask != 15)
+            tp_crc_pages((const uint8_t *)base + page * TP_PAGE, 1, found + at, ored + at);
+        sums[page] = ored[at] ? found[at] : 0;
+        if (ored[at]) {
+            tp_add(listed, page);
+            tally->data++;
+            continue;
+        }
+        tally->zero++;
+        if (tp_drop(listed, page) && fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                               (off_t)(offset + page * TP_PAGE), TP_PAGE)) {
+            tally->page = page;
+            return -errno;
+        }
+    }
+    return 0;
+}
+
 /*
  * Writes those pages out whose bit is set in `wanted`, notes in `listed` which are in the file, and their checksums. A
  * page that became zero is a hole again. One that the guest changes meanwhile may get the wrong checksum: it is written
@@ -28,43 +60,25 @@ static uint32_t tm_crc32c(uint32_t crc, const void *data, uint64_t size)
 static int tm_save(uintptr_t base, int fd, uint64_t offset, const uint64_t *wanted, uint64_t *listed, uint32_t *sums,
                    uint64_t first, uint64_t count, struct tm_tally *tally)
 {
-    uint64_t end = first + count, start = first, page = first;
+    uint64_t end = first + count;
 
-    while (page < end) {
-        const char *at = (const char *)base + page * TP_PAGE;
-        int error = 0, take = 0;
+    for (uint64_t block = first; block < end; block += 64) {
+        uint64_t after = block + 64 < end ? block + 64 : end, todo = __atomic_load_n(&wanted[block / 64], __ATOMIC_ACQUIRE);
+        int error = 0;
 
-        if (!(page % 64) && !__atomic_load_n(&wanted[page / 64], __ATOMIC_ACQUIRE)) {
-            page = page + 64 < end ? page + 64 : end;
-            start = page;
-            continue;
+        if (after < block + 64)
+            todo &= ~(~0ull << (after - block));
+        for (uint64_t page = block; !error && page < after; page += 4)
+            error = tm_look(base, fd, offset, listed, sums, page, todo >> (page - block) & 15, tally);
+        for (uint64_t page = block, run = 0; !error && page < after; page += run ? run : 1) {
+            for (run = 0; page + run < after && todo >> (page + run - block) & 1 && tp_has(listed, page + run); run++)
+                ;
+            tally->page = page;
+            if (run)
+                error = tp_write(fd, (const char *)base + page * TP_PAGE, run * TP_PAGE, offset + page * TP_PAGE);
         }
-        if (tp_has(wanted, page)) {
-            if (tp_is_zero(at)) {
-                tally->zero++;
-                if (tp_drop(listed, page) && fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                                       (off_t)(offset + page * TP_PAGE), TP_PAGE))
-                    error = -errno;
-                sums[page] = 0;
-            } else {
-                sums[page] = tp_crc32c(0, at, TP_PAGE);
-                tp_add(listed, page);
-                tally->data++;
-                take = 1;
-            }
-        }
-        page += (uint64_t)take;
-        if (!error && page > start && (!take || page - start == TP_RUN || page == end || !(page % 64))) {
-            error = tp_write(fd, (const char *)base + start * TP_PAGE, (page - start) * TP_PAGE,
-                             offset + start * TP_PAGE);
-            start = page;
-        }
-        if (!take)
-            start = ++page;
-        if (error) {
-            tally->page = start < end ? start : end - 1;
+        if (error)
             return error;
-        }
     }
     return 0;
 }
@@ -94,13 +108,17 @@ static int tm_load(uintptr_t base, int ram, int fd, uint64_t offset, const uint6
         }
         tally->page = page;
         error = tp_read(fd, at, run * TP_PAGE, offset + page * TP_PAGE);
-        for (uint64_t index = 0; !error && index < run; index++) {
-            uint32_t found = tp_crc32c(0, at + index * TP_PAGE, TP_PAGE);
-            if (found != sums[page + index]) {
-                tally->page = page + index;
-                tally->found = found;
-                error = TP_DAMAGED;
-            }
+        for (uint64_t index = 0; !error && index < run; index += 4) {
+            uint32_t found[4];
+            uint64_t ored[4], several = run - index < 4 ? run - index : 4;
+
+            tp_crc_pages((const uint8_t *)at + index * TP_PAGE, (unsigned)several, found, ored);
+            for (uint64_t one = 0; !error && one < several; one++)
+                if (found[one] != sums[page + index + one]) {
+                    tally->page = page + index + one;
+                    tally->found = found[one];
+                    error = TP_DAMAGED;
+                }
         }
         if (!error && ram >= 0)
             error = tp_write(ram, at, run * TP_PAGE, page * TP_PAGE);

@@ -7,9 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 #include <unistd.h>
-#include <nmmintrin.h>
+#include "page_sums.h"
 
-#define TP_PAGE 4096u
 /* Pages that are moved at once: what a CPU has just summed is still in its cache when it is written. */
 #define TP_RUN 64u
 /* In place of an errno: the content of a page is not what its checksum says. */

@@ -15,10 +15,9 @@
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
-#include <immintrin.h>
+#include "page_sums.h"
 
-#define TV_PAGE 4096u
-#define TV_WORDS (TV_PAGE / 8)
+#define TV_PAGE TP_PAGE
 #define TV_CHUNK_PAGES 256u /* pages with data in one chunk: 1 MiB, which a cache of the second level can hold */
 #define TV_CHUNK_RUNS 512u
 #define TV_HEAD_ROOM 20u /* bytes of a record's head, before the table */
@@ -97,88 +96,6 @@ static uint64_t tv_map_next_clear(const uint64_t *map, uint64_t from, uint64_t e
 
 /* --- checksums: CRC-32C (Castagnoli), RFC 3720 B.4 -------------------------------------------------------- */
 
-/* The processor's instruction takes one word a clock, and three clocks for each: four pages at once keep it busy. */
-__attribute__((target("sse4.2"))) static void tv_crc_4(const uint8_t *page, uint32_t *crcs, uint64_t *ored)
-{
-    const uint64_t *a = (const void *)page, *b = a + TV_WORDS, *c = b + TV_WORDS, *d = c + TV_WORDS;
-    uint64_t p = ~0u, q = ~0u, r = ~0u, s = ~0u, w = 0, x = 0, y = 0, z = 0;
-
-    for (unsigned at = 0; at < TV_WORDS; at++) {
-        uint64_t e = a[at], f = b[at], g = c[at], h = d[at];
-        p = _mm_crc32_u64(p, e);
-        q = _mm_crc32_u64(q, f);
-        r = _mm_crc32_u64(r, g);
-        s = _mm_crc32_u64(s, h);
-        w |= e;
-        x |= f;
-        y |= g;
-        z |= h;
-    }
-    crcs[0] = ~(uint32_t)p;
-    crcs[1] = ~(uint32_t)q;
-    crcs[2] = ~(uint32_t)r;
-    crcs[3] = ~(uint32_t)s;
-    ored[0] = w;
-    ored[1] = x;
-    ored[2] = y;
-    ored[3] = z;
-}
-
-__attribute__((target("sse4.2"))) static void tv_crc_1(const uint8_t *page, uint32_t *crc, uint64_t *ored)
-{
-    const uint64_t *words = (const void *)page;
-    uint64_t sum = ~0u, all = 0;
-
-    for (unsigned at = 0; at < TV_WORDS; at++) {
-        sum = _mm_crc32_u64(sum, words[at]);
-        all |= words[at];
-    }
-    *crc = ~(uint32_t)sum;
-    *ored = all;
-}
-
-/* For a processor without the instruction: bit by bit would do, but for its speed. */
-static void tv_crc_plain(const uint8_t *page, uint32_t *crc, uint64_t *ored)
-{
-    uint32_t table[16];
-    uint32_t sum = ~0u;
-    uint64_t all = 0;
-
-    for (uint32_t value = 0; value < 16; value++) {
-        uint32_t entry = value;
-        for (int bit = 0; bit < 4; bit++)
-            entry = entry >> 1 ^ (entry & 1 ? 0x82f63b78u : 0);
-        table[value] = entry;
-    }
-    for (unsigned at = 0; at < TV_PAGE; at++) {
-        sum ^= page[at];
-        sum = sum >> 4 ^ table[sum & 15];
-        sum = sum >> 4 ^ table[sum & 15];
-        all |= page[at];
-    }
-    *crc = ~sum;
-    *ored = all;
-}
-
-static int tv_has_crc(void)
-{
-    return __builtin_cpu_supports("sse4.2");
-}
-
-/* Checksums of at most 4 pages; and of each whether it has anything but zeros. */
-static void tv_crc_pages(const uint8_t *page, unsigned pages, uint32_t *crcs, uint64_t *ored)
-{
-    if (!tv_has_crc()) {
-        for (unsigned at = 0; at < pages; at++)
-            tv_crc_plain(page + at * TV_PAGE, crcs + at, ored + at);
-    } else if (pages == 4) {
-        tv_crc_4(page, crcs, ored);
-    } else {
-        for (unsigned at = 0; at < pages; at++)
-            tv_crc_1(page + at * TV_PAGE, crcs + at, ored + at);
-    }
-}
-
 /* Checksums of `pages` pages at `address`; returns how many of them are zero, and where asked which. */
 static uint64_t tv_checksum_pages(uintptr_t address, uint64_t pages, uint32_t *checksums, uint64_t *zero_map)
 {
@@ -188,7 +105,7 @@ static uint64_t tv_checksum_pages(uintptr_t address, uint64_t pages, uint32_t *c
         unsigned count = pages - at < 4 ? (unsigned)(pages - at) : 4;
         uint64_t ored[4];
 
-        tv_crc_pages((const uint8_t *)address + at * TV_PAGE, count, checksums + at, ored);
+        tp_crc_pages((const uint8_t *)address + at * TV_PAGE, count, checksums + at, ored);
         for (unsigned one = 0; one < count; one++) {
             if (!ored[one]) {
                 zeros++;
@@ -273,7 +190,7 @@ static uint64_t tv_chunk_gather(struct tv_chunk *chunk, uintptr_t base, uint64_t
             count++;
         /* Out of the set first: what the guest writes from here on puts it in again. */
         tv_map_clear(map, page, page + count);
-        tv_crc_pages((const uint8_t *)base + page * TV_PAGE, count, crcs, ored);
+        tp_crc_pages((const uint8_t *)base + page * TV_PAGE, count, crcs, ored);
         for (unsigned one = 0; one < count; one++)
             tv_chunk_add(chunk, page + one, delta, ored[one] || !find_zeros ? TV_DATA : TV_ZERO, crcs[one]);
         page += count;
@@ -414,7 +331,7 @@ static uint32_t tv_chunk_verify(struct tv_chunk *chunk, const uint8_t *buffer, u
             uint64_t ored[4];
             unsigned count = end - page < 4 ? (unsigned)(end - page) : 4;
 
-            tv_crc_pages(buffer + (uint64_t)at * TV_PAGE, count, crcs, ored);
+            tp_crc_pages(buffer + (uint64_t)at * TV_PAGE, count, crcs, ored);
             for (unsigned one = 0; one < count; one++, page++, at++) {
                 if (crcs[one] == chunk->crc[at])
                     continue;
