@@ -382,33 +382,28 @@ async def test_others_are_told_if_it_never_began() -> None:
     assert told == ["Command 'machine-set' was cut short because its phase ended"]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-async def test_between_two_windows_commands_wait_also_those_that_had_waited_for_one_before(*, fails: bool) -> None:
+async def test_between_two_windows_commands_wait_also_those_that_had_waited_for_one_before() -> None:
     async with tree() as boot, trio.open_nursery() as nursery:
-        held, turn = lending("chardev-add"), Turn("go")
+        held = lending("chardev-add")
         await boot.tree.wait_held_off("cont")  # by nobody
         await boot.tree.pass_turnstile(held)
         nursery.start_soon(boot.tree.pass_turnstile, lending("stop"))
         await trio.testing.wait_all_tasks_blocked()
-        boot.tree.hold_off(turn)
+        boot.tree.hold_off(until="next")
         boot.tree.leave_turnstile(held)
         nursery.start_soon(boot.tree.wait_held_off, "cont")
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(nursery.child_tasks) == 2
-        if fails:
-            turn.fail(refusal())  # which is not for them
-        else:
-            turn.succeed()
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(nursery.child_tasks) == 0
-        await boot.tree.wait_held_off("cont")
+        async with boot.child("other") as phase, phase.window(nothing):
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 2
+        async with boot.child("next") as phase, phase.window(nothing):
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 0
+            await boot.tree.wait_held_off("cont")
 
 
 async def test_commands_that_wait_between_two_windows_are_told_of_the_end() -> None:
     async with tree() as boot, trio.open_nursery() as nursery:
-        turn = Turn("go")
-        boot.tree.hold_off(turn)
-        boot.tree.move(turn)
+        boot.tree.hold_off(until="next")
 
         async def late() -> None:
             with pytest.raises(CommandAborted):

@@ -364,12 +364,13 @@ class Tree:
         )
         raise DrainTimeout(phase=phase, seconds=within, holders=holders)
 
-    def hold_off(self, turn: Turn[Any]) -> None:
-        """Have commands that change the machine wait until `turn` is settled, but for the one under way.
+    def hold_off(self, *, until: str) -> None:
+        """Have commands that change the machine wait until the window of phase `until` opens.
 
-        For a move between two windows, neither of which is open for a moment, without waiting for that one.
+        For a move between two windows that has happened before the second one is open. A command under way goes on.
         """
-        self._held_off = turn
+        self._held_off = Turn(None, until=until)
+        self.move(self._held_off)
 
     async def wait_held_off(self, command: str) -> None:
         """Wait as long as commands are held off.

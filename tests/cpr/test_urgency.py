@@ -6,6 +6,8 @@ import gc
 import os
 import threading
 
+import pytest
+
 from vmm.cpr.urgency import Urgency
 
 STRANGER = 65534
@@ -65,6 +67,21 @@ def test_a_thread_that_is_made_meanwhile_is_ordinary() -> None:
     assert policies == [os.SCHED_OTHER]
     if os.geteuid() == 0:
         assert own == os.SCHED_RR | os.SCHED_RESET_ON_FORK
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER | os.SCHED_RESET_ON_FORK, os.SCHED_BATCH, os.SCHED_IDLE])
+def test_whatever_is_ordinary_is_raised(policy: int) -> None:
+    before = os.sched_getscheduler(0)
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+    urgency = Urgency()
+    try:
+        urgency.begin()
+        assert os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_RR
+        urgency.close()
+        assert os.sched_getscheduler(0) == policy
+    finally:
+        urgency.close()
+        os.sched_setscheduler(0, before, os.sched_param(0))
 
 
 def test_a_thread_that_goes_first_anyway_stays_as_it_is() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trio
 
-from tests.phases.copy_kit import HANGS, empty, in_status, outcome, parts, started
+from tests.phases.copy_kit import HANGS, destination_peer, empty, in_status, outcome, parts, started
 from vmm.errors import MigrationRefused
 from vmm.guests.dirtier import DirtierReader
 
@@ -109,3 +109,19 @@ async def test_one_way_to_slow_a_guest_down_excludes_the_other() -> None:
             "Migration capabilities 'dirty-limit' and 'auto-converge' exclude each other: both slow the guest down to "
             "let the migration end; turn one of them off"
         )
+
+
+async def test_what_is_written_until_the_destination_is_ready_goes_before_the_pause(tmp_path: Path) -> None:
+    slow = {**GUEST, "append": "hz=100 pages=2 region=4M"}
+    async with started(ticks=0, **slow) as source, destination_peer(source, tmp_path) as peer:
+        await peer.invite()
+        await peer.read_pages()
+        passes = (await outcome(source, "active"))["ram"]["dirty-sync-count"]
+        await written(source, 200)
+        await source.execute("migrate-set-parameters", downtime_limit=0)
+        await peer.say("prepared")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(peer.ended)
+            # One more at least with the guest running, and the one with what was left as it was stopped.
+            assert (await outcome(source, "device"))["ram"]["dirty-sync-count"] >= passes + 2
+            nursery.cancel_scope.cancel()

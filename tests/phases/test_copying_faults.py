@@ -215,6 +215,25 @@ async def test_a_guest_runs_until_the_destination_has_made_ready(tmp_path: Path)
         await goes_on(source)
 
 
+async def test_commands_are_answered_however_long_the_source_says_nothing(tmp_path: Path) -> None:
+    policy = os.sched_getscheduler(0)
+    async with started() as source, empty() as machine:
+        data = answered(await save(source, tmp_path / "state"))
+        await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
+        async with source_peer(tmp_path / "main") as peer:
+            await peer.send(data)
+            assert (await peer.hear()).name == "ready"
+            assert (await peer.hear()).name == "loaded"
+            await machine.execute("cont")
+            await machine.execute("migrate-set-parameters", **{"downtime-limit": 7})
+            await machine.execute("stop")
+            assert os.sched_getscheduler(0) == policy
+            await peer.say("yours")
+            await in_status(machine, "paused")
+            await machine.execute("cont")
+            await goes_on(machine)
+
+
 async def test_after_a_cancelled_migration_the_next_one_succeeds(tmp_path: Path) -> None:
     async with started() as source:
         async with destination_peer(source, tmp_path):

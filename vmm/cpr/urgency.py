@@ -16,6 +16,7 @@ from typing import Final, final
 
 _PRIORITY: Final = 1
 """The least there is above all ordinary threads."""
+_FIRST_ANYWAY: Final = (os.SCHED_FIFO, os.SCHED_RR, 6)  # the last is SCHED_DEADLINE, which Python does not name
 
 
 @final
@@ -32,8 +33,8 @@ class Urgency:
         self._collects = gc.isenabled()
         gc.disable()
         before = os.sched_getscheduler(0), os.sched_getparam(0)
-        if before[0] != os.SCHED_OTHER:
-            return  # it goes before ordinary ones already
+        if before[0] & ~os.SCHED_RESET_ON_FORK in _FIRST_ANYWAY:
+            return
         try:
             # Threads that are made meanwhile, and vCPUs above all, stay ordinary.
             os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(_PRIORITY))

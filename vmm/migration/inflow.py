@@ -27,7 +27,7 @@ from vmm.migration.stream_records import (
     recipe_digest,
 )
 from vmm.migration.terms import Terms
-from vmm.migration.words import Ear, Word, say
+from vmm.migration.words import Ear, Word, hear_soon, say
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 _PIECE: Final = 1 << 16
 """Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
 
-_REST_PIECES: Final = 16
-"""How many are read on the loop, of a guest that stands."""
+_REST_TURNS: Final = 32
+"""In so many turns of the loop the rest of a guest that stands is read: 1 MiB, if each wait was for one piece."""
+_MOMENT: Final = 1.0
+"""Seconds. What has not come by then does not come in a moment."""
 
 _LAST_WORDS: Final = 1.0
 """Seconds for a source to hear that it was refused, while it still sends."""
@@ -165,27 +167,35 @@ class Inflow:
         async with self._explained():
             await in_thread(work)
 
-    @property
-    def ended(self) -> bool:
-        """Whether all of it has been read."""
-        return self._reader.ended
+    async def wait_more(self) -> None:
+        """Wait until there is more to take, or it has come to its end."""
+        if self._records or self._reader.ended:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.wait_readable(self._fd)
 
-    async def read_rest(self, take: Callable[[Record], bool], ram: RamWriter) -> None:
+    async def read_rest(self, take: Callable[[Record], bool], ram: RamWriter, late: Callable[[], None]) -> None:
         """Do as `read`, on the loop while it is little: the way to a thread and back is longer than what that takes.
 
-        To be called while it is still to come, and not for a file. What is more than a little is read in a thread.
+        Not for a file. What is more than a little, or takes more than a moment to come, is read in a thread; `late` is
+        called before.
         """
         bulk = self._bulk()
         buffer = memoryview(bytearray(_PIECE))
         async with self._explained():
-            for _ in range(_REST_PIECES):
+            for _ in range(_REST_TURNS):
                 if self._take_records(take, ram, bulk, whole=True):
                     return
-                while (count := bulk.read_here(buffer)) is None:
-                    await trio.lowlevel.wait_readable(self._fd)
-                if not count:
+                if (count := bulk.read_here(buffer)) is None:
+                    with trio.move_on_after(_MOMENT) as moment:
+                        await self.wait_more()
+                    if moment.cancelled_caught:
+                        break
+                elif not count:
                     self._reader.close()
-                self._records.extend(self._reader.feed(buffer[:count]))
+                else:
+                    self._records.extend(self._reader.feed(buffer[:count]))
+        late()
         await self.read(take, ram)
 
     def _take_records(
@@ -241,8 +251,11 @@ class Inflow:
         with suppress(trio.BrokenResourceError):  # as above
             await say(self._channel, Word("prepared"))
 
-    async def confirm(self) -> None:
+    async def confirm(self, late: Callable[[], None]) -> None:
         """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.
+
+        Args:
+            late: called if that takes more than a moment.
 
         Raises:
             VmmError: it did not, and the guest is the source's.
@@ -253,7 +266,7 @@ class Inflow:
         with suppress(trio.BrokenResourceError):  # what it has said before it left is told next
             await say(self._channel, Word("loaded"))
         async with self._connection.explained():
-            word = await Ear(self._channel, "source", "the guest stays there").hear()
+            word = await hear_soon(Ear(self._channel, "source", "the guest stays there"), late)
         if word.name != "yours":
             raise StreamCorrupt(reason=f"the source says {word.name!r}, expected 'yours'")
 

@@ -19,7 +19,7 @@ from vmm.migration.silence import silence
 from vmm.migration.stream import StreamWriter
 from vmm.migration.stream_records import PAGES_VERSION, PROCESSOR, PROCESSOR_VERSION, recipe_digest
 from vmm.migration.terms import Terms
-from vmm.migration.words import Ear, Word, say
+from vmm.migration.words import Ear, Word, hear_soon, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -121,20 +121,23 @@ class Outflow:
         Where little is left, the destination has made ready for it then; unless the guest `lingers` once it stands.
         """
         writer = self._announced()
-        tells = self._goes_alone and self._ear is not None and not lingers
+        notice = self._goes_alone and self._ear is not None and not lingers
 
         def work(bulk: Bulk) -> None:
-            precopy.run(writer, bulk, self._pages(precopy.ram.memory), tells=tells)
+            precopy.run(writer, bulk, self._pages(precopy.ram.memory), notice=notice)
 
         await self._in_thread(work)
-        if precopy.told:
+        if precopy.noticed:
             await self._hear("prepared")
+            if not precopy.still_fits():  # for that has no limit
+                await self._in_thread(lambda bulk: precopy.go_on(writer, bulk, self._pages(precopy.ram.memory)))
 
-    async def send(self, save: Callable[[], Iterable[Section]], precopy: Precopy) -> None:
+    async def send(self, save: Callable[[], Iterable[Section]], precopy: Precopy, late: Callable[[], None]) -> None:
         """Send all the rest. The guest stands. A file is on its disk when this returns.
 
         Args:
             save: returns the sections; called on the loop.
+            late: called where that cannot be done in a moment.
 
         Raises:
             VmmError: it did not get there.
@@ -155,8 +158,10 @@ class Outflow:
             bulk.write(writer.finish())
             rest = bulk.release()
             if rest:
+                late()
                 await self._in_thread(lambda bulk: bulk.write([memoryview(rest)]))
             return
+        late()
         sections = save()
 
         def work(bulk: Bulk) -> None:
@@ -268,15 +273,19 @@ class Outflow:
                 await self._hear("refused")
             raise MigrationPeerGone(peer="destination", what="closed a channel", outcome=_OUTCOME) from error
 
-    async def wait_loaded(self) -> None:
+    async def wait_loaded(self, late: Callable[[], None]) -> None:
         """Wait until the destination has all of it in force; one that cannot say so, until it has taken all of it.
+
+        Args:
+            late: called if that takes more than a moment.
 
         Raises:
             VmmError: it has not.
         """
         if self._channel is not None:
-            await self._hear("loaded")
+            await self._hear("loaded", late)
         else:
+            late()
             await self._connection.finish(sent=True)
 
     async def let_go(self) -> None:
@@ -288,10 +297,10 @@ class Outflow:
             except trio.BrokenResourceError as error:
                 raise MigrationPeerGone(peer="destination", what="closed the connection", outcome=_OUTCOME) from error
 
-    async def _hear(self, expected: str) -> None:
+    async def _hear(self, expected: str, late: Callable[[], None] = lambda: None) -> None:
         assert self._ear is not None, "nobody is heard on a channel of one direction"
         async with self._connection.explained():
-            word = await self._ear.hear()
+            word = await hear_soon(self._ear, late)
         if word.name == "refused":
             raise MigrationRefused(reason=f"Refused by the destination: {word.reason}")
         if word.name != expected:

@@ -56,17 +56,17 @@ class Precopy:
         self.ram: Final = ram
         self._parameters: Final = parameters
         self._watcher: Final = watcher
-        self.told = False
-        """Whether the stream says that the guest is about to stand."""
+        self.noticed = False
+        """Whether the stream has given notice that the guest is about to stand."""
         self._bandwidth: float | None = None  # bytes a second
         self._sent, self._seconds = 0, 0.0  # since that was found
         self._had = ram.memory.size  # bytes that the present pass has
 
-    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink, *, tells: bool = False) -> None:
+    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink, *, notice: bool = False) -> None:
         """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
 
         Args:
-            tells: whether the stream is to say so, where that is little.
+            notice: whether the stream is to give notice of it, where that is little.
 
         Raises:
             ChannelBroken, HostFileRefused: it cannot go there.
@@ -74,12 +74,21 @@ class Precopy:
         """
         self.ram.begin()
         writer.ram_extents(self.ram.extents, in_stream=True)
-        while not self._one_pass(writer, bulk, sink):
-            pass
-        self.told = tells and self._had <= _FEW
-        if self.told:
+        self.go_on(writer, bulk, sink)
+        self.noticed = notice and self._had <= _FEW
+        if self.noticed:
             writer.switchover()
             bulk.write(writer.take())
+
+    def go_on(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
+        """Do as `run`, when it has returned, with what was written since. Raises as `run`."""
+        while not self._one_pass(writer, bulk, sink):
+            pass
+
+    def still_fits(self) -> bool:
+        """Say whether what is left now, too, goes within the limit, or is little. Raises `KvmCallFailed`."""
+        left = self.ram.collect() * PAGE_SIZE
+        return self._watcher.hurries or left <= _FEW or self._fits(left)
 
     def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Send what is left, with no limit to the rate. The guest stands."""
@@ -117,9 +126,8 @@ class Precopy:
         had, left = self._had, self.ram.collect() * PAGE_SIZE
         self._had = left
         self.ram.dirty_rate = round(left / PAGE_SIZE / seconds)
-        expected = left / self._rate() * 1000
-        self._watcher.expects(expected)
-        fits = expected <= int(self._parameters["downtime-limit"])
+        self._watcher.expects(self._expected(left))
+        fits = self._fits(left)
         # Another pass is worth it, too, as long as it makes the pause much shorter than it has to be.
         if self._watcher.hurries or (fits and (left <= _FEW or left > had / 2)):
             return True
@@ -127,6 +135,13 @@ class Precopy:
             return False
         self._watcher.after_pass(sent, left, seconds)
         return False
+
+    def _expected(self, left: int) -> float:
+        """Return how many ms so many bytes are expected to take."""
+        return left / self._rate() * 1000
+
+    def _fits(self, left: int) -> bool:
+        return self._expected(left) <= int(self._parameters["downtime-limit"])
 
     def _measure(self, sent: int, seconds: float) -> None:
         self._sent += sent

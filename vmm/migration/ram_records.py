@@ -237,7 +237,7 @@ class RamAbsent:
 @final
 @attrs.frozen
 class Switchover:
-    """The guest is about to stand, and what is left of it is little. A hint: whoever reads may make ready."""
+    """The guest is about to stand, and little of it is left: the source waits until the destination is ready."""
 
     TYPE: ClassVar[int] = 14
     NOUN: ClassVar[str] = "notice of the switchover"

@@ -23,6 +23,8 @@ from vmm.errors import MigrationPeerGone, StreamCorrupt
 from vmm.migration.silence import silence
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trio.abc import ReceiveStream, SendStream
 
 WordName = Literal["ready", "acknowledged", "prepared", "loaded", "refused", "yours"]
@@ -86,6 +88,14 @@ class Ear:
             self._heard += data
         line, _, self._heard = self._heard.partition(b"\n")
         return _parse(line + b"\n", self._peer)
+
+
+async def hear_soon(ear: Ear, late: Callable[[], None], *, within: float = 1.0) -> Word:
+    """Hear the next word; call `late` once it has not come `within` so many seconds. Raises as `Ear.hear`."""
+    with trio.move_on_after(within):
+        return await ear.hear()
+    late()
+    return await ear.hear()
 
 
 def _gone(peer: str, outcome: str, what: str | None = None) -> MigrationPeerGone:

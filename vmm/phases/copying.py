@@ -384,8 +384,10 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
         try:
             async with migrating.child("quiesced") as phase:
                 host.stores.declare_ports(machine.state)
-                urgency.begin()
-                machine.rehearse_save()
+                if copy.precopy.noticed:
+                    # The destination has made ready, and so does this side.
+                    machine.rehearse_save()
+                    urgency.begin()
                 progress.pause_begins()
                 ran = run.gang.running
                 # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
@@ -398,10 +400,8 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                 if ran:
                     run.status.stands("finish-migrate")
                 if copy.gate is not None:
-                    urgency.close()
                     progress.advance(MigrationStatus.PRE_SWITCHOVER)
                     await copy.gate.wait()
-                    urgency.begin()
                 guest = StandingGuest(machine.state, machine.memory)
 
                 def grants(mint: Mint) -> QuiescedGrants:
@@ -409,9 +409,10 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
 
                 async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
                     if copy.steering.wanted:
+                        urgency.close()
                         await _hand_on(run, copy, window.grants.save_state, pause)
                         return pause
-                    await _send(run, copy, window.grants.save_state, pause)
+                    await _send(run, copy, window.grants.save_state, pause, urgency.close)
                     # From here on it is the destination's, unless that is known to be gone.
                     copy.canceller.let_go = True
                     # Shielded: whether it was told must be known. Not a moment's wait: it has read all before.
@@ -534,21 +535,21 @@ async def _announce(run: Run, flow: Outflow, steering: _Steering, terms: Terms) 
     await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)
 
 
-async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> None:
+async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Callable[[], None]) -> None:
     progress = copy.progress
 
     def save() -> list[Section]:
         return [*may.save().values(), Section(Pause.KIND, Pause.VERSION, pause.to_json())]
 
     if copy.left is None:
-        await copy.flow.send(save, copy.precopy)
+        await copy.flow.send(save, copy.precopy, late)
     else:
         ram = may.ram()
         transferred = await copy.flow.leave(save(), ram, *copy.left)
         progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
     with trio.move_on_after(_ANSWERING) as patience:
-        await copy.flow.wait_loaded()
+        await copy.flow.wait_loaded(late)
     if patience.cancelled_caught:
         what = f"did not load the state within {_ANSWERING:g} s"
         raise MigrationPeerGone(peer="destination", what=what, outcome="the guest goes on in the source")

@@ -22,6 +22,7 @@ from vmm.capabilities import (
     MaySetMigrationParam,
     MayWriteGuestMemory,
 )
+from vmm.cpr.urgency import Urgency
 from vmm.decisions import Turn
 from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
 from vmm.kvm.page_map import PageMap
@@ -31,7 +32,6 @@ from vmm.migration.status import MigrationStatus
 from vmm.phases.building import SavedState
 from vmm.phases.incoming import IncomingGrants
 from vmm.phases.loading import read_state
-from vmm.phases.precedence import Precedence
 from vmm.phases.running import Copied, Run, run_running
 from vmm.phases.stream_port import Admission, settled
 
@@ -54,23 +54,34 @@ if TYPE_CHECKING:
 
 @final
 class _Autostart:
-    """The facet of `may-run-vcpus` while there is no guest yet."""
+    """The facet of `may-run-vcpus` as long as there is no guest, and until its phase opens."""
 
     def __init__(self, *, on: bool) -> None:
         self.on = on
+        self.run: Run | None = None
+        """The guest's run control, once it has been taken up. For commands that were under way then."""
 
     async def cont(self) -> None:
         """Have the guest run once it is here, if it ran where it was."""
-        await trio.lowlevel.checkpoint()
+        if self.run is not None:
+            await self.run.cont()
+            return
         self.on = True
+        await trio.lowlevel.checkpoint()
 
     async def stop(self) -> None:
         """Have the guest stand once it is here."""
-        await trio.lowlevel.checkpoint()
+        if self.run is not None:
+            await self.run.stop()
+            return
         self.on = False
+        await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
         """Refuse: there is no state to reset."""
+        if self.run is not None:
+            await self.run.reset()
+            return
         await trio.lowlevel.checkpoint()
         raise InvalidState(
             what="system_reset", state="while the guest's state is awaited", instead="wait until it is here"
@@ -136,15 +147,17 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                     again.awaited = trio.Event()
                     await again.awaited.wait()
                     continue
-                with closing(Precedence(phase.tree)) as precedence:
-                    copied = await _attempt(run, wait, window.grants, precedence)
+                with closing(Urgency()) as urgency:
+                    copied = await _attempt(run, wait, window.grants, urgency)
                     if copied is not None:
                         # Here, and not in running: to get there takes longer than all that is left to do.
+                        phase.tree.hold_off(until="running")
                         await copied.take_up(run, start=autostart.on)
+                        autostart.run = run
         await run_running(phase, run, start=autostart.on, copied=copied)
 
 
-async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, precedence: Precedence) -> Copied | None:
+async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: Urgency) -> Copied | None:
     """Load one stream. Return None if it was refused, and nothing of it is left; or raise, if the process ends so."""
     machine = run.machine
     made = machine.made
@@ -154,11 +167,10 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, precedenc
         return None  # whoever awaited it has said why
     failure: VmmError | None = None
     try:
-        pause, rest = await _load(run, wait, grants, precedence)
+        pause, rest = await _load(run, wait, grants, urgency)
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
-        precedence.taken()
         port.forget(wait)
         made.incoming.allowed.clear()
         if rest is None:
@@ -178,7 +190,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, precedenc
 
 
 async def _load(
-    run: Run, wait: StreamWait, grants: IncomingGrants, precedence: Precedence
+    run: Run, wait: StreamWait, grants: IncomingGrants, urgency: Urgency
 ) -> tuple[Pause, IncomingPostcopy | None]:
     machine, made, arrival = run.machine, run.machine.made, wait.arrival
     assert arrival is not None
@@ -210,9 +222,8 @@ async def _load(
         if terms.preempt:
             (urgent,) = await wait.more_channels("preempt", 1)
             stack.callback(urgent.close)
-        make_ready = None if flow.from_file else partial(_make_ready, machine, flow, precedence)
-        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready)
-        precedence.hold_off()
+        make_ready = None if flow.from_file else partial(_make_ready, machine, flow, urgency)
+        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready, urgency.close)
         if flow.absent is not None:
             rest = await _load_some(machine, flow, urgent, grants, sections)
             # Nothing of it is closed before all of the guest is here.
@@ -225,15 +236,16 @@ async def _load(
     grants.load_state.check(sections).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
-    await flow.confirm()
+    await flow.confirm(urgency.close)
     return pause, None
 
 
-async def _make_ready(machine: Machine, flow: Inflow, precedence: Precedence) -> None:
-    """Do now what would take its time while the guest stands, which it is about to."""
-    precedence.hurry()
+async def _make_ready(machine: Machine, flow: Inflow, urgency: Urgency) -> None:
+    """Do now what would take its time while the guest stands, which it is about to; return when it does."""
     machine.rehearse_again()
     await flow.say_prepared()
+    await flow.wait_more()
+    urgency.begin()
 
 
 async def _load_some(

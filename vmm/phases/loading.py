@@ -31,6 +31,7 @@ async def read_state(
     may_write: MayWriteGuestMemory | None,
     multifd: MultifdIntake | None = None,
     make_ready: Callable[[], Awaitable[None]] | None = None,
+    late: Callable[[], None] = lambda: None,
 ) -> tuple[Pause, list[Section]]:
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
 
@@ -38,8 +39,9 @@ async def read_state(
         multifd: the further channels that its terms promise.
         may_write: to put RAM in place as it comes. With None it is only looked at. RAM at fixed places of a file is put
             in place last, or with x-restore-on-demand comes when it is used.
-        make_ready: awaited, where the source says so, when the guest is about to stand and little is left of it. That
-            is read on the loop. With None it is read as all before.
+        make_ready: awaited, where the source gives notice, when the guest is about to stand and little is left of it.
+            That is read on the loop. With None it is read as all before.
+        late: called if that takes more than a moment.
 
     Raises:
         VmmError: it is damaged, cut off, or of no such machine.
@@ -56,6 +58,7 @@ async def read_state(
     sections: list[Section] = []
     maps: list[RamMapped] = []
     sums: list[RamMappedSums] = []
+    stands: list[bool] = []  # of each notice whether it is heeded
 
     def take(record: Record) -> bool:
         match record:
@@ -75,7 +78,8 @@ async def read_state(
             case RamPass() if multifd is not None:
                 multifd.begins(record.number)
             case Switchover():
-                return make_ready is not None and multifd is None
+                stands.append(make_ready is not None and multifd is None)
+                return stands[0]
             case RamAbsent():
                 if flow.absent is not None or not flow.terms.postcopy:
                     raise StreamCorrupt(reason="it lists absent pages twice, or its source has not said that it may")
@@ -84,9 +88,9 @@ async def read_state(
 
     if multifd is None:
         await flow.read(take, ram)
-        if make_ready is not None and not flow.ended:
+        if make_ready is not None and stands:
             await make_ready()
-            await flow.read_rest(take, ram)
+            await flow.read_rest(take, ram, late)
     else:
         await multifd.beside(lambda: flow.read(take, ram))
         multifd.require_whole()
