@@ -104,8 +104,8 @@ AT_REST: Final = {
 }
 """The step at which the other side waits for the one that has stopped. It has come there before the fault strikes."""
 
-UNDISTURBED: Final = ("source:offered", "source:given", "destination:taken", "destination:running")
-"""Where the end of the channel changes nothing for the other side: the guest is there for it, or lost to it."""
+UNDISTURBED: Final = ("source:given", "destination:taken", "destination:running")
+"""Where the end of the channel changes nothing for the other side: the guest has gone over."""
 
 SOON: Final = ("told to quit", "SIGTERM", "called off")
 """Faults that strike some turns of the loop later: at which step exactly is not told."""
@@ -271,6 +271,13 @@ async def noticed(made: Pair) -> None:
     """
     if made.step in UNDISTURBED:
         return
+    if made.step == "source:offered":
+        async with due("the destination to take the guest"):
+            while True:
+                with suppress(CommandFailed):  # Its phase has ended just now.
+                    if (await made.watch.execute("query-migrate")).get("x-step") == "running":
+                        return
+                await trio.sleep(0.01)
     if made.side == "source":
         await quiet(made.destination)
         return
