@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
@@ -24,6 +24,8 @@ from vmm.phases import copying
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+GONE: Final = "The destination closed the connection; the guest goes on in the source"
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -69,6 +71,23 @@ async def test_a_migration_that_waits_is_cancelled_and_the_guest_goes_on(tmp_pat
         await outcome(source, "pre-switchover")
         await source.execute("migrate_cancel")
         assert (await outcome(source))["status"] == "cancelled"
+        await goes_on(source)
+
+
+@pytest.mark.parametrize("says_why", [False, True])
+async def test_a_destination_that_goes_while_the_migration_waits_is_noticed(*, says_why: bool, tmp_path: Path) -> None:
+    async with started() as source:
+        async with listening(tmp_path) as (uri, listener):
+            await source.execute("migrate", uri=uri, capabilities=capable("pause-before-switchover"))
+            async with await listener.accept() as stream:
+                peer = Peer(stream)
+                await peer.invite()
+                await outcome(source, "pre-switchover")
+                if says_why:
+                    await peer.say("refused", "it is ended")
+        info = await outcome(source)
+        why = "Refused by the destination: it is ended" if says_why else GONE
+        assert (info["status"], info["error-desc"]) == ("failed", why)
         await goes_on(source)
 
 

@@ -7,13 +7,15 @@ its own. An attendant that fails is the end of the stream for the reader or the 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import stat
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Protocol, final
 
 import trio
 
+from vmm import hostio
 from vmm.errors import HostFileRefused, MigrationPeerGone, StreamCorrupt
 
 if TYPE_CHECKING:
@@ -102,6 +104,12 @@ class Connection:
                 self._sock.shutdown(socket.SHUT_WR)
             await self._attendant.finish(self._sock, sent=sent)
         self._over = True
+
+    async def hung_up(self) -> None:
+        """Return when the peer has gone, or says no more, whatever of it is still unread."""
+        with closing(hostio.open_epoll()) as watch:
+            watch.register(self.fd, select.EPOLLRDHUP)
+            await trio.lowlevel.wait_readable(watch.fileno())
 
     def release(self) -> trio.socket.SocketType:
         """Return the socket, which is the caller's from now on: there is no connection any more."""

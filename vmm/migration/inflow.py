@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import select
 from collections import deque
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm import hostio
 from vmm.errors import MigrationRefused, StreamCorrupt, VmmError
 from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
@@ -135,9 +133,7 @@ class Inflow:
 
     async def hung_up(self) -> None:
         """Return when the source has gone, or says no more, whatever of it is still unread."""
-        with closing(hostio.open_epoll()) as watch:
-            watch.register(self._fd, select.EPOLLRDHUP)
-            await trio.lowlevel.wait_readable(watch.fileno())
+        await self._connection.hung_up()
 
     async def read(self, take: Callable[[Record], bool], ram: RamWriter | None = None) -> None:
         """Call `take`, in a thread, for each record that comes, until it returns true or the stream has ended.

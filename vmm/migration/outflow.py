@@ -22,7 +22,7 @@ from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, hear_soon, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from typing import Any
 
     from vmm.hw.doorbell import Doorbell
@@ -175,6 +175,20 @@ class Outflow:
                 _sync(self._fd)
 
         await self._in_thread(work)
+
+    async def while_there(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Await `wait()`, in which nothing is sent. Raises a group of `VmmError` if the destination goes meanwhile."""
+
+        async def watch() -> None:
+            await self._connection.hung_up()
+            with trio.move_on_after(_LAST_WORDS):
+                await self._hear("refused")  # which says why
+
+        async with trio.open_nursery() as nursery:
+            if self._ear is not None:
+                nursery.start_soon(watch)
+            await wait()
+            nursery.cancel_scope.cancel()
 
     async def hand_on(self, sections: Iterable[Section], ram: RamSender) -> None:
         """Send all the rest but the pages that `ram` has left, which come afterwards, in frames. The guest stands.

@@ -401,7 +401,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                     run.status.stands("finish-migrate")
                 if copy.gate is not None:
                     progress.advance(MigrationStatus.PRE_SWITCHOVER)
-                    await copy.gate.wait()
+                    await copy.flow.while_there(copy.gate.wait)
                 guest = StandingGuest(machine.state, machine.memory)
 
                 def grants(mint: Mint) -> QuiescedGrants:
