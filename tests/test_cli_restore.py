@@ -9,21 +9,23 @@ import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import attrs
 import pytest
 import trio
 
 from tests.phases.copy_kit import HANGS
-from tests.phases.machine import Running, connected, parse
+from tests.phases.machine import Running, connected, monitor, parse
 from tests.phases.streams import records_of, stream_of
 from tests.saved_machines import begun, files, grown, original, saved, status, ticked, ticks
 from tests.terminal import Screen
 from vmm.cli_progress import Bar, Figures
-from vmm.cli_resume import Loading, SavedStateRefused, _speaks, restored
+from vmm.cli_resume import Loading, Saved, SavedStateRefused, _speaks, restored
 from vmm.errors import OptionInvalid, VmmError
 from vmm.migration.status import MigrationProgress, MigrationRamStats, MigrationStatus
 from vmm.migration.stream import StreamWriter
 from vmm.migration.stream_records import Home
 from vmm.phases.migration_state import MigrationState
+from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,11 +83,28 @@ async def test_a_machine_starts_from_a_file_as_often_as_it_is_wanted(tmp_path: P
 async def test_ram_that_has_its_places_in_the_file_comes_as_it_is_used_or_before(whole: bool, tmp_path: Path) -> None:
     before = await migrated(tmp_path, mapped=True)
     recipe = restored(str(tmp_path / "saved"), parse("-qmp", f"unix:{tmp_path}/mine"), whole=whole)
-    assert [step.arguments for step in recipe if step.execute == "migrate-set-parameters"] == (
-        [] if whole else [{"x-restore-on-demand": True}]
-    )
+    assert [step.arguments.get("on-demand") for step in recipe if step.execute == "loadvm"] == [None if whole else True]
     async with begun(recipe, tmp_path / "mine") as running:
         assert await goes_on(tmp_path, running) >= before
+        assert (running.tree.view(MigrationState).absent is None) is whole
+        # It was lent to that one load.
+        async with connected(tmp_path / "mine") as client:
+            assert (await client.execute("query-migrate-parameters"))["x-restore-on-demand"] is False
+
+
+async def test_ram_of_a_guest_from_elsewhere_comes_as_it_is_used_too(tmp_path: Path) -> None:
+    before = await migrated(tmp_path, mapped=True)
+    saved_state = Saved.read(str(tmp_path / "saved"), "restore")
+    step = attrs.evolve(saved_state, has_home=False).comes_in(whole=False)
+    recipe = Recipe("of this test", (*monitor(tmp_path / "mine"), step))
+    async with begun(recipe, tmp_path / "mine") as running:
+        async with connected(tmp_path / "mine") as client:
+            with trio.fail_after(HANGS):
+                while await status(client) != "running":  # noqa: ASYNC110 - it has no event
+                    await trio.sleep(0.005)
+            assert (await client.execute("query-migrate-parameters"))["x-restore-on-demand"] is False
+        assert running.tree.view(MigrationState).absent is not None
+        await ticked(running, before + 5)
 
 
 async def test_it_has_its_own_monitors_and_the_chardevs_of_the_guest_unless_there_are_others(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ async def test_ram_that_is_copied_has_its_places_in_a_sparse_file_and_comes_as_i
     found = (tmp_path / "saved").stat()
     assert found.st_size > SIZE
     assert found.st_blocks * 512 < SIZE // 4
-    on_demand = Step("migrate-set-parameters", {"x-restore-on-demand": True})
+    on_demand = Step("loadvm", {"name": str(tmp_path / "saved"), "on-demand": True})
     for whole in (False, True):
         assert (on_demand in resumed(str(tmp_path / "saved"), parse(), whole=whole)) is not whole
     async with again(tmp_path, whole=True) as running:

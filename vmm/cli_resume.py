@@ -126,11 +126,10 @@ def resumed(path: str, options: argparse.Namespace, *, whole: bool = False) -> R
     """
     more = _besides("resume", path, options)
     saved = Saved.read(path, "resume")
-    more = saved.coming(more, whole=whole)
     if not saved.has_home:
         reason = "it does not say what the machine had beside its guest; start it by restore"
         raise SavedStateRefused(what="resume", path=path, reason=reason)
-    return Recipe(f"of {path}", (*saved.steps(more, home=True), *more, Step("loadvm", {"name": path})))
+    return Recipe(f"of {path}", (*saved.steps(more, home=True), *more, saved.loaded(whole=whole)))
 
 
 def restored(path: str, options: argparse.Namespace, *, whole: bool = False) -> Recipe:
@@ -145,11 +144,9 @@ def restored(path: str, options: argparse.Namespace, *, whole: bool = False) -> 
     """
     more = _besides("restore", path, options)
     saved = Saved.read(path, "restore")
-    more = saved.coming(more, whole=whole)
     if not saved.has_home:
-        channel = {"channel-type": "main", "addr": {"transport": "file", "filename": path, "offset": 0}}
-        return Recipe(f"of {path}", (*more, Step("migrate-incoming", {"channels": [channel]})))
-    return Recipe(f"of {path}", (*saved.steps(more, home=False), *more, Step("loadvm", {"name": path})))
+        return Recipe(f"of {path}", (*more, saved.comes_in(whole=whole)))
+    return Recipe(f"of {path}", (*saved.steps(more, home=False), *more, saved.loaded(whole=whole)))
 
 
 def _besides(what: str, path: str, options: argparse.Namespace) -> Recipe:
@@ -289,11 +286,16 @@ class Saved:
         made = [step for step in _steps_of(path, commands) if step.execute != "finish-machine-init"]
         return cls(what, path, tuple(made), tuple(_steps_of(path, home or [])), home is not None, is_mapped)
 
-    def coming(self, more: Recipe, *, whole: bool) -> Recipe:
-        """Return `more` with how RAM comes: as it is used where that can be, unless it is to be there before."""
-        if not self.is_mapped or whole:
-            return more
-        return Recipe(more.source, (*more, Step("migrate-set-parameters", {"x-restore-on-demand": True})))
+    def loaded(self, *, whole: bool) -> Step:
+        """Return what loads the guest into its machine: its RAM as it is used where that can be, unless `whole`."""
+        on_demand = {"on-demand": True} if self.is_mapped and not whole else {}
+        return Step("loadvm", {"name": self.path, **on_demand})
+
+    def comes_in(self, *, whole: bool) -> Step:
+        """Return what makes the machine and loads the guest, likewise."""
+        channel = {"channel-type": "main", "addr": {"transport": "file", "filename": self.path, "offset": 0}}
+        on_demand = {"parameters": {"x-restore-on-demand": True}} if self.is_mapped and not whole else {}
+        return Step("migrate-incoming", {"channels": [channel], **on_demand})
 
     def steps(self, more: Recipe, *, home: bool) -> Iterator[Step]:
         """Yield what makes the machine, without what `more` has in its place, by id.

@@ -341,8 +341,10 @@ def page_at(path: Path, address: int) -> int:
     return map_in(path).area + address
 
 
-async def test_a_damaged_page_is_refused_before_the_guest_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_demand", [False, True])
+async def test_a_damaged_page_is_refused_before_the_guest_is_given_up(on_demand: bool, tmp_path: Path) -> None:
     async with started() as source:
+        await source.execute("migrate-set-parameters", x_restore_on_demand=on_demand)
         parts(source).memory.write(BYSTANDER, b"then")
         await save(source, tmp_path / "state")
         damage(tmp_path / "state", page_at(tmp_path / "state", BYSTANDER))
@@ -402,18 +404,18 @@ async def test_a_guest_whose_page_is_lost_stands_and_says_why(
     path = tmp_path / "state"
     come = MappedReader.come
 
-    async def come_from_a_file_that_is_cut_off(reader: MappedReader, may: MayWriteGuestMemory) -> None:
-        os.truncate(path, page_at(path, BYSTANDER))
+    async def come_from_a_file_that_has_changed(reader: MappedReader, may: MayWriteGuestMemory) -> None:
+        if state == "internal-error":
+            damage(path, page_at(path, BYSTANDER))
+        else:
+            os.truncate(path, page_at(path, BYSTANDER))
         await come(reader, may)
 
     async with started() as machine:
         parts(machine).memory.write(BYSTANDER, b"then")
         await save(machine, path)
         await machine.execute("cont")
-        if state == "internal-error":
-            damage(path, page_at(path, BYSTANDER))
-        else:
-            monkeypatch.setattr(MappedReader, "come", come_from_a_file_that_is_cut_off)
+        monkeypatch.setattr(MappedReader, "come", come_from_a_file_that_has_changed)
         await machine.execute("migrate-set-parameters", x_restore_on_demand=True)
         await machine.execute("loadvm", name=str(path))
         await in_status(machine, state)

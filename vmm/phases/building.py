@@ -64,7 +64,7 @@ class Onward(Admission):
         """Go on to phase incoming, and load what is in the file; settles once it is in force."""
         turn: Turn[Any] = Turn(GoOn(start=False, to_incoming=True), until="running")
         assert isinstance(saved, SavedState)
-        self._port.streams.restore(saved.take(), tell=turn.fail)
+        self._port.streams.restore(saved.take(), saved.wishes, tell=turn.fail)
         turn.on_settled(lambda: self._port.streams.give_up() if turn.failed else None)
         self._inbox.post_turn(turn)
         return turn

@@ -29,7 +29,7 @@ from vmm.migration.parameter_arguments import ParameterValues, SetMigrationParam
 from vmm.migration.status import KeptProcess, MigrationInfo, StatusName
 from vmm.monitor.ports import Caller
 from vmm.phases.foundation import Host
-from vmm.phases.migration_state import MigrationState, Wishes
+from vmm.phases.migration_state import NO_WISHES, MigrationState, Wishes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -314,6 +314,8 @@ class LoadVm:
 
     name: str
     """Path of a file that `migrate` has written to a `file:`."""
+    on_demand: bool | None = None
+    """Whether RAM at fixed places of the file comes as it is used: `x-restore-on-demand` for this load alone."""
 
 
 def loadvm(may: MayRestoreGuest, host: MayOpenHostFile, args: LoadVm) -> Awaitable[None]:
@@ -326,7 +328,8 @@ def loadvm(may: MayRestoreGuest, host: MayOpenHostFile, args: LoadVm) -> Awaitab
     """
     from vmm.phases.building import SavedState
 
-    saved = SavedState(host.obtain("state", lambda: hostio.open_saved_state(args.name, 0)))
+    wishes = NO_WISHES if args.on_demand is None else Wishes(parameters={"x-restore-on-demand": args.on_demand})
+    saved = SavedState(host.obtain("state", lambda: hostio.open_saved_state(args.name, 0)), wishes)
     try:
         return may.decide(saved)
     finally:

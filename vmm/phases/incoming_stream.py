@@ -108,7 +108,7 @@ class _Again(Admission):
         """Load what is in the file; settles once it is in force."""
         turn = Turn[None](None, until="running")
         assert isinstance(saved, SavedState)
-        self._port.streams.restore(saved.take(), tell=turn.fail)
+        self._port.streams.restore(saved.take(), saved.wishes, tell=turn.fail)
         self._port.streams.tree.move(turn)
         self.awaited.set()
         return turn

@@ -113,8 +113,8 @@ async def _read_mapped(
         await trio.to_thread.run_sync(ram.check, sums)
         progress = machine.made.migration.progress
         if may_write is None:
-            if not on_demand:
-                await ram.look()
+            # However it comes then: once the present guest is given up it is too late.
+            await ram.look()
             return
         if progress is not None:
             progress.follow_ram(ram.statistics, beyond=on_demand)

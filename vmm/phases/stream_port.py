@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmm.phases.cpus import CpuModel
     from vmm.phases.foundation import Host
     from vmm.phases.incoming_port import IncomingPort
-    from vmm.phases.migration_state import MigrationState
+    from vmm.phases.migration_state import MigrationState, Wishes
     from vmm.phases.stream_receive import StreamWait
     from vmm.phases.tls_objects import Tls
     from vmm.recipe import Recipe
@@ -110,7 +110,7 @@ class StreamPort:
 
         return of_destination(self._host.stores, self._migration.parameters.values)
 
-    def restore(self, file: int, *, tell: Callable[[VmmError], None]) -> None:
+    def restore(self, file: int, wishes: Wishes, *, tell: Callable[[VmmError], None]) -> None:
         """Await the stream in `file`, which is taken over. A failure ends nothing here, and is told to `tell`.
 
         Raises:
@@ -123,7 +123,8 @@ class StreamPort:
             raise
         from vmm.migration.connection import Connection
 
-        self._await(Connection(file), (), exit_on_error=False, tell=tell)
+        with self._migration.attempt("target", wishes):
+            self._await(Connection(file), (), exit_on_error=False, tell=tell)
 
     def _await(
         self,
