@@ -44,7 +44,7 @@ from vmm.migration.mapped_ram import MappedWriter
 from vmm.migration.outflow import Outflow
 from vmm.migration.ram_file_records import RamInPlace, RamMapped
 from vmm.migration.stream_records import Home
-from vmm.phases.copying import Canceller
+from vmm.phases.copy_control import Canceller
 from vmm.phases.foundation import Host
 from vmm.phases.machine import Machine
 from vmm.recipe import Recipe, Step

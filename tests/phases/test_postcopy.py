@@ -47,7 +47,7 @@ from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.registry import StateRegistry
 from vmm.phases import copying
-from vmm.phases.copying import Canceller
+from vmm.phases.copy_control import Canceller
 from vmm.phases.machine import Machine
 from vmm.phases.postcopy import hang_up
 

@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from vmm.decisions import Turn
     from vmm.embedding import EmbeddedMachine
     from vmm.nursery_tree import Phase
-    from vmm.phases.copying import CopyPlan, Gone
+    from vmm.phases.copy_plan import CopyPlan
+    from vmm.phases.copying import Gone
     from vmm.phases.running import Run
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]

@@ -20,7 +20,7 @@ from tests.phases.copy_kit import (
     status,
 )
 from vmm.errors import VmmError
-from vmm.phases import copying
+from vmm.phases import copy_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,7 +100,7 @@ async def test_a_migration_is_cancelled_while_it_is_connected(tmp_path: Path, mo
 
     async with started() as source:
         with monkeypatch.context() as patch:
-            patch.setattr(copying, "connect_channel", connect)
+            patch.setattr(copy_plan, "connect_channel", connect)
             async with trio.open_nursery() as nursery:
 
                 async def cancelled() -> None:

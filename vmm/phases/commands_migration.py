@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmm.migration.connection import Connection
-    from vmm.phases.copying import CopyPlan
+    from vmm.phases.copy_plan import CopyPlan
     from vmm.phases.executing import ExecPlan
 
 
@@ -187,7 +187,7 @@ def require_socket(kind: str, address: ChannelAddress, command: str) -> None:
 
 
 def _copy_plan(address: ChannelAddress, wishes: Wishes, host: MayOpenHostFile | None, caller: Caller) -> CopyPlan:
-    from vmm.phases.copying import CopyPlan  # Likewise.
+    from vmm.phases.copy_plan import CopyPlan  # Likewise.
 
     if isinstance(address, FileAddress):
         may = _required(host, address, "migrate")

@@ -17,11 +17,8 @@ import trio
 
 from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySteerPostcopy, MaySwitchOver
 from vmm.cpr.urgency import Urgency
-from vmm.errors import InvalidState, MigrationPeerGone, MigrationRefused, VmmError, leaves
-from vmm.migration.address import ExecAddress, FileAddress, InetAddress, UnixAddress, VsockAddress
-from vmm.migration.connect import close_descriptors, connect_channel
-from vmm.migration.connection import Connection
-from vmm.migration.convergence import Convergence
+from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
+from vmm.migration.address import FileAddress, InetAddress, UnixAddress, VsockAddress
 from vmm.migration.further import open_channels
 from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
@@ -31,197 +28,29 @@ from vmm.migration.ram_file_records import IDENTITY_SIZE
 from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import Section
 from vmm.migration.terms import Terms
+from vmm.phases.copy_control import Canceller, Gate, Steering, Watch
+from vmm.phases.copy_plan import CopyPlan, staying, travelling
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.further_channels import plan_channels
 from vmm.phases.migrating import WITHHELD, MigratingGrants
-from vmm.phases.migration_state import NO_WISHES, Wishes
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
 from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
 from vmm.phases.throttle import Throttle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from vmm.capabilities import Mint
     from vmm.decisions import Turn
     from vmm.kvm.memory import GuestMemory
-    from vmm.migration.address import ChannelAddress
-    from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase
     from vmm.phases.migration_state import MigrationState
     from vmm.phases.running import Run
     from vmm.phases.tls_objects import Tls
-    from vmm.recipe import Recipe
-    from vmm.residents import Residents
-
-_CONNECTING: Final = 10.0
-"""Seconds for the channel to be connected."""
 
 _ANSWERING: Final = 60.0
 """Seconds for a destination that has been sent everything to say that it is in force."""
-
-
-@final
-@attrs.define(eq=False)
-class CopyPlan:
-    """Where a guest is copied to. Owns the descriptor among its address."""
-
-    address: ChannelAddress
-    open_file: Callable[[], int] | None = None
-    """Of a `FileAddress`: opens the file, which changes it. A migration that is refused before has not touched it."""
-    start_command: Callable[[bool], Connection] | None = None
-    """Of an `ExecAddress`: starts the command, which can answer if the argument says so."""
-    wishes: Wishes = NO_WISHES
-    finish: Callable[[], None] | None = None
-    """Of a snapshot, after which the guest goes on here: gives the file its name, once all is in it. For a thread."""
-    resume: bool = False
-    """Whether it is to go on with a postcopy whose connection broke."""
-    _closed: bool = False
-
-    async def open(self, residents: Residents, *, two_way: bool = False, tls: Tls | None) -> Connection:
-        """Connect. Again and again, if somebody listens there.
-
-        Args:
-            residents: of whom whoever serves the connection is one.
-            two_way: whether a command can answer.
-            tls: what the channel is made secure with.
-
-        Raises:
-            HostFileRefused: nobody listens there, the file cannot be written, or the command cannot be started.
-            TlsFailed: there is no TLS with who listens there.
-        """
-        connection = await self._connect(two_way=two_way, tls=tls)
-        return connection.serve(residents)
-
-    async def _connect(self, *, two_way: bool, tls: Tls | None) -> Connection:
-        if isinstance(self.address, FileAddress):
-            assert self.open_file is not None, "given by the command"
-            return Connection(self.open_file())
-        if isinstance(self.address, ExecAddress):
-            assert self.start_command is not None, "likewise"
-            return self.start_command(two_way)
-        connection = await connect_channel(self.address, within=_CONNECTING)
-        if tls is None:
-            return connection
-        return await tls.secure(connection, "destination", within=_CONNECTING)
-
-    def close(self) -> None:
-        """Close the descriptor; what was connected stays. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            close_descriptors([self.address])
-
-
-@final
-class Canceller:
-    """The facet of `may-cancel-migration`."""
-
-    def __init__(self) -> None:
-        self.scope: Final = trio.CancelScope()
-        self.let_go = False
-        """Whether the guest is the destination's: nothing can be called off any more."""
-
-    def cancel(self, by: str) -> None:
-        """Call the migration off, unless the guest has been let go."""
-        if not self.let_go:
-            self.scope.cancel()
-
-
-@final
-class _Gate:
-    """The facet of `may-switch-over`: where a migration waits with the guest stopped and its state not yet read."""
-
-    def __init__(self) -> None:
-        self._opened: trio.Event | None = None
-
-    async def wait(self) -> None:
-        """Wait until somebody lets it go on."""
-        self._opened = trio.Event()
-        await self._opened.wait()
-        self._opened = None
-
-    def go_on(self) -> None:
-        """Let it go on. Raises `InvalidState` where it does not wait."""
-        if self._opened is None:
-            raise InvalidState(
-                what="migrate-continue",
-                state="while the migration does not wait",
-                instead="wait until query-migrate says pre-switchover, which it does with pause-before-switchover on",
-            )
-        self._opened.set()
-
-
-@final
-class _Steering:
-    """The facet of `may-steer-postcopy` before the guest has gone."""
-
-    def __init__(self, *, possible: bool, preempts: bool) -> None:
-        self.possible: Final = possible
-        self.preempts: Final = preempts
-        """Whether pages that are asked for go over a channel of their own."""
-        self.urgent: Connection | None = None
-        """That channel."""
-        self.wanted = False
-        """Whether the guest is to run at the destination as soon as may be."""
-        self.watch: Watch | None = None
-        self.identity: Final = os.urandom(16) if possible else b""
-        """Names the migration."""
-        self.server: PageServer | None = None
-        """Who has the pages that have not gone, once the guest has."""
-
-    def close(self) -> None:
-        """Close the further channel, if there is one."""
-        if self.urgent is not None:
-            self.urgent.close()
-
-    def start(self) -> None:
-        """End the passes."""
-        if not self.possible:
-            raise MigrationRefused(
-                reason="migrate-start-postcopy: the migration has begun without postcopy-ram, which comes before"
-            )
-        self.wanted = True
-        if self.watch is not None:
-            self.watch.hurries = True
-
-    def pause(self) -> None:
-        """Refuse."""
-        raise MigrationRefused(reason="migrate-pause: no postcopy is under way; migrate_cancel ends the migration")
-
-    async def recover(self, address: object) -> None:
-        """Refuse."""
-        await trio.lowlevel.checkpoint()
-        raise MigrationRefused(reason="migrate-recover: no postcopy is under way, and it is for the destination of one")
-
-
-@final
-class Watch:
-    """Hears from the thread that sends how it goes, and tells whoever asks."""
-
-    def __init__(self, progress: MigrationProgress, migration: MigrationState, throttle: Throttle, vcpus: int) -> None:
-        self._progress: Final = progress
-        modes = [mode for mode in ("auto-converge", "dirty-limit") if migration.capabilities[mode]]
-        self._convergence: Final = Convergence(
-            modes[0] if modes else None, migration.parameters.values, vcpus, throttle.set
-        )
-        self._migration: Final = migration
-        self._loop: Final = trio.lowlevel.current_trio_token()
-        self.hurries = False
-        """Whether the passes are to end now."""
-        progress.expected_downtime = int(migration.parameters.values["downtime-limit"])
-
-    def passed(self, number: int) -> None:
-        """Tell that pass `number` begins."""
-        self._loop.run_sync_soon(self._migration.tell_pass, number)
-
-    def expects(self, downtime: float) -> None:
-        """Note the pause that is expected, in ms."""
-        self._progress.expected_downtime = round(downtime)
-
-    def after_pass(self, sent: int, dirtied: int, seconds: float) -> None:
-        """Note that another pass is needed: slow the guest down, where that is wanted."""
-        self._convergence.after_pass(sent, dirtied, seconds)
 
 
 @final
@@ -235,9 +64,9 @@ class _Copy:
     left: tuple[str, bytes] | None
     """Where RAM stays, and what marks it; None where it is copied."""
     precopy: Precopy
-    gate: _Gate | None
+    gate: Gate | None
     """Where it waits before the switchover; None where it does not."""
-    steering: _Steering
+    steering: Steering
     migration: MigrationState
 
 
@@ -251,31 +80,6 @@ class Gone:
     memory: GuestMemory
     whole: bool = True
     """Whether it may run here again."""
-
-
-def travelling(recipe: Recipe) -> Recipe:
-    """Return what of a machine's recipe is the machine's: no monitors, qtest, or their chardevs, nor its snapshots."""
-    monitors = [step for step in recipe if step.execute == "object-add" and _stays(step.arguments)]
-    chardevs = {step.arguments.get("chardev") for step in monitors} - {None}
-    return attrs.evolve(
-        recipe,
-        steps=tuple(
-            step
-            for step in recipe
-            if step not in monitors and not (step.execute == "chardev-add" and step.arguments.get("id") in chardevs)
-        ),
-    )
-
-
-def staying(recipe: Recipe) -> Recipe:
-    """Return the rest."""
-    goes = travelling(recipe).steps
-    return attrs.evolve(recipe, steps=tuple(step for step in recipe if step not in goes))
-
-
-def _stays(arguments: Mapping[str, Any]) -> bool:
-    kind = str(arguments.get("qom-type"))
-    return kind.startswith("monitor-") or kind in ("qtest", "snapshot-directory")
 
 
 async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) -> Gone | None:
@@ -306,9 +110,9 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     find_zeros = migration.parameters["zero-page-detection"] != "none"
     with closing(Outflow(connection, find_zeros=find_zeros)) as flow:
         async with running.child("migrating") as phase:
-            gate = _Gate()
+            gate = Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
-            steering = _Steering(
+            steering = Steering(
                 possible=migration.capabilities["postcopy-ram"], preempts=migration.capabilities["postcopy-preempt"]
             )
 
@@ -519,7 +323,7 @@ async def _hand_on(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> No
         raise MigrationPeerGone(peer="destination", what=what, outcome="the guest goes on in the source")
 
 
-async def _announce(run: Run, flow: Outflow, steering: _Steering, terms: Terms) -> None:
+async def _announce(run: Run, flow: Outflow, steering: Steering, terms: Terms) -> None:
     from vmm.phases.catalog import rank  # Which imports the commands, which import this module.
 
     host = run.machine.made.host

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from vmm.errors import InvalidState, MigrationRefused
 from vmm.phases.blockers import require_unblocked
-from vmm.phases.copying import CopyPlan
+from vmm.phases.copy_plan import CopyPlan
 from vmm.phases.executing import ExecPlan
 from vmm.phases.migrating import TransferPlan, ask_destination
 from vmm.phases.migration_state import Wishes

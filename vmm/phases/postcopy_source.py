@@ -17,7 +17,7 @@ from vmm.migration.page_frames import FRAME_SIZE, Frame, FrameKind
 from vmm.migration.page_server import LinkBroken
 from vmm.migration.pump import in_thread
 from vmm.migration.status import MigrationStatus
-from vmm.phases.copying import CopyPlan
+from vmm.phases.copy_plan import CopyPlan
 from vmm.phases.postcopy import GREETING, PAUSED, PostcopySourceGrants, exactly, hang_up
 
 if TYPE_CHECKING:

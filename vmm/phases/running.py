@@ -26,7 +26,8 @@ from vmm.decisions import Inbox
 from vmm.errors import CprError, InvalidState, VmmError
 from vmm.migration.status import MigrationStatus
 from vmm.phases.building import SavedState
-from vmm.phases.copying import CopyPlan, Gone, run_copying
+from vmm.phases.copy_plan import CopyPlan
+from vmm.phases.copying import Gone, run_copying
 from vmm.phases.departure import Departure
 from vmm.phases.dirty_limits import DirtyLimits
 from vmm.phases.dirty_rate import DirtyRates

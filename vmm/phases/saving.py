@@ -21,7 +21,9 @@ from vmm.migration.address import FileAddress
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import Section
-from vmm.phases.copying import Canceller, Gone, staying, travelling
+from vmm.phases.copy_control import Canceller
+from vmm.phases.copy_plan import staying, travelling
+from vmm.phases.copying import Gone
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.migrating import WITHHELD, MigratingGrants
 from vmm.phases.quiesced import WITHHELD as QUIESCED_WITHHELD
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from vmm.decisions import Turn
     from vmm.migration.status import MigrationProgress
     from vmm.nursery_tree import Phase
-    from vmm.phases.copying import CopyPlan
+    from vmm.phases.copy_plan import CopyPlan
     from vmm.phases.running import Run
 
 _LOOK: Final = 0.1

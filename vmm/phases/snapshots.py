@@ -10,7 +10,7 @@ import trio
 
 from vmm.errors import VmmError
 from vmm.migration.address import FileAddress
-from vmm.phases.copying import CopyPlan
+from vmm.phases.copy_plan import CopyPlan
 
 if TYPE_CHECKING:
     from vmm.backends.snapshots import SnapshotDirectory

@@ -173,7 +173,7 @@ class StreamPort:
         Args:
             cpu: what the source says of its processor, hostile: `RecipeInvalid` if it is nothing of the kind.
         """
-        from vmm.phases.copying import travelling
+        from vmm.phases.copy_plan import travelling
         from vmm.phases.cpu_differences import compare_made
 
         recipes = compare(source, travelling(self._host.recorder.recipe()))

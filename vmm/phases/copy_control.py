@@ -1,0 +1,129 @@
+"""What steers a migration that copies the guest: the facets of its tokens, and who hears how it goes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Final, final
+
+import trio
+
+from vmm.errors import InvalidState, MigrationRefused
+from vmm.migration.convergence import Convergence
+
+if TYPE_CHECKING:
+    from vmm.migration.connection import Connection
+    from vmm.migration.page_server import PageServer
+    from vmm.migration.status import MigrationProgress
+    from vmm.phases.migration_state import MigrationState
+    from vmm.phases.throttle import Throttle
+
+
+@final
+class Canceller:
+    """The facet of `may-cancel-migration`."""
+
+    def __init__(self) -> None:
+        self.scope: Final = trio.CancelScope()
+        self.let_go = False
+        """Whether the guest is the destination's: nothing can be called off any more."""
+
+    def cancel(self, by: str) -> None:
+        """Call the migration off, unless the guest has been let go."""
+        if not self.let_go:
+            self.scope.cancel()
+
+
+@final
+class Gate:
+    """The facet of `may-switch-over`: where a migration waits with the guest stopped and its state not yet read."""
+
+    def __init__(self) -> None:
+        self._opened: trio.Event | None = None
+
+    async def wait(self) -> None:
+        """Wait until somebody lets it go on."""
+        self._opened = trio.Event()
+        await self._opened.wait()
+        self._opened = None
+
+    def go_on(self) -> None:
+        """Let it go on. Raises `InvalidState` where it does not wait."""
+        if self._opened is None:
+            raise InvalidState(
+                what="migrate-continue",
+                state="while the migration does not wait",
+                instead="wait until query-migrate says pre-switchover, which it does with pause-before-switchover on",
+            )
+        self._opened.set()
+
+
+@final
+class Steering:
+    """The facet of `may-steer-postcopy` before the guest has gone."""
+
+    def __init__(self, *, possible: bool, preempts: bool) -> None:
+        self.possible: Final = possible
+        self.preempts: Final = preempts
+        """Whether pages that are asked for go over a channel of their own."""
+        self.urgent: Connection | None = None
+        """That channel."""
+        self.wanted = False
+        """Whether the guest is to run at the destination as soon as may be."""
+        self.watch: Watch | None = None
+        self.identity: Final = os.urandom(16) if possible else b""
+        """Names the migration."""
+        self.server: PageServer | None = None
+        """Who has the pages that have not gone, once the guest has."""
+
+    def close(self) -> None:
+        """Close the further channel, if there is one."""
+        if self.urgent is not None:
+            self.urgent.close()
+
+    def start(self) -> None:
+        """End the passes."""
+        if not self.possible:
+            raise MigrationRefused(
+                reason="migrate-start-postcopy: the migration has begun without postcopy-ram, which comes before"
+            )
+        self.wanted = True
+        if self.watch is not None:
+            self.watch.hurries = True
+
+    def pause(self) -> None:
+        """Refuse."""
+        raise MigrationRefused(reason="migrate-pause: no postcopy is under way; migrate_cancel ends the migration")
+
+    async def recover(self, address: object) -> None:
+        """Refuse."""
+        await trio.lowlevel.checkpoint()
+        raise MigrationRefused(reason="migrate-recover: no postcopy is under way, and it is for the destination of one")
+
+
+@final
+class Watch:
+    """Hears from the thread that sends how it goes, and tells whoever asks."""
+
+    def __init__(self, progress: MigrationProgress, migration: MigrationState, throttle: Throttle, vcpus: int) -> None:
+        self._progress: Final = progress
+        modes = [mode for mode in ("auto-converge", "dirty-limit") if migration.capabilities[mode]]
+        self._convergence: Final = Convergence(
+            modes[0] if modes else None, migration.parameters.values, vcpus, throttle.set
+        )
+        self._migration: Final = migration
+        self._loop: Final = trio.lowlevel.current_trio_token()
+        self.hurries = False
+        """Whether the passes are to end now."""
+        progress.expected_downtime = int(migration.parameters.values["downtime-limit"])
+
+    def passed(self, number: int) -> None:
+        """Tell that pass `number` begins."""
+        self._loop.run_sync_soon(self._migration.tell_pass, number)
+
+    def expects(self, downtime: float) -> None:
+        """Note the pause that is expected, in ms."""
+        self._progress.expected_downtime = round(downtime)
+
+    def after_pass(self, sent: int, dirtied: int, seconds: float) -> None:
+        """Note that another pass is needed: slow the guest down, where that is wanted."""
+        self._convergence.after_pass(sent, dirtied, seconds)
