@@ -33,7 +33,7 @@ from tests.saved_machines import (
     ticked,
     ticks,
 )
-from vmm import host_sockets
+from vmm import host_sockets, hostio
 from vmm.cli_progress import Bar
 from vmm.cli_resume import Claim, Loading, SavedStateRefused, claimed, resume_machine, resumed
 from vmm.cli_save import SaveFailed, SaveUnclear, save
@@ -185,6 +185,18 @@ async def test_the_file_goes_once_all_of_the_guest_is_here(file: bool, tmp_path:
             assert running.tree.view(Machine).memory.absent is None
             assert "saved" not in files(tmp_path)
             await ticked(running, 10)
+
+
+def test_of_a_link_the_file_goes_that_it_leads_to(tmp_path: Path) -> None:
+    path, link = tmp_path / "saved", tmp_path / "link"
+    path.write_bytes(b"one")
+    link.symlink_to("saved")
+    with pytest.raises(SavedStateRefused, match=f"Cannot resume from {path}: "):
+        resume_machine(str(link), parse(), whole=False)
+    with claimed(str(link)) as claim:
+        assert claim.path == str(path)
+        assert claim.use_up() is None
+    assert files(tmp_path) == ["link"]
 
 
 async def test_a_guest_whose_page_is_lost_stands_and_the_file_stays(tmp_path: Path) -> None:
@@ -449,6 +461,41 @@ def test_of_two_that_resume_at_the_same_time_one_does(tmp_path: Path) -> None:
         claim.close()  # as it does once all of the guest is here
         with claimed(str(path)):
             pass
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "another one"])
+def test_a_file_that_goes_before_it_is_locked_is_not_resumed_from(
+    gone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lock = tmp_path / "saved", hostio.lock_saved_state
+    path.write_bytes(b"one")
+
+    def goes(fd: int, name: str) -> bool:
+        path.unlink()
+        if not gone:
+            path.write_bytes(b"another")
+        return lock(fd, name)
+
+    monkeypatch.setattr(hostio, "lock_saved_state", goes)
+    with pytest.raises(SavedStateRefused) as caught:
+        resume_machine(str(path), parse(), whole=False)
+    assert str(caught.value) == (
+        f"Cannot resume from {path}: it was removed or replaced meanwhile, perhaps because its guest runs by now"
+    )
+
+
+def test_a_file_that_cannot_be_looked_at_once_it_is_locked_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(b"one")
+
+    def refuses(one: object, other: object) -> bool:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os.path, "samestat", refuses)
+    with pytest.raises(HostFileRefused, match=f"Cannot read {path}: Input/output error"):
+        resume_machine(str(path), parse(), whole=False)
 
 
 async def test_what_is_no_saved_machine_is_told(tmp_path: Path) -> None:

@@ -49,9 +49,8 @@ def resume_machine(path: str, options: argparse.Namespace, *, whole: bool) -> in
     """Go on with the machine that is saved in `path`, in this process; return its exit status at its end."""
     from vmm.process import run_process
 
-    target = os.path.abspath(path)
-    with claimed(target) as claim, Bar.on_stderr(fields=_FIELDS) as bar:
-        recipe = resumed(target, options, whole=whole)
+    with claimed(path) as claim, Bar.on_stderr(fields=_FIELDS) as bar:
+        recipe = resumed(claim.path, options, whole=whole)
         loading = Loading(bar, claim, alone=not _speaks(recipe))
         return run_process(recipe, options, os.environ, begun=loading.begun, beside=loading.watch)
 
@@ -77,12 +76,29 @@ class Claim:
         Raises:
             SavedStateRefused, HostFileRefused: another process resumes from it, or it cannot be opened.
         """
-        self.path: Final = path
-        self._fd = hostio.open_saved_state(path, 0)
-        if not hostio.lock_saved_state(self._fd, path):
+        self.path: Final = os.path.realpath(path)
+        """The file itself: a link to it would be removed without it."""
+        self._fd = hostio.open_saved_state(self.path, 0)
+        try:
+            if not hostio.lock_saved_state(self._fd, self.path):
+                raise self._refused("another process is resuming from it; its guest is that process's")
+            if not self._is_there():
+                raise self._refused("it was removed or replaced meanwhile, perhaps because its guest runs by now")
+        except BaseException:
             self.close()
-            reason = "another process is resuming from it; its guest is that process's"
-            raise SavedStateRefused(what="resume", path=path, reason=reason)
+            raise
+
+    def _refused(self, reason: str) -> SavedStateRefused:
+        return SavedStateRefused(what="resume", path=self.path, reason=reason)
+
+    def _is_there(self) -> bool:
+        """Say whether what is locked is what has the name."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise hostio.refused("read", self.path, error) from error
 
     def use_up(self) -> str | None:
         """Remove the file, unless another one is there by now, and let go of it; return what went wrong, if it did."""
