@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 import trio
 
 from vmm import host_sockets
-from vmm.errors import HostFileRefused, VmmError
+from vmm.errors import HostFileRefused, OptionInvalid, VmmError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -100,11 +100,20 @@ class QmpClient:
         await self.execute("qmp_capabilities")
 
     async def send(self, command: str, /, **arguments: Any) -> None:
-        """Send `command`, and leave its reply unread: the next `execute` passes over it. Raises `MonitorGone`."""
+        """Send `command`, and leave its reply unread: the next `execute` passes over it.
+
+        Raises:
+            OptionInvalid: an argument is no Unicode, as what was no UTF-8 on a command line. Nothing was sent.
+            MonitorGone: there is nobody to send it to.
+        """
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        for name, value in named.items():
+            if (text := _undecodable(value)) is not None:
+                raise OptionInvalid(option=f"{command}: {name}", value=text, wanted="UTF-8, as all of QMP is")
         self._sent += 1
         request: dict[str, Any] = {"execute": command, "id": self._sent}
-        if arguments:
-            request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
+        if named:
+            request["arguments"] = named
         data = memoryview(json.dumps(request).encode())
         try:
             while data:
@@ -116,6 +125,7 @@ class QmpClient:
         """Execute `command` and return what it replied; `_` in an argument's name stands for `-`.
 
         Raises:
+            OptionInvalid: as `send`.
             CommandFailed: it replied with an error.
             MonitorGone: it did not reply.
         """
@@ -124,10 +134,13 @@ class QmpClient:
 
     async def reply(self, command: str) -> Any:
         """Return what was replied to `command`, which was sent last. Raises as `execute`."""
-        # A reply with another number is to a command whose caller was cancelled.
+        # A reply with another number is to a command whose caller was cancelled. What the machine could not read at all
+        # is answered without one.
         while (message := await self.read()).get("id") != self._sent:
             if "event" in message:
                 self.events.append(message)
+            elif "error" in message and "id" not in message:
+                break
         if "error" in message:
             answer = message["error"]
             raise CommandFailed(command=command, error_class=answer["class"], desc=answer["desc"])
@@ -139,6 +152,17 @@ class QmpClient:
             event = self.events.popleft() if self.events else await self.read()
             if wanted(event):
                 return event
+
+
+def _undecodable(value: object) -> str | None:
+    """Return the first string in `value`, anything that JSON has, that is no Unicode; None if there is none."""
+    if isinstance(value, str):
+        return value if any("\ud800" <= sign <= "\udfff" for sign in value) else None
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if not isinstance(value, (list, tuple)):
+        return None
+    return next((text for text in map(_undecodable, value) if text is not None), None)
 
 
 @asynccontextmanager
