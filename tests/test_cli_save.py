@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import resource
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import trio
@@ -33,12 +35,14 @@ from tests.saved_machines import (
     ticked,
     ticks,
 )
+from tests.terminal import Screen
 from vmm import host_sockets, hostio
-from vmm.cli_progress import Bar
+from vmm.cli_progress import Bar, Figures
 from vmm.cli_resume import Claim, Loading, SavedStateRefused, claimed, resume_machine, resumed
 from vmm.cli_save import SaveFailed, SaveUnclear, save
 from vmm.cli_watch import Interrupted, Interruption
 from vmm.errors import HostFileRefused, OptionInvalid, VmmError
+from vmm.kvm.faults import PagesFromFile
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.mapped_ram import MappedWriter
 from vmm.migration.outflow import Outflow
@@ -219,6 +223,64 @@ async def test_a_guest_whose_page_is_lost_stands_and_the_file_stays(tmp_path: Pa
                         await trio.sleep(0.005)
 
 
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("seen", [True, False], ids=["loaded", "not seen to be"])
+async def test_the_file_goes_too_if_the_machine_ends_before_all_of_a_guest_that_ran_is_here(
+    ran: bool, seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(_: PagesFromFile) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(PagesFromFile, "wait_over", never)
+    await saved(tmp_path, file=False)
+    with claimed(str(tmp_path / "saved")) as claim:
+        loading = Loading(Bar(None), claim)
+        async with again(tmp_path, *(() if ran else ("-S",))) as running, trio.open_nursery() as nursery:
+            nursery.start_soon(loading.watch, running.host)
+            if seen:
+                loading.begun()
+            async with connected(tmp_path / "qmp") as client:
+                await client.execute("quit")
+            with trio.fail_after(HANGS):
+                await running.ended.wait()
+            nursery.cancel_scope.cancel()
+    assert ("saved" in files(tmp_path)) is not ran
+
+
+async def test_what_is_told_stands_on_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "saved"
+    path.write_bytes(b"one")
+    shown = io.StringIO()
+    state = SimpleNamespace(absent=None)
+    host = SimpleNamespace(
+        tree=SimpleNamespace(view=lambda kind: state),
+        status=SimpleNamespace(has_run=True),
+        complain=lambda text: shown.write(f"{text}\n"),
+    )
+    bar = Bar(shown, terminal=True)
+    with claimed(str(path)) as claim:
+        path.rename(tmp_path / "moved")
+        loading = Loading(bar, claim)
+        loading.begun()
+        bar.show(Figures(word="loading"))
+        await loading._use_up(cast("Any", host))
+    screen = Screen()
+    screen.feed(shown.getvalue())
+    assert screen.rows == [f"{path} was moved while a guest was resumed from it; remove it: its guest runs here"]
+
+
+async def test_a_directory_that_does_not_go_to_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "saved"
+
+    def broken(_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    path.write_bytes(b"one")
+    with claimed(str(path)) as claim:
+        assert claim.use_up() == f"Cannot remove {path}: Input/output error"
+
+
 async def test_another_file_of_that_name_stays_and_what_cannot_be_removed_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,9 +289,14 @@ async def test_another_file_of_that_name_stays_and_what_cannot_be_removed_is_tol
     with claimed(str(path)) as claim:
         path.rename(tmp_path / "kept")
         path.write_bytes(b"another")
-        assert claim.use_up() is None
+        assert claim.use_up() == f"{path} was replaced while a guest was resumed from it; what is there now stays"
     with claimed(str(path)) as claim:
         path.rename(tmp_path / "moved")
+        moved = f"{path} was moved while a guest was resumed from it; remove it: its guest runs here"
+        assert claim.use_up() == moved
+    path.write_bytes(b"one")
+    with claimed(str(path)) as claim:
+        path.unlink()
         assert claim.use_up() is None
     assert files(tmp_path) == ["kept", "moved"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, Final, final
 
 import attrs
@@ -18,7 +18,7 @@ import trio
 from vmm import hostio
 from vmm.cli_options import OPTIONS, given
 from vmm.cli_progress import Bar, Figures
-from vmm.errors import DeviceNotActive, OptionInvalid, VmmError
+from vmm.errors import DeviceNotActive, HostFileRefused, OptionInvalid, VmmError
 from vmm.recipe import Recipe, Step
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vmm.migration.stream_records import Record
     from vmm.nursery_tree import Tree
+    from vmm.phases.absent_pages import AbsentPages
     from vmm.phases.foundation import Host
     from vmm.phases.migration_state import MigrationState
 
@@ -101,12 +102,20 @@ class Claim:
             raise hostio.refused("read", self.path, error) from error
 
     def use_up(self) -> str | None:
-        """Remove the file, unless another one is there by now, and let go of it; return what went wrong, if it did."""
+        """Remove the file, on disk too, unless another one is there by now, and let go of it. For a thread.
+
+        Return what went wrong, if it did.
+        """
         try:
-            if os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
+            if self._is_there():
                 os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+                hostio.sync_directory(os.path.dirname(self.path))
+            elif os.path.lexists(self.path):
+                return f"{self.path} was replaced while a guest was resumed from it; what is there now stays"
+            elif os.fstat(self._fd).st_nlink:
+                return f"{self.path} was moved while a guest was resumed from it; remove it: its guest runs here"
+        except HostFileRefused as error:
+            return str(error)
         except OSError as error:
             return str(hostio.refused("remove", self.path, error))
         finally:
@@ -226,13 +235,24 @@ class Loading:
             return
         from vmm.phases.migration_state import MigrationState  # Likewise.
 
-        await self._begun.wait()
-        absent = host.tree.view(MigrationState).absent
-        if absent is not None:
-            await absent.over.wait()
-        # One that could not be had may be there another time.
-        if (absent is None or absent.complete) and (complaint := self._claim.use_up()) is not None:
-            host.complain(complaint)
+        absent: AbsentPages | None = None
+        is_here = False
+        try:
+            await self._begun.wait()
+            with suppress(DeviceNotActive):  # the machine has ended already
+                absent = host.tree.view(MigrationState).absent
+                if absent is not None:
+                    await absent.over.wait()
+                is_here = absent is None or absent.complete
+        finally:
+            # A guest that ran must not run again from there, also where its machine ended before all of it was here.
+            # A page that could not be had may be there another time.
+            if is_here or (host.status.has_run and not (absent is not None and absent.lost)):
+                with trio.CancelScope(shield=True):
+                    complaint = await trio.to_thread.run_sync(self._claim.use_up)
+                if complaint is not None:
+                    self._bar.clear()  # which would else stand before it
+                    host.complain(complaint)
 
     def _figures(self, tree: Tree, kind: type[MigrationState]) -> Figures | None:
         """Return what is to be seen; None once it is over."""

@@ -131,7 +131,7 @@ async def _put_in_place(client: QmpClient, part: Path, target: Path, *, ran: boo
     try:
         os.rename(part, target)
         renamed = True
-        _sync_directory(target.parent)
+        hostio.sync_directory(str(target.parent))
     except (OSError, HostFileRefused) as error:
         if renamed:
             with suppress(OSError):
@@ -141,14 +141,6 @@ async def _put_in_place(client: QmpClient, part: Path, target: Path, *, ran: boo
             await client.execute("stop")
         refused = hostio.refused("write", str(target), error) if isinstance(error, OSError) else error
         raise SaveFailed(reason=str(refused)) from error
-
-
-def _sync_directory(path: Path) -> None:
-    fd = hostio.open_directory(str(path))
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 async def _quit(client: QmpClient) -> None:

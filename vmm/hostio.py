@@ -201,6 +201,20 @@ def open_directory(path: str) -> int:
     return _open("read", path, os.O_RDONLY | os.O_DIRECTORY)
 
 
+def sync_directory(path: str) -> None:
+    """Put on disk what names are in directory `path`. Takes as long as the disk does.
+
+    Raises:
+        HostFileRefused: it cannot be opened.
+        OSError: the disk won't.
+    """
+    fd = open_directory(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def open_saved_state(path: str, offset: int) -> int:
     """Open regular file `path` for reading, and stand at byte `offset`.
 

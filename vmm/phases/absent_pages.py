@@ -29,12 +29,14 @@ class AbsentPages:
         """Set once all are there, or one is lost."""
         self.complete = False
         """Whether all are there."""
+        self.lost = False
+        """Whether one could not be had. With neither, the machine has ended before."""
 
     async def serve(self) -> None:
         """Wait for them. If one is lost, the guest stands, and the run state says why."""
         try:
             failure = await self._pages.wait_over()
-            self.complete = failure is None
+            self.complete, self.lost = failure is None, failure is not None
             if failure is not None:
                 self._let_go()
                 await self._stand(failure)

@@ -43,6 +43,8 @@ class RunState:
         self.name: RunStateName = "prelaunch"
         self.failure: str = ""
         """Why the guest cannot go on, in a sentence; empty where it can."""
+        self.has_run = False
+        """Whether vCPUs have ever executed guest code here."""
 
     @property
     def running(self) -> bool:
@@ -52,6 +54,7 @@ class RunState:
     def runs(self, *, since: int | None = None) -> None:
         """The vCPUs were started, `since` on CLOCK_REALTIME in ns, or just now: state running, event RESUME."""
         self.name = "running"
+        self.has_run = True
         self.failure = ""
         self._emit("RESUME", at=since)
 
