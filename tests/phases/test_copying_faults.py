@@ -234,6 +234,24 @@ async def test_commands_are_answered_however_long_the_source_says_nothing(tmp_pa
             await goes_on(machine)
 
 
+@pytest.mark.parametrize("turns", [0, 2, 4, 6, 9, 12, 20])
+async def test_a_stop_at_the_moment_of_the_guest_s_start_is_not_lost(turns: int, tmp_path: Path) -> None:
+    async with started() as source, empty() as machine:
+        data = answered(await save(source, tmp_path / "state"))
+        await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
+        async with source_peer(tmp_path / "main") as peer:
+            await peer.send(data)
+            assert (await peer.hear()).name == "ready"
+            assert (await peer.hear()).name == "loaded"
+            await peer.say("yours")
+            for _ in range(turns):
+                await trio.lowlevel.checkpoint()
+            await machine.execute("stop")
+        await in_status(machine, "paused")
+        await machine.execute("cont")
+        await goes_on(machine)
+
+
 async def test_after_a_cancelled_migration_the_next_one_succeeds(tmp_path: Path) -> None:
     async with started() as source:
         async with destination_peer(source, tmp_path):

@@ -59,7 +59,7 @@ class _Autostart:
     def __init__(self, *, on: bool) -> None:
         self.on = on
         self.run: Run | None = None
-        """The guest's run control, once it has been taken up. For commands that were under way then."""
+        """The guest's run control, from when it is taken up. For commands that were under way then."""
 
     async def cont(self) -> None:
         """Have the guest run once it is here, if it ran where it was."""
@@ -152,9 +152,9 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                     if copied is not None:
                         # Here, and not in running: to get there takes longer than all that is left to do.
                         phase.tree.hold_off(until="running")
-                        await copied.take_up(run, start=autostart.on)
-                        autostart.run = run
-        await run_running(phase, run, start=autostart.on, copied=copied)
+                        start, autostart.run = autostart.on, run
+                        await copied.take_up(run, start=start)
+        await run_running(phase, run, start=start, copied=copied)
 
 
 async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: Urgency) -> Copied | None:
@@ -176,6 +176,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: 
         if rest is None:
             wait.over.set()
         return Copied(pause, progress, rest)
+    urgency.close()
     port.failed(wait, failure)
     await wait.arrival.flow.refuse(failure)
     if wait.exit_on_error:

@@ -271,7 +271,14 @@ class Copied:
     """What is still to come of it; None where all is here."""
 
     async def take_up(self, run: Run, *, start: bool) -> None:
-        """Go on where it stood; run it if it ran and `start` says so."""
+        """Go on where it stood; run it if it ran and `start` says so. Nobody has had its run control so far."""
+        run.control.acquire_nowait()  # without a turn of the loop
+        try:
+            await self._take_up(run, start=start)
+        finally:
+            run.control.release()
+
+    async def _take_up(self, run: Run, *, start: bool) -> None:
         pause = self.pause
         if self.rest is not None and not self.rest.ours:
             start = run.here = False
