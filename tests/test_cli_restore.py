@@ -187,11 +187,13 @@ async def test_the_bar_is_there_while_it_loads_and_gone_then(tmp_path: Path) -> 
 async def test_the_bar_shows_what_has_come_before_the_guest_runs_and_after_it() -> None:
     progress = MigrationProgress("target", lambda status: None, lambda: 0.0)
     progress.begin()
-    state = SimpleNamespace(progress=progress, absent=None)
+    state: Any = SimpleNamespace(progress=progress, absent=None)
     tree = SimpleNamespace(view=lambda kind: state)
 
+    loading, beside_others = Loading(Bar(None)), Loading(Bar(None), alone=False)
+
     def shown(*, alone: bool = True) -> Figures | None:
-        return Loading(Bar(None), alone=alone)._figures(cast("Any", tree), MigrationState)
+        return (loading if alone else beside_others)._figures(cast("Any", tree), MigrationState)
 
     assert shown() == Figures(word="loading", left=0)
     stats = MigrationRamStats(total=40, remaining=30, transferred=10)
@@ -203,6 +205,10 @@ async def test_the_bar_shows_what_has_come_before_the_guest_runs_and_after_it() 
     state.absent = SimpleNamespace(over=trio.Event())
     assert shown() == Figures(word="fetching", done=10, total=40, left=30, moved=10)
     assert shown(alone=False) is None
+    # It goes on somewhere else, or waits to do so, before all of it is here.
+    state.progress = MigrationProgress("source", lambda status: None, lambda: 0.0)
+    state.progress.begin()
+    assert shown() == Figures(word="fetching", done=10, total=40, left=30, moved=10)
     state.absent.over.set()
     assert shown() is None
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Generator, Iterator, Mapping
 
+    from vmm.migration.status import MigrationProgress
     from vmm.migration.stream_records import Record
     from vmm.nursery_tree import Tree
     from vmm.phases.absent_pages import AbsentPages
@@ -211,6 +212,8 @@ class Loading:
         self._bar = bar
         self._claim = claim
         self._begun = trio.Event()
+        self._progress: MigrationProgress | None = None
+        """That of how the guest comes: it may be on its way elsewhere before all of it is here."""
 
     def begun(self) -> None:
         """Note that the machine is complete, and its guest has been loaded, or at least runs."""
@@ -260,7 +263,9 @@ class Loading:
             state = tree.view(kind)
         except DeviceNotActive:  # it has not come as far
             return Figures(word="loading")
-        progress, word = state.progress, "loading"
+        if self._progress is None and state.progress is not None and state.progress.side == "target":
+            self._progress = state.progress
+        progress, word = self._progress, "loading"
         if progress is None:
             return Figures(word=word)
         if not progress.under_way:

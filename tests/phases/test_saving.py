@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import TYPE_CHECKING, Any, Final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import pytest
 import trio
@@ -39,8 +40,10 @@ from vmm.guests.dirtier import DirtierReader
 from vmm.migration.mapped_ram import MappedReader
 from vmm.migration.ram_file_records import RamMapped
 from vmm.migration.registry import CheckedState
+from vmm.migration.status import MigrationProgress, MigrationRamStats
 from vmm.migration.stream import StreamReader
 from vmm.phases import saving
+from vmm.phases.absent_pages import AbsentPages
 from vmm.phases.start import Start
 from vmm.recipe import Recipe
 
@@ -380,6 +383,27 @@ async def test_a_state_that_cannot_be_put_in_force_is_seen_through_all_the_same(
         await machine.execute("loadvm", name=str(tmp_path / "state"))
         await machine.execute("cont")
         await goes_on(machine)
+
+
+async def test_what_is_told_of_pages_that_come_is_kept_though_another_migration_has_begun() -> None:
+    class Pages:
+        async def wait_over(self) -> None:
+            stats.remaining = 0
+
+        def close(self) -> None:
+            pass
+
+    stats = SimpleNamespace(remaining=30)
+    first = MigrationProgress("target", lambda status: None, lambda: 0.0)
+    first.follow_ram(lambda: MigrationRamStats(remaining=stats.remaining), beyond=True)
+    migration = SimpleNamespace(progress=first)
+    run = SimpleNamespace(machine=SimpleNamespace(made=SimpleNamespace(migration=migration)))
+    pages = AbsentPages(cast("Any", run), cast("Any", Pages()))
+    migration.progress = MigrationProgress("source", lambda status: None, lambda: 0.0)
+    await pages.serve()
+    assert (pages.complete, pages.lost) == (True, False)
+    stats.remaining = 30  # nobody asks any more
+    assert first.ram.remaining == 0
 
 
 @pytest.mark.parametrize("what", ["bitmap", "sums"])

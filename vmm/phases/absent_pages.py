@@ -25,6 +25,8 @@ class AbsentPages:
     def __init__(self, run: Run, pages: PagesFromFile | PagesFromLink) -> None:
         self._run: Final = run
         self._pages: Final = pages
+        self._progress: Final = run.machine.made.migration.progress
+        """That of how the guest came: another migration may be the present one before all is here."""
         self.over: Final = trio.Event()
         """Set once all are there, or one is lost."""
         self.complete = False
@@ -45,9 +47,8 @@ class AbsentPages:
                 # Ended from outside, too: a vCPU may be waiting for a page, and would not come out of the guest.
                 self._let_go()
             self._pages.close()
-            progress = self._run.machine.made.migration.progress
-            if progress is not None and progress.side == "target":
-                progress.keep_ram()  # and let go of the file's tables
+            if self._progress is not None and self._progress.side == "target":
+                self._progress.keep_ram()  # and let go of the file's tables
             self.over.set()
 
     def _let_go(self) -> None:
