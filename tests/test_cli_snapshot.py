@@ -101,6 +101,14 @@ async def test_where_it_is_must_be_said_if_that_cannot_be_known(tmp_path: Path) 
 
     async with running(tmp_path, "s0", "s1") as machine:
         say = "; say by --directory which object of type snapshot-directory is meant"
+        # What was typed, or a machine says, is nothing that a terminal obeys.
+        assert await fails("delete", "\x1b[31m\n") == (
+            f"Snapshot \\x1b[31m\\n was not deleted: no directory has it{say}"
+        )
+        assert await fails("load", "") == f"Snapshot '' was not loaded: no directory has it{say}"
+        assert await fails("save", "", "\x1b[31m") == (
+            "Snapshot '' was not saved: Snapshot directory '\\x1b[31m' does not exist; there are: s0, s1"
+        )
         assert await fails("save", "a") == f"Snapshot a was not saved: no directory has snapshots yet{say}"
         for name in ("s0", "s1"):
             await do(tmp_path, "save", "a", name)

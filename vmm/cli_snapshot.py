@@ -113,9 +113,14 @@ class Wish:
     directory: str | None = None
     """The object that it is in; None where that is to be found out."""
 
+    @property
+    def name(self) -> str:
+        """The tag for a text: it need not be one that a snapshot can have."""
+        return harmless(self.tag) or "''"
+
     def failed(self, reason: str) -> SnapshotFailed:
         """Return the error."""
-        return SnapshotFailed(tag=self.tag, done=_DONE[self.what], reason=reason)
+        return SnapshotFailed(tag=self.name, done=_DONE[self.what], reason=harmless(reason))
 
 
 async def _watched(monitor: str, wish: Wish, interruption: Interruption, bar: Bar) -> str:
@@ -145,15 +150,15 @@ async def snapshot(monitor: str, wish: Wish, interruption: Interruption, bar: Ba
             seconds = time.monotonic() - began
             info = await client.execute("query-migrate") if error is None and wish.what == "save" else {}
         except (CommandFailed, MonitorGone) as failure:  # of which the first may come just before the other
-            raise SnapshotUnclear(tag=wish.tag, done=_DONE[wish.what]) from failure
+            raise SnapshotUnclear(tag=wish.name, done=_DONE[wish.what]) from failure
     if error is not None:
         if interruption.came and wish.what == "save":
             raise Interrupted(what=_WHAT, outcome=f"{error}; the guest goes on")
         raise wish.failed(error)
     if not info:
-        return f"{_DONE[wish.what]}: snapshot {wish.tag}"
+        return f"{_DONE[wish.what]}: snapshot {wish.name}"
     amount = f"{size(info['ram']['transferred'])} in {seconds:.1f} s"
-    return f"saved: snapshot {wish.tag}, {amount}; the guest's pause: {info['downtime']} ms"
+    return f"saved: snapshot {wish.name}, {amount}; the guest's pause: {info['downtime']} ms"
 
 
 async def _directory_of(client: QmpClient, wish: Wish) -> str:
