@@ -109,7 +109,10 @@ async def test_where_it_is_must_be_said_if_that_cannot_be_known(tmp_path: Path) 
         assert await fails("save", "", "\x1b[31m") == (
             "Snapshot '' was not saved: Snapshot directory '\\x1b[31m' does not exist; there are: s0, s1"
         )
-        assert await fails("save", "a") == f"Snapshot a was not saved: no directory has snapshots yet{say}"
+        assert await fails("save", "a") == (
+            "Snapshot a was not saved: snapshot-save: vmstate must name the object of type snapshot-directory; "
+            "there are: s0, s1; say by --directory which one is meant"
+        )
         for name in ("s0", "s1"):
             await do(tmp_path, "save", "a", name)
         assert await fails("save", "b") == f"Snapshot b was not saved: s0, s1 have snapshots{say}"
@@ -126,6 +129,19 @@ async def test_where_it_is_must_be_said_if_that_cannot_be_known(tmp_path: Path) 
         assert (await fails("load", "bad")).startswith("Snapshot bad was not loaded: State stream: it begins with ")
         await goes_on(machine)
         assert await jobs(machine) == []
+
+
+async def test_the_only_directory_need_not_be_said(tmp_path: Path) -> None:
+    async with running(tmp_path, "s0"):
+        for tag in ("a", "b"):
+            assert (await do(tmp_path, "save", tag))[0].startswith(f"saved: snapshot {tag}, ")
+        assert sorted(os.listdir(tmp_path / "s0")) == ["a.tvmm", "b.tvmm"]
+    async with running(tmp_path, "s1") as machine:
+        with pytest.raises(SnapshotFailed) as caught:
+            await do(tmp_path, "save", "")
+        assert str(caught.value).startswith("Snapshot '' was not saved: tag: '' is not a tag: ")
+        assert "--directory" not in str(caught.value)
+        await goes_on(machine)
 
 
 async def test_an_interrupt_cancels_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def add_snapshot_options(parser: argparse.ArgumentParser) -> None:
             continue
         command.add_argument(
             "--directory", metavar="ID", help="the object of type snapshot-directory that it is in (default: the only "
-            "one that has any snapshots, or has this one)",
+            "one, or the only one that has any snapshots, or has this one)",
         )  # fmt: skip
         command.add_argument("tag", metavar="TAG", help="the snapshot's name")
 
@@ -140,10 +140,14 @@ async def snapshot(monitor: str, wish: Wish, interruption: Interruption, bar: Ba
         try:
             directory = wish.directory or await _directory_of(client, wish)
             job = f"trio-vmm-{secrets.token_hex(4)}"
-            where = {"devices": [directory]} if wish.what == "delete" else {"vmstate": directory, "devices": []}
+            where: dict[str, Any] = {"devices": [directory]} if wish.what == "delete" else {"devices": []}
+            if wish.what != "delete" and directory is not None:
+                where["vmstate"] = directory
             await client.execute(f"snapshot-{wish.what}", job_id=job, tag=wish.tag, **where)
         except CommandFailed as failure:
-            raise wish.failed(failure.desc) from failure
+            lacks_directory = wish.directory is None and "vmstate" in failure.desc
+            hint = "; say by --directory which one is meant" if lacks_directory else ""
+            raise wish.failed(failure.desc + hint) from failure
         began = time.monotonic()
         try:
             error = await _concluded(client, job, wish, interruption, bar)
@@ -161,14 +165,20 @@ async def snapshot(monitor: str, wish: Wish, interruption: Interruption, bar: Ba
     return f"saved: snapshot {wish.name}, {amount}; the guest's pause: {info['downtime']} ms"
 
 
-async def _directory_of(client: QmpClient, wish: Wish) -> str:
-    """Return the directory that is meant. Raises `SnapshotFailed` where that cannot be known."""
+async def _directory_of(client: QmpClient, wish: Wish) -> str | None:
+    """Return the directory that is meant; None for the only one, if there is only one.
+
+    Raises:
+        SnapshotFailed: that cannot be known.
+    """
     found = await client.execute("x-query-snapshots")
     there = {each["vmstate"] for each in found if wish.what == "save" or each["tag"] == wish.tag}
     if len(there) == 1:
         return str(there.pop())
     if wish.what == "save":
-        known = f"{', '.join(sorted(there))} have snapshots" if there else "no directory has snapshots yet"
+        if not there:
+            return None
+        known = f"{', '.join(sorted(there))} have snapshots"
     else:
         known = f"it is in {', '.join(sorted(there))}" if there else "no directory has it"
     raise wish.failed(f"{known}; say by --directory which object of type snapshot-directory is meant")

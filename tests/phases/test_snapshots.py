@@ -155,6 +155,11 @@ async def test_arguments_that_cannot_be_are_refused_by_name_and_begin_no_job(tmp
                 f"{command}: devices: ['disk0'] is not empty, or 's0' alone: there are no block devices to be saved"
             )
             assert (await refusal(machine, command, **right | {"tag": "../b"})).startswith("tag: '../b' is not a tag: ")
+        del right["vmstate"]
+        assert (await refusal(machine, "snapshot-load", **right)).startswith(
+            "Command 'snapshot-load': 'vmstate' is missing"
+        )
+        right["vmstate"] = "s0"
         assert await refusal(machine, "snapshot-save", **right | {"tag": "a"}) == (
             "Snapshot 'a' exists already; choose another name"
         )

@@ -15,7 +15,7 @@ import attrs
 
 from vmm import hostio
 from vmm.capabilities import MayQuery, MayRestoreGuest, MayStartMigration
-from vmm.errors import BackendNotFound, HostFileRefused, OptionInvalid, StreamCorrupt
+from vmm.errors import BackendNotFound, HostFileRefused, MigrationRefused, OptionInvalid, StreamCorrupt
 from vmm.phases.foundation import Host
 from vmm.phases.migration_state import MigrationState, Wishes
 
@@ -28,8 +28,23 @@ _HEAD: Final = 4096
 
 @final
 @attrs.frozen(kw_only=True)
+class SnapshotSave:
+    """Arguments of `snapshot-save`."""
+
+    job_id: str
+    """Name of the job that it is."""
+    tag: str
+    """Name of the snapshot."""
+    vmstate: str | None = None
+    """Name of the snapshot directory; default: the only one. QEMU has no default."""
+    devices: list[str]
+    """Empty, or that directory again."""
+
+
+@final
+@attrs.frozen(kw_only=True)
 class SnapshotJob:
-    """Arguments of `snapshot-save` and `snapshot-load`."""
+    """Arguments of `snapshot-load`."""
 
     job_id: str
     """Name of the job that it is."""
@@ -70,7 +85,7 @@ class SnapshotInfo:
     """Why it is no snapshot, where its beginning tells."""
 
 
-def snapshot_save(may: MayStartMigration, query: MayQuery, args: SnapshotJob) -> Awaitable[None]:
+def snapshot_save(may: MayStartMigration, query: MayQuery, args: SnapshotSave) -> Awaitable[None]:
     """Save the guest under a new tag, as a job; the guest runs on meanwhile, and afterwards."""
     from vmm.phases.snapshots import SavePlan  # Brings KVM and the streams; a guest that is to be saved has them.
 
@@ -120,9 +135,19 @@ def x_query_snapshots(may: MayQuery) -> list[SnapshotInfo]:
     ]
 
 
-def _directory(query: MayQuery, command: str, name: str, devices: list[str]) -> SnapshotDirectory:
-    """Return the directory that `vmstate` names. Raises `BackendNotFound`, `OptionInvalid`."""
+def _directory(query: MayQuery, command: str, name: str | None, devices: list[str]) -> SnapshotDirectory:
+    """Return the directory that `vmstate` names, or the only one.
+
+    Raises:
+        BackendNotFound, OptionInvalid, MigrationRefused: there is no such directory, or not just one.
+    """
     there = query.view(Host).stores.snapshots
+    if name is None:
+        if len(there) != 1:
+            known = ", ".join(sorted(there)) or "none"
+            reason = f"{command}: vmstate must name the object of type snapshot-directory; there are: {known}"
+            raise MigrationRefused(reason=reason)
+        (name,) = there
     if name not in there:
         known = f"; there are: {', '.join(sorted(there)) or 'none'}"
         raise BackendNotFound(what="Snapshot directory", name=name, known=known)
