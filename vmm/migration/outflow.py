@@ -129,7 +129,7 @@ class Outflow:
         await self._in_thread(work)
         if precopy.noticed:
             await self._hear("prepared")
-            if not precopy.still_fits():  # for that has no limit
+            if precopy.is_worth_a_pass():  # for the wait has no limit
                 await self._in_thread(lambda bulk: precopy.go_on(writer, bulk, self._pages(precopy.ram.memory)))
 
     async def send(self, save: Callable[[], Iterable[Section]], precopy: Precopy, late: Callable[[], None]) -> None:

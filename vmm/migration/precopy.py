@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 AT_ONCE: Final = 64
 """Pages that take no time to speak of: they are sent, and taken in, on the loop."""
 _FEW: Final = AT_ONCE * PAGE_SIZE
+_NEXT_TO_NOTHING: Final = 8
+"""Pages whose pass would take longer than they do in the guest's pause."""
 _BURST: Final = 0.05
 """Seconds by which a limited rate may be exceeded, and afterwards has to be waited for."""
 _LOOK: Final = 0.1
@@ -85,10 +87,9 @@ class Precopy:
         while not self._one_pass(writer, bulk, sink):
             pass
 
-    def still_fits(self) -> bool:
-        """Say whether what is left now, too, goes within the limit, or is little. Raises `KvmCallFailed`."""
-        left = self.ram.collect() * PAGE_SIZE
-        return self._watcher.hurries or left <= _FEW or self._fits(left)
+    def is_worth_a_pass(self) -> bool:
+        """Say whether what was written since `run` had better go before the guest stands. Raises `KvmCallFailed`."""
+        return self.ram.collect() > _NEXT_TO_NOTHING and not self._watcher.hurries
 
     def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Send what is left, with no limit to the rate. The guest stands."""
