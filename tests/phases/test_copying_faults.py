@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -36,8 +37,10 @@ from vmm.phases.start import Start
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
+    from tests.phases.copy_kit import Peer
     from vmm.embedding import EmbeddedMachine
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
@@ -54,6 +57,18 @@ async def failed(source: EmbeddedMachine, reason: str) -> None:
     assert (info["status"], info["error-desc"]) == ("failed", reason)
     await in_status(source, "running")
     await goes_on(source)
+
+
+@asynccontextmanager
+async def loaded(source: EmbeddedMachine, machine: EmbeddedMachine, folder: Path) -> AsyncGenerator[Peer, None]:
+    """Send what `source` saves to `machine`, as a source does, until that has loaded it."""
+    data = answered(await save(source, folder / "state"))
+    await machine.execute("migrate-incoming", uri=f"unix:{folder / 'main'}")
+    async with source_peer(folder / "main") as peer:
+        await peer.send(data)
+        assert (await peer.hear()).name == "ready"
+        assert (await peer.hear()).name == "loaded"
+        yield peer
 
 
 GONE: Final = "The destination closed the connection; the guest goes on in the source"
@@ -217,32 +232,21 @@ async def test_a_guest_runs_until_the_destination_has_made_ready(tmp_path: Path)
 
 async def test_commands_are_answered_however_long_the_source_says_nothing(tmp_path: Path) -> None:
     policy = os.sched_getscheduler(0)
-    async with started() as source, empty() as machine:
-        data = answered(await save(source, tmp_path / "state"))
-        await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
-        async with source_peer(tmp_path / "main") as peer:
-            await peer.send(data)
-            assert (await peer.hear()).name == "ready"
-            assert (await peer.hear()).name == "loaded"
-            await machine.execute("cont")
-            await machine.execute("migrate-set-parameters", **{"downtime-limit": 7})
-            await machine.execute("stop")
-            assert os.sched_getscheduler(0) == policy
-            await peer.say("yours")
-            await in_status(machine, "paused")
-            await machine.execute("cont")
-            await goes_on(machine)
+    async with started() as source, empty() as machine, loaded(source, machine, tmp_path) as peer:
+        await machine.execute("cont")
+        await machine.execute("migrate-set-parameters", **{"downtime-limit": 7})
+        await machine.execute("stop")
+        assert os.sched_getscheduler(0) == policy
+        await peer.say("yours")
+        await in_status(machine, "paused")
+        await machine.execute("cont")
+        await goes_on(machine)
 
 
 @pytest.mark.parametrize("turns", [0, 2, 4, 6, 9, 12, 20])
 async def test_a_stop_at_the_moment_of_the_guest_s_start_is_not_lost(turns: int, tmp_path: Path) -> None:
     async with started() as source, empty() as machine:
-        data = answered(await save(source, tmp_path / "state"))
-        await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
-        async with source_peer(tmp_path / "main") as peer:
-            await peer.send(data)
-            assert (await peer.hear()).name == "ready"
-            assert (await peer.hear()).name == "loaded"
+        async with loaded(source, machine, tmp_path) as peer:
             await peer.say("yours")
             for _ in range(turns):
                 await trio.lowlevel.checkpoint()
@@ -360,12 +364,7 @@ async def test_a_source_that_hangs_up_in_place_of_its_last_word_keeps_its_guest(
 
 async def test_a_destination_runs_its_guest_only_after_the_source_has_let_go(tmp_path: Path) -> None:
     async with started() as source, empty() as machine:
-        data = answered(await save(source, tmp_path / "state"))
-        await machine.execute("migrate-incoming", uri=f"unix:{tmp_path / 'main'}")
-        async with source_peer(tmp_path / "main") as peer:
-            await peer.send(data)
-            assert (await peer.hear()).name == "ready"
-            assert (await peer.hear()).name == "loaded"
+        async with loaded(source, machine, tmp_path) as peer:
             before = look(machine).ticks
             assert await status(machine) == "inmigrate"
             assert look(machine).ticks == before
