@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final, Protocol, final
 
 import attrs
@@ -70,15 +71,15 @@ class GsiLine:
 
 
 @attrs.define(eq=False, repr=False, kw_only=True)
-class Interrupts:
+class Interrupts(ABC):
     """The part of a device that has a line: the line is driven where its level changes, and only there."""
 
     irq: IrqLine = attrs.field(metadata=host_only("wired by the board"))
     _irq_level: bool = attrs.field(metadata=derived("follows from what is pending"), default=False, init=False)
 
+    @abstractmethod
     def _is_pending(self) -> bool:
         """Say whether the device wants to interrupt."""
-        raise NotImplementedError
 
     def _update_irq(self) -> None:
         level = self._is_pending()
