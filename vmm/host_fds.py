@@ -69,10 +69,7 @@ def require_writable(fd: int, name: str) -> None:
     Raises:
         DescriptorWrongKind: it cannot; it stays open.
     """
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_RDONLY:
-        found = f"{descriptor_kind(fd)} that was opened to be read"
-        raise DescriptorWrongKind(name=name, found=found, wanted="something to write to")
+    _require_not(os.O_RDONLY, fd, name, "read", "something to write to")
 
 
 def require_readable(fd: int, name: str) -> None:
@@ -81,10 +78,14 @@ def require_readable(fd: int, name: str) -> None:
     Raises:
         DescriptorWrongKind: it cannot; it stays open.
     """
+    _require_not(os.O_WRONLY, fd, name, "written", "something to read from")
+
+
+def _require_not(mode: int, fd: int, name: str, done: str, wanted: str) -> None:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
-        found = f"{descriptor_kind(fd)} that was opened to be written"
-        raise DescriptorWrongKind(name=name, found=found, wanted="something to read from")
+    if flags & os.O_PATH or flags & os.O_ACCMODE == mode:
+        found = f"{descriptor_kind(fd)} that was opened to be {done}"
+        raise DescriptorWrongKind(name=name, found=found, wanted=wanted)
 
 
 def opened_as(fd: int) -> str:
