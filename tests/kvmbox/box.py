@@ -60,7 +60,7 @@ for module in {modules}; do /bin/busybox insmod "/modules/$module.ko"; done
 /bin/busybox mount -t sysfs sys /tree/sys
 /bin/busybox mount -t devtmpfs dev /tree/dev
 /bin/busybox mount -t tmpfs run /tree/run
-/bin/busybox cp /bin/busybox /main /command /tree/run
+/bin/busybox cp /bin/busybox /bin/steady-kvm /main /command /tree/run
 exec /bin/busybox switch_root /tree /run/busybox sh /run/main
 """
 
@@ -75,7 +75,7 @@ for port in /sys/class/virtio-ports/*; do
   read -r name <"$port/name"
   case $name in output) output=/dev/${port##*/} ;; status) status=/dev/${port##*/} ;; esac
 done
-{ $b sh /run/command </dev/null; echo $? >"$status"; } 2>&1 | $b cat >"$output"
+{ /run/steady-kvm; $b sh /run/command </dev/null; echo $? >"$status"; } 2>&1 | $b cat >"$output"
 $b sync
 $b poweroff -f
 """
@@ -158,6 +158,7 @@ def _initramfs(linux: StockLinux, command: Sequence[str], directory: Path) -> by
         made.add_directory(path)
     made.add_character_device("dev/console", 5, 1)
     made.add_file("bin/busybox", static_busybox().read_bytes(), 0o755)
+    made.add_file("bin/steady-kvm", static_program(Path(__file__).with_name("steady_kvm.c")), 0o755)
     modules = linux.modules_in_order(["virtio_pci", "virtiofs", "virtio_console", "kvm-amd"])
     for name, content in modules:
         made.add_file(f"modules/{name}.ko", content)
@@ -165,6 +166,14 @@ def _initramfs(linux: StockLinux, command: Sequence[str], directory: Path) -> by
     made.add_file("main", _MAIN.encode())
     made.add_file("command", command_script(command, directory).encode())
     return made.to_bytes()
+
+
+def static_program(source: Path) -> bytes:
+    """The C program `source`, linked statically."""
+    with tempfile.TemporaryDirectory() as directory:
+        program = Path(directory, "program")
+        subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", program, source], check=True)
+        return program.read_bytes()
 
 
 def command_script(command: Sequence[str], directory: Path) -> str:
@@ -224,7 +233,7 @@ def _program(name: str) -> str:
     return found
 
 
-def _last_lines(path: Path, count: int = 20) -> list[str]:
+def _last_lines(path: Path, count: int = 60) -> list[str]:
     return path.read_text(errors="replace").splitlines()[-count:] if path.exists() else []
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from tests.kvm.tiny import TinyMachine
 from tests.kvmbox.console import ConsoleSocket
 from tests.kvmbox.guest import COUNTER, READY, SHELL, command_line
 
@@ -61,3 +62,19 @@ async def test_qemu_boots_the_elf_kernel_and_the_guest_resets_itself_when_its_sh
             await console.expect("^guest: script ended with status 3$", within=60)
             with trio.fail_after(60):
                 assert await qemu.wait() == 0
+
+
+@pytest.mark.usefixtures("no_leaks")
+async def test_machines_come_and_go_while_one_runs() -> None:
+    """The box dies of this within seconds if `steady_kvm.c` is not at work."""
+    with TinyMachine() as machine:
+        machine.boot("l: out 0x80, al\n jmp l")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, machine.run)
+            try:
+                for _ in range(40):
+                    with TinyMachine(chips=False):
+                        await trio.lowlevel.checkpoint()
+            finally:
+                machine.vcpus[0].kick()
+        assert machine.ports.written

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
 
+from tests.kvmbox.box import static_program
 from tests.kvmbox.guest import SHELL
 from tests.kvmbox.machine import LinuxMachine, ask
 from tests.kvmbox.test_linux import ANSWER, CLOCK, COUNT, LATE, Counted, boots_to_a_shell, end_counting, options
@@ -25,12 +25,9 @@ LOAD_PAGES: Final = 1000
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def load() -> bytes:
     """The program that keeps a guest's memory busy."""
-    program = tmp_path_factory.mktemp("load") / "load"
-    source = Path(__file__).with_name("load.c")
-    subprocess.run(["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-static", "-o", program, source], check=True)
-    return program.read_bytes()
+    return static_program(Path(__file__).with_name("load.c"))
 
 
 @pytest.mark.usefixtures("no_leaks")
