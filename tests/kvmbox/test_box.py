@@ -70,7 +70,7 @@ async def test_machines_come_and_go_while_one_runs() -> None:
     with TinyMachine() as machine:
         machine.boot("l: out 0x80, al\n jmp l")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.to_thread.run_sync, machine.run)
+            nursery.start_soon(trio.to_thread.run_sync, lambda: machine.run())
             try:
                 for _ in range(40):
                     with TinyMachine(chips=False):
