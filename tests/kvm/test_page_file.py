@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from vmm.errors import GuestPageLost, HostFileRefused
 from vmm.hostio import create_ram
 from vmm.kvm.memory import HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE, GuestMemory
 from vmm.kvm.page_file import PageFile, checksum
+from vmm.kvm.page_map import PageMap
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -131,6 +133,48 @@ def test_a_file_that_cannot_be_written_is_named(memory: GuestMemory, tmp_path: P
             save(PageFile(fd, AT, PAGES), memory)
     finally:
         os.close(fd)
+
+
+def test_a_hole_that_cannot_be_made_is_named_whoever_finds_the_zeros(memory: GuestMemory, file: PageFile) -> None:
+    fill(memory, *DATA)
+    save(file, memory)
+    memory.clear()
+    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY)
+    try:
+        unwritable = PageFile(fd, AT, PAGES)
+        unwritable.listed_bytes()[:] = file.listed_bytes()
+        with pytest.raises(HostFileRefused, match=r"Cannot write .*/pages: Bad file descriptor"):
+            save(unwritable, memory)
+    finally:
+        os.close(fd)
+
+
+def test_what_two_threads_found_together_is_what_one_would_have(tmp_path: Path) -> None:
+    chance, pages = random.Random(5), 64 * 256
+    with (
+        closing(GuestMemory.from_memfd(create_ram(pages * PAGE_SIZE, "test"), pages * PAGE_SIZE)) as memory,
+        (tmp_path / "pages").open("wb+") as opened,
+    ):
+        file = PageFile(opened.fileno(), 0, pages)
+        expected = {}
+        for stamp in range(3):
+            changed = sorted(chance.sample(range(pages), pages // 2))
+            wanted = PageMap(pages)
+            for page in changed:
+                expected[page] = bytes([chance.choice((0, stamp + 1))]) * 8
+                memory.write(page * PAGE_SIZE, expected[page])
+                wanted.add(page)
+            tally = file.save(memory, wanted.words, 0, pages)
+            zeros = sum(not any(expected[page]) for page in changed)
+            assert (tally.data, tally.zero) == (len(changed) - zeros, zeros)
+        listed = PageMap(pages)
+        listed.load(bytes(file.listed_bytes()))
+        assert {page for first, count in listed.runs() for page in range(first, first + count)} == {
+            page for page, content in expected.items() if any(content)
+        }
+        assert file.check(memory, 0, pages).data == len(listed)  # every checksum
+        for page, content in expected.items():
+            assert os.pread(file.fd, 8, page * PAGE_SIZE) in (content, b"")  # it may end in a hole
 
 
 def test_the_checksum_is_crc_32c() -> None:

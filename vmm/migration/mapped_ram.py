@@ -76,7 +76,7 @@ class MappedWriter:
         self._data = self._zero = self._left = self._live = 0
 
     async def save(self, wanted: PageMap, report: Callable[[], object], limit: Callable[[], int] = lambda: 0) -> None:
-        """Write these pages. In one thread: a file has one writer at a time, and those that wait keep CPUs busy.
+        """Write these pages, in a thread.
 
         Args:
             report: called now and then, on the loop.
