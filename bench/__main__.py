@@ -137,7 +137,7 @@ def measure(figures: list[str] | tuple[str, ...], *, quick: bool) -> dict[str, A
             results["precopy"] = measure_precopy(moves, qemu, folder, quick=quick)
         if "switchover" in figures:
             _say("switchover")
-            results["switchover"] = measure_switchover(moves, qemu, folder, quick=quick)
+            results["switchover"] = measure_switchover(1 if quick else 15, qemu, folder, quick=quick)
         if "saves" in figures:
             _say("saves")
             results["saves"] = measure_saves(moves, qemu, folder, quick=quick)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from bench.cells import digits, markdown, mib, ms, number, sides, span
 from bench.chart import STAGES, pause_chart
 from bench.machines import ROOT, BenchFailed
-from bench.migration_rows import growth_table, left_out, migration_rows, pairs_of
+from bench.migration_rows import growth_table, left_out, migration_rows, pairs_of, pauses_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -175,6 +175,7 @@ def _provenance(results: Mapping[str, Any]) -> str:
     no_room = f" Not enough memory was free for: {', '.join(sizes)}." if sizes else ""
     count = len(results["roundtrips"]["unpinned"]["ours"]["per_second"]["values"])
     moves = f"{pairs_of(results)} of migrations, " if "precopy" in results else ""
+    moves += f"{pauses_of(results)} of their pauses, " if "switchover" in results else ""
     starts = len(results["start"]["own_share"]["greeting_ms"]["values"])
     updates = len(next(iter(results["pause"]["ours"]["unpinned"].values()))["total"]["values"])
     return (

@@ -7,6 +7,9 @@ each migration; a destination is new each time, and gets its memory from a pool 
 
 from __future__ import annotations
 
+import mmap
+import os
+import time
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +19,7 @@ from bench.host import available_mib
 from bench.movers import Guest, Program, Way, guest_pause_ms, move, source
 from bench.pool import MARGIN_MIB, Pool
 from bench.series import columns, ratio
-from bench.ticks import offset_of
+from bench.ticks import bearing_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +56,8 @@ GUESTS: Final[Mapping[str, Guest]] = {
 GROWTH: Final[Mapping[str, int]] = {"128 MiB": 128, "1 GiB": 1024, "8 GiB": 8192}
 
 QUICK_MIB: Final = 64
+
+_PIECE: Final = 1 << 18
 
 Rows = list[dict[str, float]]
 
@@ -141,11 +146,11 @@ def _pause(end: Mover, folder: Path, pool: Pool) -> dict[str, float]:
     guest = end.guest
     pool.hold(guest.mib)
     WAYS["unix"].prepare(end)
-    ahead = offset_of(end.read)
+    before = bearing_of(end.read)
     with WAYS["unix"].destination(end.program, guest, folder) as (destination, uri):
         pool.free(guest.mib)
         row = move(end, destination, uri)
-        row["guest_pause_ms"] = guest_pause_ms(end, ahead, destination)
+        row["guest_pause_ms"] = guest_pause_ms(end, before, destination)
     end.execute("cont")
     return row
 
@@ -168,5 +173,29 @@ def measure_growth(count: int, folder: Path, *, quick: bool) -> dict[str, Any]:
                 rows = [_over(end, WAYS["unix"], folder, pool) for _ in range(int(quick), count + 1)]
             for row in rows:
                 row["seconds_per_gib"] = row["seconds"] / guest.mib * 1024
+                row["copy_cpu_per_gib"] = _plain_copy(guest.mib, pool)
             found[name] = columns(rows[-count:])
     return found
+
+
+def _plain_copy(mib: int, pool: Pool) -> float:
+    """Copy as much by pwrite, from one memory object to a new one, and nothing else; processor seconds per GiB.
+
+    What the machine's own memory costs, by which a migration's growth is to be judged.
+    """
+    with ExitStack() as stack:
+        pool.free(mib)
+        source, target = (os.memfd_create(name, os.MFD_CLOEXEC) for name in ("source", "target"))
+        stack.callback(os.close, source)
+        stack.callback(os.close, target)
+        piece = os.urandom(_PIECE)
+        for at in range(0, mib << 20, _PIECE):
+            os.pwrite(source, piece, at)
+        mapped = stack.enter_context(mmap.mmap(source, mib << 20, prot=mmap.PROT_READ))
+        view = stack.enter_context(memoryview(mapped))
+        pool.hold(mib)
+        pool.free(mib)
+        began = time.process_time()
+        for at in range(0, mib << 20, _PIECE):
+            os.pwrite(target, view[at : at + _PIECE], at)
+        return (time.process_time() - began) / mib * 1024

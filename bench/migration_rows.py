@@ -40,18 +40,29 @@ def migration_rows(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str, 
         yield f"{what}, exec to its next tick, on demand; QEMU's all loaded", *sides(saves, "tick_ms", ms)
     if _sizes(results.get("growth", {})):
         sizes = _sizes(results["growth"])
-        cost = " and ".join(span(results["growth"][name]["cpu_per_gib"]) for name in (sizes[0], sizes[-1]))
-        yield f"live migration over unix, processor seconds per GiB of {sizes[0]} and of {sizes[-1]}", cost, "", ""
+        both = sizes[0], sizes[-1]
+        cost, copy = (
+            " and ".join(span(results["growth"][size][name]) for size in both)
+            for name in ("cpu_per_gib", "copy_cpu_per_gib")
+        )
+        yield f"live migration over unix, processor seconds per GiB of {' and of '.join(both)}", cost, "", ""
+        yield "the same, of a plain copy of as much memory (`pwrite`) on this machine", copy, "", ""
 
 
 def growth_table(growth: Mapping[str, Any]) -> str:
     """Return what a GiB costs in guests of all sizes."""
     rows: list[tuple[str, ...]] = [
-        ("live migration over unix, for each GiB", "seconds", "processor seconds, source", "destination")
+        (
+            "live migration over unix, for each GiB",
+            "seconds",
+            "processor seconds, source",
+            "destination",
+            "a plain copy's",
+        )
     ]
     for size in _sizes(growth):
         found = growth[size]
-        names = ("seconds_per_gib", "source_cpu_per_gib", "destination_cpu_per_gib")
+        names = ("seconds_per_gib", "source_cpu_per_gib", "destination_cpu_per_gib", "copy_cpu_per_gib")
         rows.append((f"a guest of {size}", *(span(found[name]) for name in names)))
     return markdown(rows)
 
@@ -66,6 +77,11 @@ def pairs_of(results: Mapping[str, Any]) -> int:
     """Return how often each migration was measured; 0 if there was no memory for any."""
     ways = (ways for size, ways in results["precopy"].items() if size != "left_out")
     return max((len(both["ours"]["seconds"]["values"]) for way in ways for both in way.values()), default=0)
+
+
+def pauses_of(results: Mapping[str, Any]) -> int:
+    """Return how often each pause of a migration was measured."""
+    return len(results["switchover"]["idle"]["ours"]["pause_ms"]["values"])
 
 
 def _sizes(growth: Mapping[str, Any]) -> list[str]:

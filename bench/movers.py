@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 
 from bench.machines import OURS, POLL, BenchFailed, Machine, moment, open_ram, running, wait_until_complete
-from bench.ticks import newest, offset_of, period_of, tick_at
+from bench.ticks import bearing_of, newest, period_of, tick_at
 from vmm.guests import guest_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from bench.ticks import Bearing
 
 SIDES: Final = ("ours", "qemu")
 
@@ -32,6 +34,9 @@ _BLOCK: Final = 64 << 20
 
 SETTLED: Final = 50
 """Ticks after which a guest that was moved is at its ease."""
+
+_DRIFT_MS: Final = 500
+"""How long the drift of two clocks is watched: either bearing is good to some 20 us."""
 
 
 @final
@@ -254,18 +259,21 @@ def completed(mover: Mover) -> Mapping[str, Any]:
     return info
 
 
-def guest_pause_ms(source: Mover, ahead: float, destination: Mover) -> float:
+def guest_pause_ms(source: Mover, before: Bearing, destination: Mover) -> float:
     """Return how long the guest did not tick because it was moved, less a tick, on the host's clock.
 
     Its own clock may have stood meanwhile. So the last tick is taken from the RAM that is left in the source, and the
     next one from the destination's, each by how far the host's clock was ahead of the guest's there: at the source
-    `ahead`, while it ticked.
+    `before`, while it ticked. How far they drift apart is measured at the destination: a guest that is not told the
+    rate of its clock is off by milliseconds in a second.
     """
     number = newest(source.read)
     destination.wait_for_tick(number + SETTLED)
-    last = tick_at(source.read, number - 1) + ahead
-    now = offset_of(destination.read)
-    first, second = (tick_at(destination.read, at) + now for at in (number, number + 1))
+    after = bearing_of(destination.read)
+    destination.wait_for_tick(newest(destination.read) + round(_DRIFT_MS / period_of(destination.read)))
+    drift = after.drift_to(bearing_of(destination.read))
+    last = before.on_host(tick_at(source.read, number - 1), drift)
+    first, second = (after.on_host(tick_at(destination.read, at), drift) for at in (number, number + 1))
     # A guest that was stopped in the middle of a tick has noted its time before the pause, and counts it after.
     return max(first - last, second - first) - period_of(source.read)
 

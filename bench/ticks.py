@@ -56,6 +56,29 @@ def offset_of(read: Read) -> float:
     return min(_sample(read) for _ in range(SAMPLES))
 
 
+@final
+@attrs.frozen
+class Bearing:
+    """How the two clocks stood to each other, in ms: at `guest` on the guest's, the host's was `ahead` of it."""
+
+    guest: float
+    ahead: float
+
+    def drift_to(self, later: Bearing) -> float:
+        """Return by how much the host's clock gains on the guest's, whose rate the guest may have had to measure."""
+        return (later.ahead - self.ahead) / (later.guest - self.guest)
+
+    def on_host(self, guest: float, drift: float) -> float:
+        """Return when it was `guest` on the guest's clock, on the host's."""
+        return guest + self.ahead + drift * (guest - self.guest)
+
+
+def bearing_of(read: Read) -> Bearing:
+    """Take a bearing. The guest must be ticking."""
+    ahead = offset_of(read)
+    return Bearing(tick_at(read, newest(read) - 1), ahead)
+
+
 def tick_at(read: Read, number: int) -> float:
     """Return when the guest ticked for the time `number`, counted from 0, in ms on its own clock."""
     return _time(read, _header(read), number)

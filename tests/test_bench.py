@@ -21,7 +21,7 @@ from bench.documents import CHART, DOCUMENTS, NEEDED, benchmarks_tables, readme_
 from bench.machines import ROOT, BenchFailed, Monitor, memory_of
 from bench.pool import PIECE_MIB, Pool
 from bench.series import columns, ratio, summary
-from bench.ticks import Gap
+from bench.ticks import Bearing, Gap
 from bench.updates import percentile, room_for
 
 
@@ -34,6 +34,7 @@ def latest() -> dict[str, Any]:
 COLUMNS = (
     "mib_per_second", "cpu_per_gib", "pause_ms", "guest_pause_ms", "seconds_per_gib", "source_cpu_per_gib",
     "destination_cpu_per_gib", "save_gib_per_second", "save_cpu_per_gib", "whole_ms", "tick_ms", "seconds",
+    "copy_cpu_per_gib",
 )  # fmt: skip
 
 
@@ -110,6 +111,19 @@ def test_figures_of_many_updates_have_their_rows_once_they_were_measured() -> No
     ]
 
 
+def test_a_guest_whose_clock_is_slow_and_stood_meanwhile_is_put_on_the_hosts() -> None:
+    def on_guest(host: float, stood: float) -> float:
+        return (host - stood - 5000.0) / 1.002
+
+    before, after, later = (
+        Bearing(on_guest(host, stood), host - on_guest(host, stood))
+        for host, stood in ((6000.0, 0.0), (7000.0, 3.0), (7500.0, 3.0))
+    )
+    drift = after.drift_to(later)
+    assert before.on_host(on_guest(6800.0, 0.0), drift) == pytest.approx(6800.0)
+    assert after.on_host(on_guest(6804.0, 3.0), drift) == pytest.approx(6804.0)
+
+
 def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None:
     results = {name: latest()[name] for name in NEEDED} | {"machine": latest()["machine"]}
     before, tables = readme_table(results).splitlines(), benchmarks_tables(results).splitlines()
@@ -125,7 +139,7 @@ def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None
     what, file = "live migration of 1 GiB", "guest of 4 GiB in a file on tmpfs"
     three, two = "3.00 (3.00 to 3.00)", "2.00 (2.00 to 2.00)"
     *found, provenance = [line for line in readme_table(results).splitlines() if line not in before]
-    assert " starts, 1 of migrations, " in provenance
+    assert " starts, 1 of migrations, 1 of their pauses, " in provenance
     assert provenance.endswith(" Not enough memory was free for: migrations of 4 GiB.")
     assert found == [
         f"| {what} over unix, MiB/s | 3 (3 to 3) | 2 (2 to 2) | 1.50 |",
@@ -141,11 +155,12 @@ def test_figures_of_migrations_have_their_rows_once_they_were_measured() -> None
         f"| {file}, exec to its next tick, all of it loaded | {three} ms | {two} ms | 1.50 |",
         f"| {file}, exec to its next tick, on demand; QEMU's all loaded | {three} ms | {two} ms | 1.50 |",
         f"| live migration over unix, processor seconds per GiB of 128 MiB and of 8 GiB | {three} and {two} | | |",
+        f"| the same, of a plain copy of as much memory (`pwrite`) on this machine | {three} and {two} | | |",
     ]
     assert [line for line in benchmarks_tables(results).splitlines() if line not in tables][:-1] == [
-        "| live migration over unix, for each GiB | seconds | processor seconds, source | destination |",
-        f"| a guest of 128 MiB | {three} | {three} | {three} |",
-        f"| a guest of 8 GiB | {two} | {two} | {two} |",
+        "| live migration over unix, for each GiB | seconds | processor seconds, source | destination | plain copy |",
+        f"| a guest of 128 MiB | {three} | {three} | {three} | {three} |",
+        f"| a guest of 8 GiB | {two} | {two} | {two} | {two} |",
     ]
 
 
