@@ -57,7 +57,7 @@ def growth_table(growth: Mapping[str, Any]) -> str:
             "seconds",
             "processor seconds, source",
             "destination",
-            "a plain copy's",
+            "plain copy",
         )
     ]
     for size in _sizes(growth):
