@@ -12,7 +12,7 @@ import pytest
 from vmm.errors import GuestPageLost, HostFileRefused
 from vmm.hostio import create_ram
 from vmm.kvm.memory import HIGH_RAM_START, LOW_RAM_END, PAGE_SIZE, GuestMemory
-from vmm.kvm.page_file import PageFile, checksum
+from vmm.kvm.page_file import PageFile, all_pages, checksum
 from vmm.kvm.page_map import PageMap
 
 if TYPE_CHECKING:
@@ -135,16 +135,17 @@ def test_a_file_that_cannot_be_written_is_named(memory: GuestMemory, tmp_path: P
         os.close(fd)
 
 
-def test_a_hole_that_cannot_be_made_is_named_whoever_finds_the_zeros(memory: GuestMemory, file: PageFile) -> None:
-    fill(memory, *DATA)
-    save(file, memory)
-    memory.clear()
-    fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY)
+@pytest.mark.parametrize("pages", [300, 64 * 256])
+def test_a_hole_that_cannot_be_made_is_named_whoever_finds_the_zeros(pages: int, tmp_path: Path) -> None:
+    path = tmp_path / "pages"
+    path.touch()
+    fd = os.open(path, os.O_RDONLY)
     try:
-        unwritable = PageFile(fd, AT, PAGES)
-        unwritable.listed_bytes()[:] = file.listed_bytes()
-        with pytest.raises(HostFileRefused, match=r"Cannot write .*/pages: Bad file descriptor"):
-            save(unwritable, memory)
+        with closing(GuestMemory.from_memfd(create_ram(pages * PAGE_SIZE, "test"), pages * PAGE_SIZE)) as memory:
+            file = PageFile(fd, AT, pages)
+            file.listed_bytes()[:] = bytes([255]) * len(file.listed_bytes())
+            with pytest.raises(HostFileRefused, match=r"Cannot write .*/pages: Bad file descriptor"):
+                file.save(memory, all_pages(pages), 0, pages)
     finally:
         os.close(fd)
 

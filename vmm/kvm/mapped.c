@@ -61,6 +61,9 @@ enum { TM_NEW, TM_TAKEN, TM_SEEN, TM_BROKEN };
 /* Blocks that are looked at before they are written, at most: 2 MiB, which are in a cache of both CPUs until then. */
 #define TM_AHEAD 8u
 
+/* Pages for which a thread is worth its start: 8 MiB. A guest that stands has fewer left in most places. */
+#define TM_WORTH_A_THREAD 2048u
+
 struct tm_save {
     uintptr_t base;
     int fd;
@@ -82,6 +85,15 @@ static uint64_t tm_wanted(const struct tm_save *save, uint64_t block)
     uint64_t todo = __atomic_load_n(&save->wanted[save->first / 64 + block], __ATOMIC_ACQUIRE);
 
     return left < 64 ? todo & ~(~0ull << left) : todo;
+}
+
+static uint64_t tm_count_wanted(const struct tm_save *save)
+{
+    uint64_t pages = 0;
+
+    for (uint64_t block = 0; block < save->blocks; block++)
+        pages += (uint64_t)__builtin_popcountll(tm_wanted(save, block));
+    return pages;
 }
 
 /* Whether the block is the caller's to look at. */
@@ -162,7 +174,7 @@ static int tm_have_looked_at(struct tm_save *save, uint64_t block, struct tm_tal
  * page that became zero is a hole again. One that the guest changes meanwhile may get the wrong checksum: it is written
  * again, as it is dirty. 0, or minus an errno, and `page` of the tally is where it happened.
  *
- * A second thread, if there can be one, finds the checksums of what comes next. It does not write: a file has one writer
+ * Of much, a second thread, if there can be one, finds the checksums of what comes next. It does not write: a file has one writer
  * at a time, and those that wait keep CPUs busy.
  */
 static int tm_save(uintptr_t base, int fd, uint64_t offset, const uint64_t *wanted, uint64_t *listed, uint32_t *sums,
@@ -178,7 +190,7 @@ static int tm_save(uintptr_t base, int fd, uint64_t offset, const uint64_t *want
     save.state = calloc(save.blocks, 1);
     if (save.blocks && !save.state)
         return -ENOMEM;
-    int alone = pthread_create(&looker, NULL, tm_look_ahead, &save);
+    int alone = tm_count_wanted(&save) < TM_WORTH_A_THREAD || pthread_create(&looker, NULL, tm_look_ahead, &save);
     for (uint64_t block = 0; !error && block < save.blocks; block++) {
         error = tm_have_looked_at(&save, block, tally);
         if (!error)
