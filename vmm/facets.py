@@ -89,8 +89,12 @@ class CheckedSections(Protocol):
 class StateSink(Protocol):
     """Takes a whole machine's state."""
 
-    def check(self, sections: Iterable[Any]) -> CheckedSections:
-        """Check every section (`StateRejected`); change nothing."""
+    def check_ahead(self, sections: Iterable[Any]) -> Any:
+        """Check some sections, for `check`; change nothing."""
+        ...
+
+    def check(self, sections: Iterable[Any], ahead: Any = None) -> CheckedSections:
+        """Check every section (`StateRejected`) that was not checked `ahead`; change nothing."""
         ...
 
 

@@ -22,7 +22,7 @@ from vmm.migration.terms import Terms
 from vmm.migration.words import Ear, Word, hear_soon, say
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
     from typing import Any
 
     from vmm.hw.doorbell import Doorbell
@@ -58,6 +58,9 @@ class Outflow:
         self._writer: StreamWriter | None = None
         self._sink: PageSink | None = None
         self._multifd: MultifdSink | None = None
+        self._ahead: dict[str, Section] = {}
+        self.noticed = False
+        """Whether the destination was told that the guest is about to stand, and has made ready."""
 
     async def announce(
         self,
@@ -115,19 +118,27 @@ class Outflow:
         self._sink = self._multifd = sink
         return sink
 
-    async def precopy(self, precopy: Precopy, *, lingers: bool) -> None:
+    async def precopy(self, precopy: Precopy, ahead: Callable[[], Iterable[Section]] | None) -> None:
         """Send RAM, in a thread, while the guest runs; return when it may be stopped. Raises `VmmError`.
 
-        Where little is left, the destination has made ready for it then; unless the guest `lingers` once it stands.
+        Where little is left, the destination has made ready for it then.
+
+        Args:
+            ahead: returns sections as they are while the guest runs; called on the loop. They go before it stands, and
+                again only where they have changed. None for a guest that will stand for longer, of which there is no
+                notice.
         """
         writer = self._announced()
-        notice = self._goes_alone and self._ear is not None and not lingers
-
-        def work(bulk: Bulk) -> None:
-            precopy.run(writer, bulk, self._pages(precopy.ram.memory), notice=notice)
-
-        await self._in_thread(work)
-        if precopy.noticed:
+        await self._in_thread(lambda bulk: precopy.run(writer, bulk, self._pages(precopy.ram.memory)))
+        self.noticed = ahead is not None and self._goes_alone and self._ear is not None and precopy.leaves_little
+        if self.noticed:
+            assert ahead is not None
+            for section in ahead():
+                self._ahead[section.name] = section
+                writer.section(section.name, section.version, section.state)
+            writer.switchover()
+            notice = writer.take()
+            await self._in_thread(lambda bulk: bulk.write(notice))
             await self._hear("prepared")
             if precopy.is_worth_a_pass():  # for the wait has no limit
                 await self._in_thread(lambda bulk: precopy.go_on(writer, bulk, self._pages(precopy.ram.memory)))
@@ -150,7 +161,7 @@ class Outflow:
             bulk.hold()
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
             bulk.push()
-            for section in save():
+            for section in self._changed(save()):
                 writer.section(section.name, section.version, section.state)
                 bulk.write(writer.take())
                 if bulk.held >= _PIECE:
@@ -162,7 +173,7 @@ class Outflow:
                 await self._in_thread(lambda bulk: bulk.write([memoryview(rest)]))
             return
         late()
-        sections = save()
+        sections = list(self._changed(save()))
 
         def work(bulk: Bulk) -> None:
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
@@ -175,6 +186,10 @@ class Outflow:
                 _sync(self._fd)
 
         await self._in_thread(work)
+
+    def _changed(self, sections: Iterable[Section]) -> Iterator[Section]:
+        """Yield what the destination does not have as it is."""
+        return (section for section in sections if self._ahead.get(section.name) != section)
 
     async def while_there(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait()`, in which nothing is sent. Raises a group of `VmmError` if the destination goes meanwhile."""

@@ -58,17 +58,12 @@ class Precopy:
         self.ram: Final = ram
         self._parameters: Final = parameters
         self._watcher: Final = watcher
-        self.noticed = False
-        """Whether the stream has given notice that the guest is about to stand."""
         self._bandwidth: float | None = None  # bytes a second
         self._sent, self._seconds = 0, 0.0  # since that was found
         self._had = ram.memory.size  # bytes that the present pass has
 
-    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink, *, notice: bool = False) -> None:
+    def run(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Return once what is left goes within the downtime limit, by what was measured; it is in `ram.todo` then.
-
-        Args:
-            notice: whether the stream is to give notice of it, where that is little.
 
         Raises:
             ChannelBroken, HostFileRefused: it cannot go there.
@@ -77,15 +72,16 @@ class Precopy:
         self.ram.begin()
         writer.ram_extents(self.ram.extents, in_stream=True)
         self.go_on(writer, bulk, sink)
-        self.noticed = notice and self._had <= _FEW
-        if self.noticed:
-            writer.switchover()
-            bulk.write(writer.take())
 
     def go_on(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
         """Do as `run`, when it has returned, with what was written since. Raises as `run`."""
         while not self._one_pass(writer, bulk, sink):
             pass
+
+    @property
+    def leaves_little(self) -> bool:
+        """Whether what was left when `run` or `go_on` returned goes in no time to speak of."""
+        return self._had <= _FEW
 
     def is_worth_a_pass(self) -> bool:
         """Say whether what was written since `run` had better go before the guest stands. Raises `KvmCallFailed`."""

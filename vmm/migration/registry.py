@@ -7,6 +7,7 @@ nothing has changed until all are. Then the appliers run. So a stream that is re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
 import attrs
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 Applier: TypeAlias = Callable[[], None]
 """Puts a checked state in force. What it raises is a failure of the host; the machine cannot be used after it."""
+
+CheckedAhead: TypeAlias = Mapping[str, tuple[Section, Applier]]
+"""Sections that were checked, by name, and what puts each in force."""
 
 Save: TypeAlias = Callable[[], Mapping[str, StateValue] | None]
 """Returns None only of an optional section: it has nothing, and is left out."""
@@ -147,8 +151,21 @@ class StateRegistry:
                 assert owner.optional, f"section {name} was left out"
         return saved
 
-    def check(self, sections: Iterable[Section]) -> CheckedState:
+    def check_ahead(self, sections: Iterable[Section]) -> CheckedAhead:
+        """Check sections before all are here, for `check`, which tells what is wrong with one. Changes nothing."""
+        checked: dict[str, tuple[Section, Applier]] = {}
+        for section in sections:
+            owner = self._owners.get(section.name)
+            if owner is not None:
+                with suppress(StateRejected):
+                    checked[section.name] = section, self._check(owner, section)
+        return checked
+
+    def check(self, sections: Iterable[Section], ahead: CheckedAhead | None = None) -> CheckedState:
         """Check a whole machine's state. Nothing has changed when this returns or raises.
+
+        Args:
+            ahead: what `check_ahead` has found: sections that are among `sections` are not looked at again.
 
         Raises:
             StateRejected: a section is missing, has no owner here, is of a version that is not read, or its owner
@@ -157,7 +174,7 @@ class StateRegistry:
         found = {section.name: section for section in sections}
         self._check_names(found)
         return CheckedState(
-            (name, self._check(self._owners[name], found[name])) for name in self.order() if name in found
+            (name, self._applier(self._owners[name], found[name], ahead or {})) for name in self.order() if name in found
         )
 
     def _check_names(self, found: Mapping[str, Section]) -> None:
@@ -169,6 +186,10 @@ class StateRegistry:
         if faults:
             names = missing + [name for name in found if name not in self._owners]
             raise StateRejected(section=", ".join(names), faults=tuple(faults))
+
+    def _applier(self, owner: StateOwner, section: Section, ahead: CheckedAhead) -> Applier:
+        seen, applier = ahead.get(section.name, (None, None))
+        return applier if applier is not None and seen is section else self._check(owner, section)
 
     def _check(self, owner: StateOwner, section: Section) -> Applier:
         if not owner.accepts <= section.version <= owner.version:

@@ -134,8 +134,9 @@ class StreamWriter:
         self._add(RamPass(number))
 
     def switchover(self) -> None:
-        """Say that the guest is about to stand, and that little is left of it."""
+        """Say that the guest is about to stand, and that little is left of it. Sections may come once more then."""
         self._add(Switchover())
+        self._names.clear()
 
     def ram_pages(self, table: bytes | memoryview) -> bytes:
         """Add pages whose table this is; return the head that goes before it. Both are the caller's to send, and the

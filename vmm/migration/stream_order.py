@@ -83,6 +83,7 @@ class RecordOrder:
             if self._switches:
                 raise Misplaced(f"a second {record.NOUN}")
             self._switches = True
+            self._names.clear()  # a section that has changed comes once more
         if isinstance(record, UNLIMITED):
             self._unlimited += 1
 

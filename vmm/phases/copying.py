@@ -150,7 +150,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
-                                await flow.precopy(precopy, lingers=waits is not None)
+                                await flow.precopy(precopy, None if waits is not None else run.machine.save_ahead)
                         pause = await _copy(phase, run, copy)
                         if steering.server is not None:
                             from vmm.phases.postcopy_source import OutgoingPostcopy, run_postcopy_source
@@ -188,10 +188,12 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
         try:
             async with migrating.child("quiesced") as phase:
                 host.stores.declare_ports(machine.state)
-                if copy.precopy.noticed:
+                if copy.flow.noticed:
                     # The destination has made ready, and so does this side.
                     machine.rehearse_save()
                     urgency.begin()
+                    # Whoever is told of it is told once this side has nothing to do but to wait.
+                    host.events.hold()
                 progress.pause_begins()
                 ran = run.gang.running
                 # Shielded: half a stop cannot be undone. Bounded by a kick's way, and by one non-blocking write.
@@ -213,6 +215,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
 
                 async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
                     if copy.steering.wanted:
+                        host.events.release()
                         urgency.close()
                         await _hand_on(run, copy, window.grants.save_state, pause)
                         return pause
@@ -225,6 +228,7 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                     run.here = False
         finally:
             urgency.close()
+            host.events.release()
             progress.pause_ends()
             with trio.CancelScope(shield=True):
                 await run.gang.stop()  # whose tasks may not have ended yet
@@ -352,6 +356,7 @@ async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Ca
         transferred = await copy.flow.leave(save(), ram, *copy.left)
         progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
+    run.machine.made.host.events.release()
     with trio.move_on_after(_ANSWERING) as patience:
         await copy.flow.wait_loaded(late)
     if patience.cancelled_caught:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from functools import partial
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Final, final
 
 import trio
 
@@ -36,12 +36,13 @@ from vmm.phases.running import Copied, Run, run_running
 from vmm.phases.stream_port import Admission, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Awaitable, Collection, Sequence
 
     from vmm.capabilities import Mint
     from vmm.migration.channel import Channel
     from vmm.migration.connection import Connection
     from vmm.migration.inflow import Inflow
+    from vmm.migration.registry import CheckedAhead
     from vmm.migration.stream_records import Section
     from vmm.nursery_tree import Phase
     from vmm.phases.incoming_port import IncomingPort
@@ -114,6 +115,20 @@ class _Again(Admission):
         return turn
 
 
+@final
+class _Landing:
+    """What is had while a guest comes in that is about to stand."""
+
+    def __init__(self) -> None:
+        self.urgency: Final = Urgency()
+        self.ahead: CheckedAhead = {}
+        """Sections that have come before it stood."""
+
+    def close(self) -> None:
+        """Put back what was. Idempotent."""
+        self.urgency.close()
+
+
 async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) -> None:
     """Load the state that comes, and go on to running. After a refusal that does not end the process await another."""
     made = machine.made
@@ -147,8 +162,8 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                     again.awaited = trio.Event()
                     await again.awaited.wait()
                     continue
-                with closing(Urgency()) as urgency:
-                    copied = await _attempt(run, wait, window.grants, urgency)
+                with closing(_Landing()) as landing:
+                    copied = await _attempt(run, wait, window.grants, landing)
                     if copied is not None:
                         # Here, and not in running: to get there takes longer than all that is left to do.
                         phase.tree.hold_off(until="running")
@@ -157,7 +172,7 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
         await run_running(phase, run, start=start, copied=copied)
 
 
-async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: Urgency) -> Copied | None:
+async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, landing: _Landing) -> Copied | None:
     """Load one stream. Return None if it was refused, and nothing of it is left; or raise, if the process ends so."""
     machine = run.machine
     made = machine.made
@@ -167,7 +182,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: 
         return None  # whoever awaited it has said why
     failure: VmmError | None = None
     try:
-        pause, rest = await _load(run, wait, grants, urgency)
+        pause, rest = await _load(run, wait, grants, landing)
     except* VmmError as group:
         failure = next(error for error in leaves(group) if isinstance(error, VmmError))
     if failure is None:
@@ -176,7 +191,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: 
         if rest is None:
             wait.over.set()
         return Copied(pause, progress, rest)
-    urgency.close()
+    landing.close()
     port.failed(wait, failure)
     await wait.arrival.flow.refuse(failure)
     if wait.exit_on_error:
@@ -191,7 +206,7 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, urgency: 
 
 
 async def _load(
-    run: Run, wait: StreamWait, grants: IncomingGrants, urgency: Urgency
+    run: Run, wait: StreamWait, grants: IncomingGrants, landing: _Landing
 ) -> tuple[Pause, IncomingPostcopy | None]:
     machine, made, arrival = run.machine, run.machine.made, wait.arrival
     assert arrival is not None
@@ -223,8 +238,11 @@ async def _load(
         if terms.preempt:
             (urgent,) = await wait.more_channels("preempt", 1)
             stack.callback(urgent.close)
-        make_ready = None if flow.from_file else partial(_make_ready, machine, flow, urgency)
-        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready, urgency.close)
+        # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
+        machine.processors.let_time_stand(flow.from_file)
+        make_ready = None if flow.from_file else partial(_make_ready, machine, flow, grants.load_state, landing)
+        late = landing.urgency.close
+        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready, late)
         if flow.absent is not None:
             rest = await _load_some(machine, flow, urgent, grants, sections)
             # Nothing of it is closed before all of the guest is here.
@@ -232,21 +250,22 @@ async def _load(
             kept.callback(wait.over.set)
             rest.over = kept.close
             return pause, rest
-    # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
-    machine.processors.let_time_stand(flow.from_file)
-    grants.load_state.check(sections).apply()
+    grants.load_state.check(sections, landing.ahead).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
-    await flow.confirm(urgency.close)
+    await flow.confirm(late)
     return pause, None
 
 
-async def _make_ready(machine: Machine, flow: Inflow, urgency: Urgency) -> None:
+async def _make_ready(
+    machine: Machine, flow: Inflow, may: MayLoadState, landing: _Landing, sections: Collection[Section]
+) -> None:
     """Do now what would take its time while the guest stands, which it is about to; return when it does."""
     machine.rehearse_again()
+    landing.ahead = may.check_ahead(sections)
     await flow.say_prepared()
     await flow.wait_more()
-    urgency.begin()
+    landing.urgency.begin()
 
 
 async def _load_some(

@@ -16,7 +16,7 @@ from vmm.migration.stream_records import Section
 from vmm.phases.quiesced import Pause
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection
 
     from vmm.capabilities import MayWriteGuestMemory
     from vmm.migration.inflow import Inflow
@@ -30,7 +30,7 @@ async def read_state(
     machine: Machine,
     may_write: MayWriteGuestMemory | None,
     multifd: MultifdIntake | None = None,
-    make_ready: Callable[[], Awaitable[None]] | None = None,
+    make_ready: Callable[[Collection[Section]], Awaitable[None]] | None = None,
     late: Callable[[], None] = lambda: None,
 ) -> tuple[Pause, list[Section]]:
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
@@ -40,7 +40,7 @@ async def read_state(
         may_write: to put RAM in place as it comes. With None it is only looked at. RAM at fixed places of a file is put
             in place last, or with x-restore-on-demand comes when it is used.
         make_ready: awaited, where the source gives notice, when the guest is about to stand and little is left of it.
-            That is read on the loop. With None it is read as all before.
+            That is read on the loop. With None it is read as all before. It is given the sections that have come.
         late: called if that takes more than a moment.
 
     Raises:
@@ -55,7 +55,7 @@ async def read_state(
     if may_write is not None and progress is not None:
         # It keeps the buffers, too, which would else be given back while the guest stands.
         progress.follow_ram(coming.statistics)
-    sections: list[Section] = []
+    sections: dict[str, Section] = {}
     maps: list[RamMapped] = []
     sums: list[RamMappedSums] = []
     stands: list[bool] = []  # of each notice whether it is heeded
@@ -63,7 +63,7 @@ async def read_state(
     def take(record: Record) -> bool:
         match record:
             case Section():
-                sections.append(record)
+                sections[record.name] = record
             case RamExtents():
                 ram.list_extents(record)
             case RamContent():
@@ -89,7 +89,7 @@ async def read_state(
     if multifd is None:
         await flow.read(take, ram)
         if make_ready is not None and stands:
-            await make_ready()
+            await make_ready(sections.values())
             await flow.read_rest(take, ram, late)
     else:
         await multifd.beside(lambda: flow.read(take, ram))
@@ -100,7 +100,8 @@ async def read_state(
         raise StreamCorrupt(reason=f"it has {len(maps)} maps of RAM and {len(sums)} records of their checksums")
     if maps:
         await _read_mapped(flow, machine, may_write, maps[0], sums[0])
-    return _pause_of(sections), [section for section in sections if section.name != Pause.KIND]
+    pause = _pause_of(sections.pop(Pause.KIND, None))
+    return pause, list(sections.values())
 
 
 async def _read_mapped(
@@ -128,8 +129,7 @@ async def _read_mapped(
         await ram.load(may_write)
 
 
-def _pause_of(sections: Sequence[Section]) -> Pause:
-    found = next((section for section in sections if section.name == Pause.KIND), None)
+def _pause_of(found: Section | None) -> Pause:
     if found is None:
         raise StateRejected(section=Pause.KIND, faults=(f"{Pause.KIND!r} is missing from the stream",))
     if found.version != Pause.VERSION:

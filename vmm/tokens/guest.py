@@ -99,9 +99,13 @@ class MayLoadState(Token[StateSink]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-load-state"
 
-    def check(self, sections: Iterable[Any]) -> CheckedSections:
-        """Check all of `sections`; what is returned puts them in force."""
-        return self._reach().check(sections)
+    def check_ahead(self, sections: Iterable[Any]) -> Any:
+        """Check some sections before all are here; return what was found, for `check`."""
+        return self._reach().check_ahead(sections)
+
+    def check(self, sections: Iterable[Any], ahead: Any = None) -> CheckedSections:
+        """Check all of `sections`, but for those that were checked `ahead`; what is returned puts them in force."""
+        return self._reach().check(sections, ahead)
 
 
 @final
