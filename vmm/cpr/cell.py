@@ -55,23 +55,30 @@ class OwnershipCell:
         self._word: CData | None = ffi.from_buffer("uint32_t[]", self._map)
 
     @classmethod
-    def create(cls) -> OwnershipCell:
-        """Make a cell in state SOURCE, sealed. Raises `HostFileRefused` where the host has nothing left for it."""
+    def create(cls, *, ours: bool = True) -> OwnershipCell:
+        """Make a cell in state SOURCE, sealed. Raises `HostFileRefused` where the host has nothing left for it.
+
+        Args:
+            ours: whether this process is the source, and not the destination.
+        """
         fd = -1
         try:
             fd = os.memfd_create("trio-vmm-owner", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, _SIZE)
             os.pwrite(fd, int(Owner.SOURCE).to_bytes(4, "little"), 0)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-            return cls(fd, ours=True)
+            return cls(fd, ours=ours)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
             raise _refused("create", error) from error
 
     @classmethod
-    def adopt(cls, fd: int) -> OwnershipCell:
+    def adopt(cls, fd: int, *, ours: bool = False) -> OwnershipCell:
         """Map a cell that a peer sent. The descriptor becomes the cell's.
+
+        Args:
+            ours: as in `create`.
 
         Raises:
             DescriptorWrongKind: it is no sealed memfd of the right size, or not fresh; the descriptor has been closed.
@@ -94,7 +101,7 @@ class OwnershipCell:
             if word != Owner.SOURCE:
                 raise DescriptorWrongKind(name="owner", found=f"a cell that says {word}", wanted="a fresh one")
             try:
-                return cls(fd, ours=False)
+                return cls(fd, ours=ours)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EPERM):
                     found_out = "a file that can't be written"

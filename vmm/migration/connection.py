@@ -72,6 +72,9 @@ class Connection:
         """Whether it is a regular file: it has a position and a disk, and nobody at its other end."""
         self.stream = trio.SocketStream(self._sock) if self._sock is not None and self.two_way else None
         """For words; None where there is nobody to answer."""
+        near = self._sock is not None and attendant is None and self._sock.family == socket.AF_UNIX
+        self.passes_descriptors = near and self.two_way
+        """Whether descriptors can be sent along, as far as this end knows: somebody may be in between."""
         self._attendant = attendant
         self._over = False
 

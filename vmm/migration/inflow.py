@@ -25,7 +25,7 @@ from vmm.migration.stream_records import (
     recipe_digest,
 )
 from vmm.migration.terms import Terms
-from vmm.migration.words import Ear, Word, hear_soon, say
+from vmm.migration.words import Ear, Word, hear_soon, say, say_with_descriptor
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -241,11 +241,25 @@ class Inflow:
                 if self.terms.acknowledge:
                     await say(self._channel, Word("acknowledged"))
 
-    async def say_prepared(self) -> None:
-        """Say that the guest may be stopped now."""
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether a descriptor can be sent to the source, as far as this end knows."""
+        return self._connection.passes_descriptors and self._channel is not None
+
+    async def say_prepared(self, fd: int | None = None) -> None:
+        """Say that the guest may be stopped now, and send descriptor `fd` along."""
         assert self._channel is not None, "a source that nobody answers does not ask"
         with suppress(trio.BrokenResourceError):  # as above
-            await say(self._channel, Word("prepared"))
+            if fd is None:
+                await say(self._channel, Word("prepared"))
+            else:
+                await say_with_descriptor(self._channel, Word("prepared"), fd)
+
+    async def say_loaded(self) -> None:
+        """Say that all is in force here, to a source that has let go of the guest, and may be gone."""
+        assert self._channel is not None, "there is a cell, which was sent to it"
+        with suppress(trio.BrokenResourceError):
+            await say(self._channel, Word("loaded"))
 
     async def confirm(self, late: Callable[[], None]) -> None:
         """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.

@@ -59,6 +59,7 @@ class Outflow:
         self._sink: PageSink | None = None
         self._multifd: MultifdSink | None = None
         self._ahead: dict[str, Section] = {}
+        self._descriptor: int | None = None
         self.noticed = False
         """Whether the destination was told that the guest is about to stand, and has made ready."""
 
@@ -139,7 +140,7 @@ class Outflow:
             writer.switchover()
             notice = writer.take()
             await self._in_thread(lambda bulk: bulk.write(notice))
-            await self._hear("prepared")
+            await self._hear_prepared()
             if precopy.is_worth_a_pass():  # for the wait has no limit
                 await self._in_thread(lambda bulk: precopy.go_on(writer, bulk, self._pages(precopy.ram.memory)))
 
@@ -326,20 +327,40 @@ class Outflow:
             except trio.BrokenResourceError as error:
                 raise MigrationPeerGone(peer="destination", what="closed the connection", outcome=_OUTCOME) from error
 
+    async def _hear_prepared(self) -> None:
+        assert self._ear is not None, "it gets notice only where it is heard"
+        async with self._connection.explained():
+            if self._connection.passes_descriptors:
+                word, self._descriptor = await self._ear.hear_with_descriptor()
+            else:
+                word = await self._ear.hear()
+        _require(word, "prepared")
+
     async def _hear(self, expected: str, late: Callable[[], None] = lambda: None) -> None:
         assert self._ear is not None, "nobody is heard on a channel of one direction"
         async with self._connection.explained():
             word = await hear_soon(self._ear, late)
-        if word.name == "refused":
-            raise MigrationRefused(reason=f"Refused by the destination: {word.reason}")
-        if word.name != expected:
-            raise StreamCorrupt(reason=f"the destination says {word.name!r}, expected {expected!r}")
+        _require(word, expected)
+
+    def take_descriptor(self) -> int | None:
+        """Return what the destination sent along as it had made ready, which is the caller's then."""
+        fd, self._descriptor = self._descriptor, None
+        return fd
 
     def close(self) -> None:
         """Close the connection. Idempotent."""
+        if (fd := self.take_descriptor()) is not None:
+            os.close(fd)
         if self._multifd is not None:
             self._multifd.close()
         self._connection.close()
+
+
+def _require(word: Word, expected: str) -> None:
+    if word.name == "refused":
+        raise MigrationRefused(reason=f"Refused by the destination: {word.reason}")
+    if word.name != expected:
+        raise StreamCorrupt(reason=f"the destination says {word.name!r}, expected {expected!r}")
 
 
 def _sync(fd: int) -> None:

@@ -14,6 +14,9 @@ source says that only once it has let go of it.
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 from typing import TYPE_CHECKING, Final, Literal, final, get_args
 
 import attrs
@@ -31,6 +34,7 @@ WordName = Literal["ready", "acknowledged", "prepared", "loaded", "refused", "yo
 
 _NAMES: Final[tuple[str, ...]] = get_args(WordName)
 _LIMIT: Final = 16384  # bytes of a line
+_DESCRIPTOR: Final = struct.Struct("@i")
 _REASON_LIMIT: Final = 2048  # characters; an escaped one has six bytes
 
 
@@ -47,6 +51,16 @@ class Word:
 async def say(channel: SendStream, word: Word) -> None:
     """Say `word`. Raises `trio.BrokenResourceError` where nobody listens any more."""
     await channel.send_all(written(word))
+
+
+async def say_with_descriptor(channel: trio.SocketStream, word: Word, fd: int) -> None:
+    """Say `word`, and send descriptor `fd` along, over a unix socket. Raises as `say`."""
+    line = written(word)
+    try:
+        sent = await channel.socket.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))])
+    except OSError as error:
+        raise trio.BrokenResourceError from error
+    await channel.send_all(line[sent:])
 
 
 def written(word: Word) -> bytes:
@@ -88,6 +102,33 @@ class Ear:
             self._heard += data
         line, _, self._heard = self._heard.partition(b"\n")
         return _parse(line + b"\n", self._peer)
+
+    async def hear_with_descriptor(self) -> tuple[Word, int | None]:
+        """Hear the next word, over a unix socket, and the descriptor that comes with it, which is the caller's then.
+
+        None comes where somebody is in between who does not pass it on, or this process may have no more. Raises as
+        `hear`.
+        """
+        assert isinstance(self._channel, trio.SocketStream)
+        found: list[int] = []
+        try:
+            while b"\n" not in self._heard and len(self._heard) <= _LIMIT:
+                try:
+                    # With room for one: the kernel closes all others.
+                    data, ancillary, _, _ = await self._channel.socket.recvmsg(
+                        _LIMIT, socket.CMSG_LEN(_DESCRIPTOR.size), socket.MSG_CMSG_CLOEXEC
+                    )
+                except OSError as error:
+                    raise _gone(self._peer, self._outcome, silence(error)) from error
+                found += [_DESCRIPTOR.unpack(content)[0] for _, kind, content in ancillary if kind == socket.SCM_RIGHTS]
+                if not data:
+                    raise _gone(self._peer, self._outcome)
+                self._heard += data
+            word = await self.hear()
+            return word, found.pop(0) if found else None
+        finally:
+            for fd in found:
+                os.close(fd)
 
 
 async def hear_soon(ear: Ear, late: Callable[[], None], *, within: float = 1.0) -> Word:

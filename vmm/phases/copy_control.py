@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Final, final
 
 import trio
 
-from vmm.errors import InvalidState, MigrationRefused
+from vmm.errors import CprRefused, InvalidState, MigrationRefused
 from vmm.migration.convergence import Convergence
 
 if TYPE_CHECKING:
+    from vmm.cpr.cell import OwnershipCell
     from vmm.migration.connection import Connection
     from vmm.migration.page_server import PageServer
     from vmm.migration.status import MigrationProgress
@@ -19,17 +20,54 @@ if TYPE_CHECKING:
 
 
 @final
+class Claim:
+    """Whose a guest is that is being copied: this process's, until it is offered.
+
+    Where both processes share an ownership cell the destination takes what is offered by itself. Elsewhere it has to be
+    told, and nothing is offered.
+    """
+
+    def __init__(self) -> None:
+        self._cell: OwnershipCell | None = None
+
+    def share(self, fd: int) -> None:
+        """Have a cell, of which the destination sent this descriptor; it is the cell's. Raises `VmmError`."""
+        from vmm.cpr.cell import OwnershipCell  # Needed on one host alone.
+
+        self._cell = OwnershipCell.adopt(fd, ours=True)
+
+    def offer(self) -> None:
+        """Let the destination take the guest, where that can be. Raises `MigrationRefused`: it has done so unasked."""
+        if self._cell is None:
+            return
+        try:
+            self._cell.offer()
+        except CprRefused as error:
+            raise MigrationRefused(reason=f"Refused by the source: {error.reason}") from error
+
+    def keep(self) -> bool:
+        """End the offer; return whether the guest is this process's, and so stays that. False: it was taken."""
+        return self._cell is None or self._cell.ours or self._cell.take_back()
+
+    def close(self) -> None:
+        """Give the cell up. Idempotent."""
+        if self._cell is not None:
+            self._cell.close()
+
+
+@final
 class Canceller:
     """The facet of `may-cancel-migration`."""
 
-    def __init__(self) -> None:
+    def __init__(self, claim: Claim) -> None:
+        self._claim: Final = claim
         self.scope: Final = trio.CancelScope()
         self.let_go = False
         """Whether the guest is the destination's: nothing can be called off any more."""
 
     def cancel(self, by: str) -> None:
         """Call the migration off, unless the guest has been let go."""
-        if not self.let_go:
+        if not self.let_go and self._claim.keep():
             self.scope.cancel()
 
 

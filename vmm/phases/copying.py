@@ -28,7 +28,7 @@ from vmm.migration.ram_file_records import IDENTITY_SIZE
 from vmm.migration.status import MigrationRamStats, MigrationStatus
 from vmm.migration.stream_records import Section
 from vmm.migration.terms import Terms
-from vmm.phases.copy_control import Canceller, Gate, Steering, Watch
+from vmm.phases.copy_control import Canceller, Claim, Gate, Steering, Watch
 from vmm.phases.copy_plan import CopyPlan, staying, travelling
 from vmm.phases.cpu_differences import cpu_to_json
 from vmm.phases.further_channels import plan_channels
@@ -61,6 +61,7 @@ class _Copy:
     flow: Outflow
     progress: MigrationProgress
     canceller: Canceller
+    claim: Claim
     left: tuple[str, bytes] | None
     """Where RAM stays, and what marks it; None where it is copied."""
     precopy: Precopy
@@ -91,7 +92,8 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
     migration = run.machine.made.migration
     pause: Pause | None = None
     failure: VmmError | None = None
-    canceller = Canceller()
+    claim = Claim()
+    canceller = Canceller(claim)
     left = _left_in_place(run, plan)
     two_way = migration.capabilities["return-path"]
     tls = _tls(run, plan)
@@ -108,7 +110,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
         connection.close()
         raise _unanswered()
     find_zeros = migration.parameters["zero-page-detection"] != "none"
-    with closing(Outflow(connection, find_zeros=find_zeros)) as flow:
+    with closing(Outflow(connection, find_zeros=find_zeros)) as flow, closing(claim):
         async with running.child("migrating") as phase:
             gate = Gate()
             log = None if left is not None else run.machine.accelerator.dirty_log(run.machine.memory)
@@ -136,7 +138,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                 precopy = Precopy(ram, migration.parameters.values, watch)
                 steering.watch = watch
                 waits = gate if migration.capabilities["pause-before-switchover"] else None
-                copy = _Copy(flow, progress, canceller, left, precopy, waits, steering, migration)
+                copy = _Copy(flow, progress, canceller, claim, left, precopy, waits, steering, migration)
                 try:
                     with canceller.scope:
                         progress.advance(MigrationStatus.ACTIVE)
@@ -151,6 +153,8 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                         if ram.is_live and migration.parameters["mode"] == "normal":
                             async with throttle.serving():
                                 await flow.precopy(precopy, None if waits is not None else run.machine.save_ahead)
+                        if (cell := flow.take_descriptor()) is not None:
+                            claim.share(cell)
                         pause = await _copy(phase, run, copy)
                         if steering.server is not None:
                             from vmm.phases.postcopy_source import OutgoingPostcopy, run_postcopy_source
@@ -219,17 +223,13 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
                         urgency.close()
                         await _hand_on(run, copy, window.grants.save_state, pause)
                         return pause
-                    await _send(run, copy, window.grants.save_state, pause, urgency.close)
-                    # From here on it is the destination's, unless that is known to be gone.
-                    copy.canceller.let_go = True
-                    # Shielded: whether it was told must be known. Not a moment's wait: it has read all before.
-                    with trio.CancelScope(shield=True):
-                        await copy.flow.let_go()
-                    run.here = False
+                    await _give(run, copy, window.grants.save_state, pause, urgency.close)
         finally:
             urgency.close()
             host.events.release()
             progress.pause_ends()
+            if not copy.claim.keep():
+                run.here = False
             with trio.CancelScope(shield=True):
                 await run.gang.stop()  # whose tasks may not have ended yet
             if run.here:
@@ -341,6 +341,27 @@ async def _announce(run: Run, flow: Outflow, steering: Steering, terms: Terms) -
         id=steering.identity.hex() or terms.id,
     )
     await flow.announce(host.start.identity.name or "trio-vmm", recipe, cpu_to_json(run.machine.cpu), terms, home)
+
+
+async def _give(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Callable[[], None]) -> None:
+    """Send the guest, and let it go. Raises `VmmError`: it did not get there, and is this process's."""
+    copy.claim.offer()
+    try:
+        await _send(run, copy, may, pause, late)
+    except VmmError:
+        if copy.claim.keep():
+            raise
+        run.machine.made.host.complain(
+            "migrate: the destination has taken the guest, and did not say that it runs; cont runs it here again, for "
+            "whoever knows that it does not run there"
+        )
+    # From here on it is the destination's, unless that is known to be gone.
+    copy.canceller.let_go = True
+    if copy.claim.keep():
+        # Shielded: whether it was told must be known. Not a moment's wait: it has read all before.
+        with trio.CancelScope(shield=True):
+            await copy.flow.let_go()
+    run.here = False
 
 
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Callable[[], None]) -> None:

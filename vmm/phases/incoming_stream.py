@@ -24,7 +24,7 @@ from vmm.capabilities import (
 )
 from vmm.cpr.urgency import Urgency
 from vmm.decisions import Turn
-from vmm.errors import InvalidState, MigrationRefused, VmmError, leaves
+from vmm.errors import HostFileRefused, InvalidState, MigrationRefused, VmmError, leaves
 from vmm.kvm.page_map import PageMap
 from vmm.migration.multifd_intake import MultifdIntake
 from vmm.migration.packing import packing
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Collection, Sequence
 
     from vmm.capabilities import Mint
+    from vmm.cpr.cell import OwnershipCell
     from vmm.migration.channel import Channel
     from vmm.migration.connection import Connection
     from vmm.migration.inflow import Inflow
@@ -123,10 +124,30 @@ class _Landing:
         self.urgency: Final = Urgency()
         self.ahead: CheckedAhead = {}
         """Sections that have come before it stood."""
+        self.taken = False
+        """Whether it is this process's without a word of its source, which is to be told."""
+        self._cell: OwnershipCell | None = None
+
+    def share(self) -> int | None:
+        """Make a cell; return its descriptor, for the source, or None where the host has nothing left for one."""
+        from vmm.cpr.cell import OwnershipCell  # Needed on one host alone.
+
+        try:
+            self._cell = OwnershipCell.create(ours=False)
+        except HostFileRefused:
+            return None
+        return self._cell.fd
+
+    def take(self) -> bool:
+        """Take the guest, if its source shares the cell and offers it; else, as it may not have got that, ask for it."""
+        self.taken = self._cell is not None and self._cell.take()
+        return self.taken
 
     def close(self) -> None:
         """Put back what was. Idempotent."""
         self.urgency.close()
+        if self._cell is not None:
+            self._cell.close()
 
 
 async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) -> None:
@@ -169,6 +190,11 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                         phase.tree.hold_off(until="running")
                         start, autostart.run = autostart.on, run
                         await copied.take_up(run, start=start)
+                        if landing.taken:
+                            assert wait.arrival is not None
+                            await wait.arrival.flow.say_loaded()
+                        if copied.rest is None:
+                            wait.over.set()
         await run_running(phase, run, start=start, copied=copied)
 
 
@@ -188,8 +214,6 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, landing: 
     if failure is None:
         port.forget(wait)
         made.incoming.allowed.clear()
-        if rest is None:
-            wait.over.set()
         return Copied(pause, progress, rest)
     landing.close()
     port.failed(wait, failure)
@@ -253,7 +277,8 @@ async def _load(
     grants.load_state.check(sections, landing.ahead).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
-    await flow.confirm(late)
+    if not landing.take():
+        await flow.confirm(late)
     return pause, None
 
 
@@ -263,7 +288,7 @@ async def _make_ready(
     """Do now what would take its time while the guest stands, which it is about to; return when it does."""
     machine.rehearse_again()
     landing.ahead = may.check_ahead(sections)
-    await flow.say_prepared()
+    await flow.say_prepared(landing.share() if flow.passes_descriptors else None)
     await flow.wait_more()
     landing.urgency.begin()
 

@@ -21,7 +21,7 @@ from vmm.migration.address import FileAddress
 from vmm.migration.mapped_file import MappedFile
 from vmm.migration.status import MigrationStatus
 from vmm.migration.stream_records import Section
-from vmm.phases.copy_control import Canceller
+from vmm.phases.copy_control import Canceller, Claim
 from vmm.phases.copy_plan import staying, travelling
 from vmm.phases.copying import Gone
 from vmm.phases.cpu_differences import cpu_to_json
@@ -86,7 +86,7 @@ async def run_saving(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any]) 
     failure: VmmError | None = None
     gone: Gone | None = None
     saved = False
-    canceller = Canceller()
+    canceller = Canceller(Claim())
     with closing(MappedFile(plan.open_file())) as file:
         async with running.child("migrating") as phase:
             # Who saves a guest over a reboot wants it to stand.
