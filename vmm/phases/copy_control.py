@@ -36,6 +36,11 @@ class Claim:
 
         self._cell = OwnershipCell.adopt(fd, ours=True)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is a cell."""
+        return self._cell is not None
+
     def offer(self) -> None:
         """Let the destination take the guest, where that can be. Raises `MigrationRefused`: it has done so unasked."""
         if self._cell is None:

@@ -378,6 +378,8 @@ async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Ca
         progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
     run.machine.made.host.events.release()
+    if copy.claim.is_shared:
+        late()  # Nothing waits for this side any more.
     with trio.move_on_after(_ANSWERING) as patience:
         await copy.flow.wait_loaded(late)
     if patience.cancelled_caught:

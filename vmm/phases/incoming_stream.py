@@ -53,6 +53,9 @@ if TYPE_CHECKING:
     from vmm.phases.quiesced import Pause
     from vmm.phases.stream_receive import StreamWait
 
+_MOMENT: Final = 1.0
+"""Seconds for which this process goes before others while it waits for a guest that is about to stand."""
+
 
 @final
 class _Autostart:
@@ -124,8 +127,7 @@ class _Landing:
         self.urgency: Final = Urgency()
         self.ahead: CheckedAhead = {}
         """Sections that have come before it stood."""
-        self.taken = False
-        """Whether it is this process's without a word of its source, which is to be told."""
+        self._untold: Inflow | None = None
         self._cell: OwnershipCell | None = None
 
     def share(self) -> int | None:
@@ -138,10 +140,18 @@ class _Landing:
             return None
         return self._cell.fd
 
-    def take(self) -> bool:
-        """Take the guest, if its source shares the cell and offers it; else, as it may not have got that, ask for it."""
-        self.taken = self._cell is not None and self._cell.take()
-        return self.taken
+    async def take(self, flow: Inflow) -> None:
+        """Take the guest, which its source offers if it has got the cell; else ask for it. Raises as `Inflow.confirm`."""
+        if self._cell is not None and self._cell.take():
+            self._untold = flow
+        else:
+            await flow.confirm(self.urgency.close)
+
+    async def finish(self) -> None:
+        """Do, as the guest runs, what could wait: tell its source."""
+        self.urgency.close()
+        if self._untold is not None:
+            await self._untold.say_loaded()
 
     def close(self) -> None:
         """Put back what was. Idempotent."""
@@ -190,9 +200,7 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                         phase.tree.hold_off(until="running")
                         start, autostart.run = autostart.on, run
                         await copied.take_up(run, start=start)
-                        if landing.taken:
-                            assert wait.arrival is not None
-                            await wait.arrival.flow.say_loaded()
+                        await landing.finish()
                         if copied.rest is None:
                             wait.over.set()
         await run_running(phase, run, start=start, copied=copied)
@@ -265,8 +273,9 @@ async def _load(
         # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
         machine.processors.let_time_stand(flow.from_file)
         make_ready = None if flow.from_file else partial(_make_ready, machine, flow, grants.load_state, landing)
-        late = landing.urgency.close
-        pause, sections = await read_state(flow, machine, grants.write_guest_memory, multifd, make_ready, late)
+        pause, sections = await read_state(
+            flow, machine, grants.write_guest_memory, multifd, make_ready, landing.urgency.close
+        )
         if flow.absent is not None:
             rest = await _load_some(machine, flow, urgent, grants, sections)
             # Nothing of it is closed before all of the guest is here.
@@ -277,8 +286,7 @@ async def _load(
     grants.load_state.check(sections, landing.ahead).apply()
     # From here on it is this machine's, and no other can go on with the same state.
     machine.memory.begin_use()
-    if not landing.take():
-        await flow.confirm(late)
+    await landing.take(flow)
     return pause, None
 
 
@@ -288,9 +296,16 @@ async def _make_ready(
     """Do now what would take its time while the guest stands, which it is about to; return when it does."""
     machine.rehearse_again()
     landing.ahead = may.check_ahead(sections)
-    await flow.say_prepared(landing.share() if flow.passes_descriptors else None)
-    await flow.wait_more()
+    cell = landing.share() if flow.passes_descriptors else None
+    # Before it waits: who is woken as an ordinary process may be left to wait for the very CPU that the source is on.
     landing.urgency.begin()
+    await flow.say_prepared(cell)
+    with trio.move_on_after(_MOMENT) as moment:
+        await flow.wait_more()
+    if moment.cancelled_caught:
+        landing.urgency.close()
+        await flow.wait_more()
+        landing.urgency.begin()
 
 
 async def _load_some(
