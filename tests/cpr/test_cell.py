@@ -56,6 +56,18 @@ def test_the_way_of_a_hand_over(source: OwnershipCell, destination: OwnershipCel
     assert (source.owner, source.ours, destination.ours) == (Owner.RUNNING, False, True)
 
 
+def test_a_destination_may_make_the_cell_too() -> None:
+    with (
+        closing(OwnershipCell.create(ours=False)) as destination,
+        closing(OwnershipCell.adopt(os.dup(destination.fd), ours=True)) as source,
+    ):
+        assert (source.ours, destination.ours) == (True, False)
+        source.offer()
+        assert destination.take()
+        assert not source.take_back()
+        assert not source.ours
+
+
 def test_nothing_can_be_taken_that_is_not_offered(source: OwnershipCell, destination: OwnershipCell) -> None:
     assert not destination.take()
     assert not destination.run()

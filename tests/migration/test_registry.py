@@ -203,3 +203,34 @@ def test_an_optional_section_is_left_out_where_there_is_nothing_and_need_not_com
     assert loaded == [{"n": 1}]
     with pytest.raises(StateRejected, match="'more' is in the stream, and no device here has it"):
         registry.check([Section("more", 1, {})])
+
+
+def test_what_was_checked_ahead_is_not_checked_again() -> None:
+    board = Board()
+    uart, rtc = board.add("uart0"), board.add("rtc")
+    sections = [section("uart0", 1), section("rtc", 2)]
+    ahead = board.registry.check_ahead([*sections, section("elsewhere")])
+    assert (uart.register, rtc.register) == (0, 0)
+    board.log.clear()
+    board.registry.check(sections, ahead).apply()
+    assert board.log == ["apply uart0", "apply rtc"]
+    assert (uart.register, rtc.register) == (1, 2)
+
+
+def test_a_section_that_came_again_is_checked_as_it_is_now() -> None:
+    board = Board()
+    uart = board.add("uart0")
+    ahead = board.registry.check_ahead([section("uart0", 1)])
+    board.log.clear()
+    board.registry.check([section("uart0", 2)], ahead).apply()
+    assert board.log == ["check uart0 version 1", "apply uart0"]
+    assert uart.register == 2
+
+
+def test_what_is_wrong_with_a_section_is_told_when_all_are_there() -> None:
+    board = Board()
+    board.add("uart0")
+    bad = Section("uart0", 1, {})
+    ahead = board.registry.check_ahead([bad])
+    with pytest.raises(StateRejected, match="register is missing"):
+        board.registry.check([bad], ahead)

@@ -16,7 +16,7 @@ from vmm.migration.ram_file_records import RamInPlace
 from vmm.migration.ram_records import RamExtents
 from vmm.migration.stream import HEAD_SIZE, SKIPPABLE, StreamReader, StreamWriter, encode_record
 from vmm.migration.stream_order import SECTIONS_LIMIT
-from vmm.migration.stream_records import End, Header, Home, Recipe, Section
+from vmm.migration.stream_records import PAGES_VERSION, End, Header, Home, Recipe, Section
 
 if TYPE_CHECKING:
     from typing import Any
@@ -195,6 +195,28 @@ def test_a_second_section_of_one_name_is_told() -> None:
     assert refusal(join(records)).endswith(": section 'cpu0' is there a second time")
 
 
+def ahead(*, again: int) -> bytes:
+    """Return a stream with a section before the notice of the switchover, and so often after it."""
+    writer = StreamWriter("vm", version=PAGES_VERSION)
+    writer.section("uart0", 1, {"a": 1})
+    writer.ram_extents([(0, 4096)], in_stream=True)
+    writer.switchover()
+    for _ in range(again):
+        writer._names.clear()  # it would refuse what a hostile one does
+        writer.section("uart0", 1, {"a": 2})
+    return b"".join(writer.finish())
+
+
+@pytest.mark.parametrize("again", [0, 1])
+def test_a_section_may_come_once_more_after_the_notice(again: int) -> None:
+    found = [record for record in read(ahead(again=again)) if isinstance(record, Section)]
+    assert found == [Section("uart0", 1, {"a": 1}), *([Section("uart0", 1, {"a": 2})] * again)]
+
+
+def test_a_section_that_comes_once_too_often_after_the_notice_is_told() -> None:
+    assert refusal(ahead(again=2)).endswith(": section 'uart0' is there a second time")
+
+
 def test_a_recipe_elsewhere_is_told() -> None:
     records = split(SAMPLE)
     records.insert(3, records[1])
@@ -355,6 +377,15 @@ def test_a_writer_refuses_a_second_section_of_one_name() -> None:
     with pytest.raises(StateRejected) as caught:
         writer.section("cpu0", 1, {})
     assert str(caught.value) == "Section cpu0: it is in the stream already"
+
+
+def test_a_writer_takes_a_section_once_more_after_the_notice() -> None:
+    writer = StreamWriter("vm", version=PAGES_VERSION)
+    writer.section("cpu0", 1, {})
+    writer.switchover()
+    writer.section("cpu0", 1, {})
+    with pytest.raises(StateRejected):
+        writer.section("cpu0", 1, {})
 
 
 def test_misuse_of_a_writer_is_a_bug() -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import array
+import os
+import socket
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -7,7 +11,7 @@ import trio
 import trio.testing
 
 from vmm.errors import MigrationPeerGone, StreamCorrupt
-from vmm.migration.words import Ear, Word, say, written
+from vmm.migration.words import Ear, Word, say, say_with_descriptor, written
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -70,3 +74,50 @@ async def test_words_that_come_together_are_heard_one_by_one(pair: tuple[trio.So
     assert [(await ear.hear()).name for _ in range(2)] == ["ready", "acknowledged"]
     await pair[0].send_all(written(Word("loaded"))[5:])
     assert (await ear.hear()).name == "loaded"
+
+
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_descriptor_is_heard_with_its_word() -> None:
+    left, right = trio.socket.socketpair()
+    with left, right, tempfile.TemporaryFile() as file:
+        file.write(b"here")
+        file.flush()
+        await say_with_descriptor(trio.SocketStream(left), Word("prepared"), file.fileno())
+        word, fd = await Ear(trio.SocketStream(right), "destination", "nothing happens").hear_with_descriptor()
+        assert word == Word("prepared")
+        assert fd is not None
+        assert not os.get_inheritable(fd)
+        assert os.pread(fd, 16, 0) == b"here"
+        os.close(fd)
+
+
+@pytest.mark.usefixtures("no_leaks")
+async def test_a_word_is_heard_without_a_descriptor_too_and_in_pieces(pair: Pair) -> None:
+    line = written(Word("refused", "no room"))
+    ear = Ear(pair[1], "destination", "nothing happens")
+    async with trio.open_nursery() as nursery:
+
+        async def hear() -> None:
+            assert await ear.hear_with_descriptor() == (Word("refused", "no room"), None)
+
+        nursery.start_soon(hear)
+        for at in range(len(line)):
+            await trio.testing.wait_all_tasks_blocked()
+            await pair[0].send_all(line[at : at + 1])
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("line", [b"nonsense\n", b"", b"x" * 20000])
+async def test_descriptors_that_nobody_asked_for_are_closed(line: bytes, pair: Pair) -> None:
+    left = pair[0].socket
+    with tempfile.TemporaryFile() as file:
+        rights = array.array("i", [file.fileno()] * 3)
+        for piece in (b"{", line):
+            if piece:
+                await left.sendmsg([piece], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    if line:
+        left.shutdown(socket.SHUT_WR)
+    else:
+        left.close()
+    with pytest.raises((StreamCorrupt, MigrationPeerGone)):
+        await Ear(pair[1], "destination", "nothing happens").hear_with_descriptor()

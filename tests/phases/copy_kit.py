@@ -16,7 +16,8 @@ from vmm.capabilities import ADMIN, Grant
 from vmm.guests.heartbeat import HeartbeatReader
 from vmm.migration.ram_records import Switchover
 from vmm.migration.stream import HEAD_SIZE, StreamReader
-from vmm.migration.words import Ear, Word, say
+from vmm.migration.stream_records import Section
+from vmm.migration.words import Ear, Word, say, say_with_descriptor
 from vmm.phases.machine import Machine
 from vmm.phases.start import Start
 from vmm.recipe import Recipe
@@ -183,6 +184,10 @@ class Peer:
         self._reader: StreamReader | None = None
         self._is_prepared = False
         self._answers = True
+        self.sends_along: int | None = None
+        """A descriptor for the source, with the word that this side has made ready."""
+        self.sections: list[str] = []
+        """Names of those that have come, in order."""
         self.seen = 0
 
     async def say(self, name: WordName, reason: str = "") -> None:
@@ -217,10 +222,18 @@ class Peer:
         records = self._reader.feed(data)
         while self._reader.content and self._reader.take_content():
             records += self._reader.feed(b"")
+        self.sections += [record.name for record in records if isinstance(record, Section)]
         if Switchover() in records:
             self._is_prepared = True
             if self._answers:
-                await self.say("prepared")
+                await self.say_prepared()
+
+    async def say_prepared(self) -> None:
+        """Say that this side has made ready."""
+        if self.sends_along is None:
+            await self.say("prepared")
+        else:
+            await say_with_descriptor(self._stream, Word("prepared"), self.sends_along)
 
     async def invite(self) -> None:
         """Read what comes before the guest is stopped, and ask for the rest."""
@@ -249,6 +262,15 @@ class Peer:
     async def _read_on(self) -> None:
         with trio.fail_after(HANGS):
             while not self._is_prepared:
+                data = await self._stream.receive_some(65536)
+                assert data, "it ended before"
+                await self._answer(data)
+
+    async def read_all(self) -> None:
+        """Read to the end record."""
+        assert self._reader is not None, "invited() comes first"
+        with trio.fail_after(HANGS):
+            while not self._reader.ended:
                 data = await self._stream.receive_some(65536)
                 assert data, "it ended before"
                 await self._answer(data)

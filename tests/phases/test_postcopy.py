@@ -47,7 +47,7 @@ from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.page_server import LinkBroken, PageServer
 from vmm.migration.registry import StateRegistry
 from vmm.phases import copying
-from vmm.phases.copy_control import Canceller
+from vmm.phases.copy_control import Canceller, Claim
 from vmm.phases.machine import Machine
 from vmm.phases.postcopy import hang_up
 
@@ -342,8 +342,8 @@ async def test_whoever_calls_it_off_just_before_the_source_lets_go_keeps_the_gue
     serve, made = Outflow.serve_until_loaded, []
 
     class Noted(Canceller):  # type: ignore[misc]  # to have the one of this migration
-        def __init__(self) -> None:
-            super().__init__()
+        def __init__(self, claim: Claim) -> None:
+            super().__init__(claim)
             made.append(self)
 
     async def cancelled_in_this_moment(

@@ -173,8 +173,9 @@ class StateRegistry:
         """
         found = {section.name: section for section in sections}
         self._check_names(found)
+        known = ahead or {}
         return CheckedState(
-            (name, self._applier(self._owners[name], found[name], ahead or {})) for name in self.order() if name in found
+            (name, self._applier(self._owners[name], found[name], known)) for name in self.order() if name in found
         )
 
     def _check_names(self, found: Mapping[str, Section]) -> None:

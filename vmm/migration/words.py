@@ -9,6 +9,9 @@
 
 A word is a line of JSON. So a guest never runs on both sides: the destination runs it only after `yours`, and the
 source says that only once it has let go of it.
+
+Over a unix socket the descriptor of an ownership cell comes with `prepared`. Where the source has got that, the
+destination takes the guest by the cell, and says `loaded` when it runs, to which there is no answer.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ class _Landing:
         return self._cell.fd
 
     async def take(self, flow: Inflow) -> None:
-        """Take the guest, which its source offers if it has got the cell; else ask for it. Raises as `Inflow.confirm`."""
+        """Take the guest, if its source has got the cell and offers it; else ask for it. Raises as `Inflow.confirm`."""
         if self._cell is not None and self._cell.take():
             self._untold = flow
         else:
