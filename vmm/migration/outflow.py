@@ -12,7 +12,6 @@ from vmm.errors import HostFileRefused, MigrationPeerGone, MigrationRefused, Str
 from vmm.migration.multifd import MultifdSink
 from vmm.migration.page_chunks import ChannelSink
 from vmm.migration.page_server import LinkBroken
-from vmm.migration.precopy import AT_ONCE
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
 from vmm.migration.ram_records import RamAbsent
 from vmm.migration.silence import silence
@@ -155,7 +154,7 @@ class Outflow:
             VmmError: it did not get there.
         """
         writer = self._announced()
-        if self._goes_alone and precopy.ram.passes and precopy.ram.collect() <= AT_ONCE:
+        if precopy.stand() and self._goes_alone:
             # The way to a thread and back is longer than what little is left takes. While this side saves, the other
             # takes the pages in.
             bulk = self._bulk

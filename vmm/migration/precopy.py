@@ -87,12 +87,14 @@ class Precopy:
         """Say whether what was written since `run` had better go before the guest stands. Raises `KvmCallFailed`."""
         return self.ram.collect() > _NEXT_TO_NOTHING and not self._watcher.hurries
 
-    def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
-        """Send what is left, with no limit to the rate. The guest stands."""
+    def stand(self) -> bool:
+        """Find out what is left, now that the guest stands; return whether it takes no time. Raises `KvmCallFailed`."""
         self.ram.stands()
-        if self.ram.passes:
-            self.ram.collect()
-        else:
+        return self.ram.passes > 0 and self.ram.collect() <= AT_ONCE
+
+    def finish(self, writer: StreamWriter, bulk: Bulk, sink: PageSink) -> None:
+        """Send what is left, after `stand`, with no limit to the rate."""
+        if not self.ram.passes:
             self.ram.begin()
             writer.ram_extents(self.ram.extents, in_stream=True)
         self._begin_pass(writer, bulk)

@@ -91,7 +91,7 @@ class RamSender:
             while (first := self.todo.first(first, end)) < end:
                 if first >= window:
                     window = min(end, first + _PROTECT)
-                    if self._log is not None:
+                    if self._log is not None and self._live_bytes is None:  # else nobody writes to them
                         self._log.protect(first, window - first)
                 first = sink.send(self.todo, region, first, window)
                 self.note(sink)

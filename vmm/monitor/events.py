@@ -1,6 +1,6 @@
 """Events: what happens to the machine, told to every client in command mode.
 
-An event is encoded once, at the time of its timestamp. Events whose rate is limited are told at once if the last one of
+An event is encoded once, when somebody is told of it. Events whose rate is limited are told at once if the last one of
 their kind is longer ago than the interval; of those in between, only the last is told, when the interval is over.
 
 Events are numbered from 1. The number is not part of QMP; a transport whose clients come back (websocket) may show
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -38,14 +39,17 @@ class Event:
 
 
 @final
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Occurrence:
     """One event that was told."""
 
     number: int
     body: Mapping[str, object]
-    line: bytes
-    """The body as it goes to a client that did not ask for `pretty`, with its line end."""
+
+    @cached_property
+    def line(self) -> bytes:
+        """The body as it goes to a client that did not ask for `pretty`, with its line end."""
+        return f"{encode(self.body)}\r\n".encode()
 
 
 @final
@@ -130,7 +134,7 @@ class EventHub:
 
     def _tell(self, body: dict[str, object]) -> None:
         self._last += 1
-        occurrence = Occurrence(self._last, body, f"{encode(body)}\r\n".encode())
+        occurrence = Occurrence(self._last, body)
         self._history.append(occurrence)
         if self._held is not None:
             self._held.append(occurrence)
