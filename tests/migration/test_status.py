@@ -98,6 +98,24 @@ def test_the_times_of_a_source_are_told_in_milliseconds() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("ago", "downtime"), [(0.0, 7), (0.004, 3), (0.007, 0), (0.008, 7), (-0.001, 7)])
+def test_a_pause_that_ended_before_it_was_heard_of_is_shorter_if_that_can_be(ago: float, downtime: int) -> None:
+    bench = Bench()
+    progress = bench.progress()
+    progress.begin()
+    progress.advance(MigrationStatus.ACTIVE)
+    progress.advance(MigrationStatus.DEVICE)
+    bench.now = 0.0
+    progress.pause_begins()
+    bench.now = 0.007
+    progress.pause_ends(ago)
+    progress.pause_ends()
+    progress.advance(MigrationStatus.COMPLETED)
+    reply = unstructure(progress.info())
+    assert isinstance(reply, dict)
+    assert reply["downtime"] == downtime
+
+
 def test_a_failure_is_told_and_forgotten_by_the_next_begin() -> None:
     bench = Bench()
     progress = bench.progress()

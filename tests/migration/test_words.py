@@ -29,8 +29,15 @@ async def pair() -> AsyncIterator[Pair]:
 
 
 @pytest.mark.parametrize(
-    "word", [Word("ready"), Word("loaded"), Word("yours"), Word("refused", "no \N{SNOWMAN}\n\"room\"")]
-)  # fmt: skip
+    "word",
+    [
+        Word("ready"),
+        Word("loaded"),
+        Word("loaded", at=1 << 60),
+        Word("yours"),
+        Word("refused", 'no \N{SNOWMAN}\n"room"'),
+    ],
+)
 async def test_what_is_said_is_heard(word: Word, pair: Pair) -> None:
     await say(pair[0], word)
     assert await Ear(pair[1], "source", "nothing happens").hear() == word
@@ -57,6 +64,12 @@ async def test_silence_is_told_with_what_it_leads_to(pair: Pair) -> None:
         (
             b'{"word": "refused", "reason": 7}\n',
             f'the source says b\'{{"word": "refused", "reason": 7}}\\n\', {EXPECTED}',
+        ),
+        (b'{"word": "loaded", "at": -1}\n', f'the source says b\'{{"word": "loaded", "at": -1}}\\n\', {EXPECTED}'),
+        (b'{"word": "loaded", "at": 0.5}\n', f'the source says b\'{{"word": "loaded", "at": 0.5}}\\n\', {EXPECTED}'),
+        (
+            b'{"word": "loaded", "at": 1' + b"0" * 400 + b"}\n",
+            f'the source says b\'{{"word": "loaded", "at": 1{"0" * 14}\', {EXPECTED}',
         ),
         (b"[" * 9000 + b"\n", "the source says b'" + "[" * 40 + f"', {EXPECTED}"),
     ],

@@ -190,9 +190,9 @@ class Peer:
         """Names of those that have come, in order."""
         self.seen = 0
 
-    async def say(self, name: WordName, reason: str = "") -> None:
+    async def say(self, name: WordName, reason: str = "", at: int | None = None) -> None:
         """Say a word."""
-        await say(self._stream, Word(name, reason))
+        await say(self._stream, Word(name, reason, at))
 
     async def hear(self) -> Word:
         """Hear one."""

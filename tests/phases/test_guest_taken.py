@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from contextlib import asynccontextmanager, closing
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import trio
 
 import vmm
 from tests.phases.copy_kit import (
@@ -154,6 +156,26 @@ async def test_what_was_taken_is_gone_whatever_is_heard_afterwards(word: str, tm
         assert complaints == [WITHOUT_A_WORD]
         await source.execute("cont")
         await goes_on(source)
+
+
+async def test_the_downtime_ends_when_the_guest_runs_and_not_when_that_is_heard(tmp_path: Path) -> None:
+    async with started() as source:
+        began = time.monotonic_ns()
+        async with sharing(source, tmp_path) as (peer, cell):
+            assert cell.take()
+            at = time.monotonic_ns()
+            await ticks_of_the_clock(100_000_000)
+            await peer.say("loaded", at=at)
+            info = await outcome(source)
+        assert info["downtime"] <= (at - began) // 1_000_000 + 1
+        assert info["total-time"] >= 100
+
+
+async def ticks_of_the_clock(count: int) -> None:
+    """Let so many ns pass."""
+    until = time.monotonic_ns() + count
+    while time.monotonic_ns() < until:
+        await trio.lowlevel.checkpoint()
 
 
 async def test_a_cancel_takes_the_offer_back(tmp_path: Path) -> None:

@@ -255,11 +255,11 @@ class Inflow:
             else:
                 await say_with_descriptor(self._channel, Word("prepared"), fd)
 
-    async def say_loaded(self) -> None:
-        """Say that all is in force here, to a source that has let go of the guest, and may be gone."""
+    async def say_loaded(self, at: int | None) -> None:
+        """Say that the guest is here, and since when it runs, to a source that has let it go, and may be gone."""
         assert self._channel is not None, "there is a cell, which was sent to it"
         with suppress(trio.BrokenResourceError):
-            await say(self._channel, Word("loaded"))
+            await say(self._channel, Word("loaded", at=at))
 
     async def confirm(self, late: Callable[[], None]) -> None:
         """Say that all is in force here, and wait until the source lets go of the guest; or until it can say no more.

@@ -302,8 +302,10 @@ class Outflow:
                 await self._hear("refused")
             raise MigrationPeerGone(peer="destination", what="closed a channel", outcome=_OUTCOME) from error
 
-    async def wait_loaded(self, late: Callable[[], None]) -> None:
+    async def wait_loaded(self, late: Callable[[], None]) -> int | None:
         """Wait until the destination has all of it in force; one that cannot say so, until it has taken all of it.
+
+        Return when the guest ran there, if it does already, as `Word.at` has it.
 
         Args:
             late: called if that takes more than a moment.
@@ -312,10 +314,10 @@ class Outflow:
             VmmError: it has not.
         """
         if self._channel is not None:
-            await self._hear("loaded", late)
-        else:
-            late()
-            await self._connection.finish(sent=True)
+            return (await self._hear("loaded", late)).at
+        late()
+        await self._connection.finish(sent=True)
+        return None
 
     async def let_go(self) -> None:
         """Tell the destination that the guest is its own. It may be gone by now, and the guest with it."""
@@ -335,11 +337,12 @@ class Outflow:
                 word = await self._ear.hear()
         _require(word, "prepared")
 
-    async def _hear(self, expected: str, late: Callable[[], None] = lambda: None) -> None:
+    async def _hear(self, expected: str, late: Callable[[], None] = lambda: None) -> Word:
         assert self._ear is not None, "nobody is heard on a channel of one direction"
         async with self._connection.explained():
             word = await hear_soon(self._ear, late)
         _require(word, expected)
+        return word
 
     def take_descriptor(self) -> int | None:
         """Return what the destination sent along as it had made ready, which is the caller's then."""

@@ -318,10 +318,15 @@ class MigrationProgress:
         """Note that the guest stands still from now."""
         self._paused = self._clock()
 
-    def pause_ends(self) -> None:
-        """Note that the guest runs again, here or there. Without `pause_begins` before: no effect."""
+    def pause_ends(self, ago: float = 0.0) -> None:
+        """Note that the guest runs again, here or there. Without `pause_begins` before: no effect.
+
+        Args:
+            ago: for how many seconds it has run already, as somebody else says.
+        """
         if self._paused is not None:
-            self._downtime = self._clock() - self._paused
+            stood = self._clock() - self._paused
+            self._downtime = stood - ago if 0 <= ago <= stood else stood
             self._paused = None
 
     def info(self, blocked_reasons: Sequence[str] = ()) -> MigrationInfo:

@@ -49,6 +49,8 @@ class Word:
     name: WordName
     reason: str = ""
     """Of `refused`: a sentence."""
+    at: int | None = None
+    """Of `loaded`, for a guest that was taken: when it ran here, CLOCK_MONOTONIC in ns; None where it does not."""
 
 
 async def say(channel: SendStream, word: Word) -> None:
@@ -68,7 +70,11 @@ async def say_with_descriptor(channel: trio.SocketStream, word: Word, fd: int) -
 
 def written(word: Word) -> bytes:
     """Return the line that says `word`."""
-    body = {"word": word.name} | ({"reason": word.reason[:_REASON_LIMIT]} if word.reason else {})
+    body: dict[str, object] = {"word": word.name}
+    if word.reason:
+        body["reason"] = word.reason[:_REASON_LIMIT]
+    if word.at is not None:
+        body["at"] = word.at
     return json.dumps(body).encode() + b"\n"
 
 
@@ -142,6 +148,10 @@ async def hear_soon(ear: Ear, late: Callable[[], None], *, within: float = 1.0) 
     return await ear.hear()
 
 
+def _is_moment(at: object) -> bool:
+    return at is None or (isinstance(at, int) and 0 <= at < 1 << 63)
+
+
 def _gone(peer: str, outcome: str, what: str | None = None) -> MigrationPeerGone:
     return MigrationPeerGone(peer=peer, what=what or "closed the connection", outcome=outcome)
 
@@ -149,9 +159,9 @@ def _gone(peer: str, outcome: str, what: str | None = None) -> MigrationPeerGone
 def _parse(line: bytes, peer: str) -> Word:
     try:
         body = json.loads(line)
-        name, reason = body["word"], body.get("reason", "")
+        name, reason, at = body["word"], body.get("reason", ""), body.get("at")
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        name, reason = None, ""
-    if name not in _NAMES or not isinstance(reason, str):
+        name, reason, at = None, "", None
+    if name not in _NAMES or not isinstance(reason, str) or not _is_moment(at):
         raise StreamCorrupt(reason=f"the {peer} says {line[:40]!r}, expected one of {', '.join(_NAMES)}")
-    return Word(name, reason)
+    return Word(name, reason, at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
@@ -381,7 +382,9 @@ async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Ca
     if copy.claim.is_shared:
         late()  # Nothing waits for this side any more.
     with trio.move_on_after(_ANSWERING) as patience:
-        await copy.flow.wait_loaded(late)
+        at = await copy.flow.wait_loaded(late)
+        if at is not None:
+            progress.pause_ends((time.monotonic_ns() - at) / 1e9)
     if patience.cancelled_caught:
         what = f"did not load the state within {_ANSWERING:g} s"
         raise MigrationPeerGone(peer="destination", what=what, outcome="the guest goes on in the source")

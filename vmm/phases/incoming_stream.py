@@ -147,11 +147,11 @@ class _Landing:
         else:
             await flow.confirm(self.urgency.close)
 
-    async def finish(self) -> None:
-        """Do, as the guest runs, what could wait: tell its source."""
+    async def finish(self, resumed: int | None) -> None:
+        """Do, as the guest runs, what could wait: tell its source, also since when."""
         self.urgency.close()
         if self._untold is not None:
-            await self._untold.say_loaded()
+            await self._untold.say_loaded(resumed)
 
     def close(self) -> None:
         """Put back what was. Idempotent."""
@@ -199,8 +199,8 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                         # Here, and not in running: to get there takes longer than all that is left to do.
                         phase.tree.hold_off(until="running")
                         start, autostart.run = autostart.on, run
-                        await copied.take_up(run, start=start)
-                        await landing.finish()
+                        resumed = await copied.take_up(run, start=start)
+                        await landing.finish(resumed)
                         if copied.rest is None:
                             wait.over.set()
         await run_running(phase, run, start=start, copied=copied)

@@ -270,16 +270,20 @@ class Copied:
     rest: IncomingPostcopy | None = None
     """What is still to come of it; None where all is here."""
 
-    async def take_up(self, run: Run, *, start: bool) -> None:
-        """Go on where it stood; run it if it ran and `start` says so. Nobody has had its run control so far."""
+    async def take_up(self, run: Run, *, start: bool) -> int | None:
+        """Go on where it stood; run it if it ran and `start` says so. Nobody has had its run control so far.
+
+        Return when it was about to run, CLOCK_MONOTONIC in ns, or None: it does not, or that is not known yet.
+        """
         run.control.acquire_nowait()  # without a turn of the loop
         try:
-            await self._take_up(run, start=start)
+            return await self._take_up(run, start=start)
         finally:
             run.control.release()
 
-    async def _take_up(self, run: Run, *, start: bool) -> None:
+    async def _take_up(self, run: Run, *, start: bool) -> int | None:
         pause = self.pause
+        resumed: int | None = None
         if self.rest is not None and not self.rest.ours:
             start = run.here = False
             run.doubt = "the connection broke as its source was to let it go"
@@ -287,7 +291,7 @@ class Copied:
         if pause.runs and start:
             run.machine.processors.note_pause()
             since = time.time_ns()
-            run.gang.start_now()
+            resumed = run.gang.start_now()
         else:
             await run.gang.stop()
         run.machine.wake()
@@ -300,6 +304,7 @@ class Copied:
             self.progress.advance(MigrationStatus.COMPLETED)
         else:
             self.progress.advance(MigrationStatus.POSTCOPY_ACTIVE)
+        return resumed
 
 
 async def take_over(run: Run, loaded: Loaded) -> None:
