@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 SECTION: Final = "chardev/"
 """How the sections' names begin."""
 
+BYTES_VERSION: Final = 1
+"""Of a section that has the bytes alone."""
+
 _MEMBERS: Final[Mapping[str, type]] = {"output": bytes, "input": bytes, "escape": bool, "terminal": bytes}
 
 

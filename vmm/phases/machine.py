@@ -96,11 +96,12 @@ class Machine:
         checked.apply()
 
     def save_ahead(self) -> list[Section]:
-        """Return the sections of the board's devices, most of which will be the same when the guest stands.
+        """Return the sections of the board's devices and its ports' chardevs, most of which will be the same later.
 
         One whose device does something meanwhile may be neither as it was before nor as it is after that.
         """
-        return [Section(section.name, section.version, section.save()) for section in self.sections]
+        board = [Section(section.name, section.version, section.save()) for section in self.sections]
+        return [*board, *(Section(*port) for port in self.made.host.stores.save_ports())]
 
     def rehearse_save(self) -> None:
         """Encode some state: all that it takes is in the CPU's caches then. The guest may run."""

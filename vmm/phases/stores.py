@@ -17,7 +17,7 @@ from vmm.errors import (
     OptionInvalid,
 )
 from vmm.phases import fdsets, session_moves
-from vmm.phases.chardev_sections import SECTION, byte_loader, byte_saver, loader, saver
+from vmm.phases.chardev_sections import BYTES_VERSION, SECTION, byte_loader, byte_saver, loader, saver
 from vmm.phases.luggage import FDSET, Luggage, is_luggage
 
 if TYPE_CHECKING:
@@ -449,10 +449,19 @@ class BootStores:
         So a guest goes from one machine to another whose chardevs are its own. `declare_again` undoes it.
         """
         _forget(state)
+        for port, chardev in self._ports():
+            load = byte_loader(port, chardev.take_bytes)
+            state.register(f"{SECTION}{port}", BYTES_VERSION, save=byte_saver(chardev), load=load)
+
+    def save_ports(self) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+        """Yield name, version and state of each section that `declare_ports` declares, as they are now."""
+        for port, chardev in self._ports():
+            yield f"{SECTION}{port}", BYTES_VERSION, byte_saver(chardev)()
+
+    def _ports(self) -> Iterator[tuple[str, Chardev]]:
         for held in self.chardevs.values():
             if held.user is not None and held.user.startswith(PORT):
-                load = byte_loader(held.user, held.chardev.take_bytes)
-                state.register(f"{SECTION}{held.user}", 1, save=byte_saver(held.chardev), load=load)
+                yield held.user, held.chardev
 
     def _take_over(self, label: str, chardev: Chardev, state: ChardevState) -> None:
         prefix = _prefix(label)
