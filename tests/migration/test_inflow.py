@@ -6,6 +6,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
+import trio.testing
 
 from vmm import hostio
 from vmm.hw.doorbell import open_doorbell
@@ -57,3 +59,32 @@ async def test_pages_of_zeros_leave_the_content_of_those_after_them_alone(tmp_pa
             writer_of_ram = RamWriter(target, target)  # type: ignore[arg-type]  # a token would lead to just this
             await flow.read(lambda record: False, writer_of_ram)
         assert target.read(8 * PAGE_SIZE, 40 * PAGE_SIZE) == content
+
+
+@pytest.mark.parametrize(("passes", "late"), [(100, False), (1, True)])
+async def test_any_number_of_passes_is_read_on_the_loop_but_none_that_is_long(passes: int, late: bool) -> None:
+    pieces = 100
+    writer = StreamWriter("test", version=PAGES_VERSION)
+    writer.ram_extents([(0, SIZE)], in_stream=True)
+    sent = [b"".join(writer.take())]
+    for number in range(1, pieces + 1):
+        if number <= passes:
+            writer.ram_pass(number)
+        else:
+            writer.section(f"device{number}", 1, {})
+        sent.append(b"".join(writer.take()))
+    sent.append(b"".join(writer.finish()))
+    calls: list[bool] = []
+    ours, theirs = trio.socket.socketpair()
+    with ram() as target, theirs, closing(Inflow(Connection(ours))) as flow:
+        writer_of_ram = RamWriter(target, target)  # type: ignore[arg-type]  # as above
+        async with trio.open_nursery() as nursery:
+
+            async def read() -> None:
+                await flow.read_rest(lambda record: False, writer_of_ram, lambda: calls.append(True))
+
+            nursery.start_soon(read)
+            for piece in sent:
+                await trio.testing.wait_all_tasks_blocked()
+                await theirs.send(piece)
+    assert calls == [True] * late

@@ -12,7 +12,7 @@ import trio
 from vmm.errors import MigrationRefused, StreamCorrupt, VmmError
 from vmm.migration.page_frames import Frame, FrameKind
 from vmm.migration.pump import Bulk, ChannelBroken, in_thread
-from vmm.migration.ram_records import RamPages
+from vmm.migration.ram_records import RamPages, RamPass
 from vmm.migration.silence import silence
 from vmm.migration.stream import StreamReader
 from vmm.migration.stream_records import (
@@ -40,7 +40,7 @@ _PIECE: Final = 1 << 16
 """Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
 
 _REST_TURNS: Final = 32
-"""In so many turns of the loop the rest of a guest that stands is read: 1 MiB, if each wait was for one piece."""
+"""In so many turns of the loop a pass is read, or the last with all that follows: 1 MiB, if each wait was for one."""
 _MOMENT: Final = 1.0
 """Seconds. What has not come by then does not come in a moment."""
 
@@ -61,6 +61,7 @@ class Inflow:
         self._size = os.fstat(self._fd).st_size - self._start if connection.is_file else None
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
+        self._turns = 0  # of the loop, in which the present pass was read
         self.absent: PageMap | None = None
         """Pages that come in frames, once the stream has ended; None where all have come in it."""
         self.terms = Terms()
@@ -173,13 +174,15 @@ class Inflow:
     async def read_rest(self, take: Callable[[Record], bool], ram: RamWriter, late: Callable[[], None]) -> None:
         """Do as `read`, on the loop while it is little: the way to a thread and back is longer than what that takes.
 
-        Not for a file. What is more than a little, or takes more than a moment to come, is read in a thread; `late` is
-        called before.
+        Not for a file. There may be further passes before the guest stands. Where one of them is more than a little, or
+        takes more than a moment to come, all from there on is read in a thread; `late` is called before.
         """
         bulk = self._bulk()
         buffer = memoryview(bytearray(_PIECE))
         async with self._explained():
-            for _ in range(_REST_TURNS):
+            self._turns = 0
+            while self._turns < _REST_TURNS:
+                self._turns += 1
                 if self._take_records(take, ram, bulk, whole=True):
                     return
                 if (count := bulk.read_here(buffer)) is None:
@@ -211,6 +214,8 @@ class Inflow:
                 self._records.extend(reader.feed(b""))
             else:
                 self._records.popleft()
+                if isinstance(record, RamPass):
+                    self._turns = 0
                 if take(record):
                     return True
         return reader.ended
