@@ -61,9 +61,10 @@ async def test_pages_of_zeros_leave_the_content_of_those_after_them_alone(tmp_pa
         assert target.read(8 * PAGE_SIZE, 40 * PAGE_SIZE) == content
 
 
-@pytest.mark.parametrize(("passes", "late"), [(100, False), (1, True)])
-async def test_any_number_of_passes_is_read_on_the_loop_but_none_that_is_long(passes: int, late: bool) -> None:
-    pieces = 100
+@pytest.mark.parametrize(("pieces", "passes", "late"), [(200, 200, False), (200, 1, True), (300, 300, True)])
+async def test_short_passes_are_read_on_the_loop_but_none_that_is_long_nor_too_many(
+    *, pieces: int, passes: int, late: bool
+) -> None:
     writer = StreamWriter("test", version=PAGES_VERSION)
     writer.ram_extents([(0, SIZE)], in_stream=True)
     sent = [b"".join(writer.take())]

@@ -104,6 +104,18 @@ async def test_a_descriptor_is_heard_with_its_word() -> None:
         os.close(fd)
 
 
+async def test_a_word_goes_without_the_descriptor_that_may_not_go() -> None:
+    left, right = trio.socket.socketpair()
+    with left, right:
+        # No descriptor of this process: the kernel refuses it, as it does where too many are under way.
+        await say_with_descriptor(trio.SocketStream(left), Word("prepared"), 1 << 20)
+        heard = await Ear(trio.SocketStream(right), "destination", "nothing happens").hear_with_descriptor()
+        assert heard == (Word("prepared"), None)
+        right.close()
+        with pytest.raises(trio.BrokenResourceError):
+            await say_with_descriptor(trio.SocketStream(left), Word("prepared"), 1 << 20)
+
+
 @pytest.mark.usefixtures("no_leaks")
 async def test_a_word_is_heard_without_a_descriptor_too_and_in_pieces(pair: Pair) -> None:
     line = written(Word("refused", "no room"))

@@ -186,6 +186,59 @@ async def test_a_cancel_takes_the_offer_back(tmp_path: Path) -> None:
         await goes_on(source)
 
 
+async def test_a_cancel_while_the_guest_is_being_stopped_offers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = Machine.rest
+    async with started() as source:
+
+        async def cancelled(machine: Machine) -> None:
+            await rest(machine)
+            await source.execute("migrate_cancel")
+
+        monkeypatch.setattr(Machine, "rest", cancelled)
+        with closing(OwnershipCell.create(ours=False)) as cell:
+            async with destination_peer(source, tmp_path) as peer:
+                peer.sends_along = cell.fd
+                await peer.prepare()
+                await peer.ended()
+                assert cell.owner is Owner.SOURCE
+            assert (await outcome(source))["status"] == "cancelled"
+        await goes_on(source)
+
+
+async def test_a_cancel_that_comes_with_the_word_of_the_destination_keeps_the_guest(
+    told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_loaded = Outflow.wait_loaded
+    async with started() as source:
+
+        async def cancelled(flow: Outflow, late: Callable[[], None]) -> int | None:
+            at = await wait_loaded(flow, late)
+            await source.execute("migrate_cancel")
+            return at
+
+        monkeypatch.setattr(Outflow, "wait_loaded", cancelled)
+        async with destination_peer(source, tmp_path) as peer:
+            await peer.prepare()
+            await outcome(source, "device")
+            await peer.say("loaded")
+            assert (await outcome(source))["status"] == "cancelled"
+        assert not told
+        await goes_on(source)
+
+
+def test_what_was_taken_stays_so_whatever_is_written_to_the_cell() -> None:
+    with closing(OwnershipCell.create(ours=False)) as cell, closing(Claim()) as claim:
+        claim.share(os.dup(cell.fd))
+        assert claim.keep()
+        claim.offer()
+        assert cell.take()
+        assert not claim.keep()
+        os.pwrite(cell.fd, bytes([Owner.OFFERED]), 0)
+        assert not claim.keep()
+
+
 async def test_a_cancel_comes_too_late_for_a_guest_that_was_taken(tmp_path: Path) -> None:
     async with started() as source, sharing(source, tmp_path) as (peer, cell):
         assert cell.take()

@@ -7,6 +7,8 @@
        └──take back─────┘                 │
        └──────── reclaim, once the pidfd says that the taker is dead
 
+A guest that is copied to a process on the same host goes as far as TAKEN, and nobody reclaims it: it is whole in both.
+
 Every arrow is a compare-and-swap, and only one that succeeded lets a process run, read, write, accept or start
 anything. So two owners cannot be, and a process that was stalled and wakes finds out by its next swap that it lost.
 Whether a process owns the guest is what its own swaps said, and not what the word says now. A cell is made anew for

@@ -238,7 +238,7 @@ class DeviceSection:
         self._codecs.of(type(self._device.state))
 
     def save(self) -> Fields:
-        """Return the device's state. No vCPU runs and no back end stirs."""
+        """Return the device's state. It is of one moment only if no vCPU runs and no back end stirs."""
         return self._codecs.of(type(self._device.state)).dump(self._device.state)
 
     def load(self, version: int, section: Mapping[str, Any]) -> Callable[[], None]:

@@ -40,7 +40,9 @@ _PIECE: Final = 1 << 16
 """Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
 
 _REST_TURNS: Final = 32
-"""In so many turns of the loop a pass is read, or the last with all that follows: 1 MiB, if each wait was for one."""
+"""In so many turns of the loop a pass is read, or the last with all that follows: 1 MiB, with a wait for each piece."""
+_REST_PASSES: Final = 256
+"""Passes that are read so. A source that has more is in no hurry, and others have to be served."""
 _MOMENT: Final = 1.0
 """Seconds. What has not come by then does not come in a moment."""
 
@@ -62,6 +64,7 @@ class Inflow:
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
         self._turns = 0  # of the loop, in which the present pass was read
+        self._passes = 0  # that were read on the loop
         self.absent: PageMap | None = None
         """Pages that come in frames, once the stream has ended; None where all have come in it."""
         self.terms = Terms()
@@ -180,8 +183,8 @@ class Inflow:
         bulk = self._bulk()
         buffer = memoryview(bytearray(_PIECE))
         async with self._explained():
-            self._turns = 0
-            while self._turns < _REST_TURNS:
+            self._turns = self._passes = 0
+            while self._turns < _REST_TURNS and self._passes < _REST_PASSES:
                 self._turns += 1
                 if self._take_records(take, ram, bulk, whole=True):
                     return
@@ -216,6 +219,7 @@ class Inflow:
                 self._records.popleft()
                 if isinstance(record, RamPass):
                     self._turns = 0
+                    self._passes += 1
                 if take(record):
                     return True
         return reader.ended

@@ -3,15 +3,13 @@
     destination   ready                  in answer to the recipe: the machine is here, and its RAM may come
                   acknowledged           where the terms ask for it: the guest may be stopped
                   prepared               in answer to the notice of the switchover: it has made ready
-                  loaded                 in answer to the rest: all of it is in force, and the guest stands
+                  loaded                 in answer to the rest: all of it is in force
                   refused, and why       at any time before; nothing of it is in force
     source        yours                  in answer to loaded: run it; from here on it does not run in the source
 
-A word is a line of JSON. So a guest never runs on both sides: the destination runs it only after `yours`, and the
-source says that only once it has let go of it.
-
-Over a unix socket the descriptor of an ownership cell comes with `prepared`. Where the source has got that, the
-destination takes the guest by the cell, and says `loaded` when it runs, to which there is no answer.
+A word is a line of JSON. A guest never runs on both sides: the destination runs it after `yours`, and the source says
+that only once it has let go of it; or after it has taken it by an ownership cell, whose descriptor comes with
+`prepared` over a unix socket. Then it says `loaded` when the guest runs, and there is no answer.
 """
 
 from __future__ import annotations
@@ -59,12 +57,12 @@ async def say(channel: SendStream, word: Word) -> None:
 
 
 async def say_with_descriptor(channel: trio.SocketStream, word: Word, fd: int) -> None:
-    """Say `word`, and send descriptor `fd` along, over a unix socket. Raises as `say`."""
+    """Say `word`, and send descriptor `fd` along, over a unix socket; without it if it may not go. Raises as `say`."""
     line = written(word)
     try:
         sent = await channel.socket.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))])
-    except OSError as error:
-        raise trio.BrokenResourceError from error
+    except OSError:
+        sent = 0  # Of a descriptor that may not go the peer knows what to do. If nobody listens, this is told next.
     await channel.send_all(line[sent:])
 
 
@@ -130,6 +128,8 @@ class Ear:
                 except OSError as error:
                     raise _gone(self._peer, self._outcome, silence(error)) from error
                 found += [_DESCRIPTOR.unpack(content)[0] for _, kind, content in ancillary if kind == socket.SCM_RIGHTS]
+                while len(found) > 1:
+                    os.close(found.pop())
                 if not data:
                     raise _gone(self._peer, self._outcome)
                 self._heard += data

@@ -29,6 +29,7 @@ class Claim:
 
     def __init__(self) -> None:
         self._cell: OwnershipCell | None = None
+        self._gone = False
 
     def share(self, fd: int) -> None:
         """Have a cell, of which the destination sent this descriptor; it is the cell's. Raises `VmmError`."""
@@ -52,7 +53,10 @@ class Claim:
 
     def keep(self) -> bool:
         """End the offer; return whether the guest is this process's, and so stays that. False: it was taken."""
-        return self._cell is None or self._cell.ours or self._cell.take_back()
+        if self._cell is not None and not self._gone:
+            # Once and for all: a peer may go on to write what it likes.
+            self._gone = not (self._cell.ours or self._cell.take_back())
+        return not self._gone
 
     def close(self) -> None:
         """Give the cell up. Idempotent."""

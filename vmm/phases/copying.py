@@ -1,7 +1,7 @@
 """A migration that copies the guest: its RAM while it runs, what is left of it and its state while it stands.
 
 The phases are those of a live update, `migrating` and `quiesced`, without the change of owner: what goes is a copy, and
-the two sides agree by words which of the two runs (`vmm.migration.words`).
+the two sides agree which of the two runs: by words (`vmm.migration.words`), or by an ownership cell that they share.
 """
 
 from __future__ import annotations
@@ -190,6 +190,11 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
     async with run.control:
         ran = False
         urgency = Urgency()
+
+        def at_leisure() -> None:
+            urgency.close()
+            host.events.release()
+
         try:
             async with migrating.child("quiesced") as phase:
                 host.stores.declare_ports(machine.state)
@@ -220,14 +225,12 @@ async def _copy(migrating: Phase, run: Run, copy: _Copy) -> Pause:
 
                 async with phase.window(grants, withholds=QUIESCED_WITHHELD) as window:
                     if copy.steering.wanted:
-                        host.events.release()
-                        urgency.close()
+                        at_leisure()
                         await _hand_on(run, copy, window.grants.save_state, pause)
                         return pause
-                    await _give(run, copy, window.grants.save_state, pause, urgency.close)
+                    await _give(run, copy, window.grants.save_state, pause, at_leisure)
         finally:
-            urgency.close()
-            host.events.release()
+            at_leisure()
             progress.pause_ends()
             if not copy.claim.keep():
                 run.here = False
@@ -346,6 +349,8 @@ async def _announce(run: Run, flow: Outflow, steering: Steering, terms: Terms) -
 
 async def _give(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Callable[[], None]) -> None:
     """Send the guest, and let it go. Raises `VmmError`: it did not get there, and is this process's."""
+    # A cancel that came while the guest was being stopped. Those that come from here on ask the claim.
+    await trio.lowlevel.checkpoint_if_cancelled()
     copy.claim.offer()
     try:
         await _send(run, copy, may, pause, late)
@@ -356,9 +361,13 @@ async def _give(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Ca
             "migrate: the destination has taken the guest, and did not say that it runs; cont runs it here again, for "
             "whoever knows that it does not run there"
         )
+    by_word = copy.claim.keep()
+    if by_word:
+        # A cancel that came with the destination's word: the guest has not been let go.
+        await trio.lowlevel.checkpoint_if_cancelled()
     # From here on it is the destination's, unless that is known to be gone.
     copy.canceller.let_go = True
-    if copy.claim.keep():
+    if by_word:
         # Shielded: whether it was told must be known. Not a moment's wait: it has read all before.
         with trio.CancelScope(shield=True):
             await copy.flow.let_go()

@@ -200,9 +200,11 @@ async def run_incoming_stream(devices: Phase, machine: Machine, *, start: bool) 
                         phase.tree.hold_off(until="running")
                         start, autostart.run = autostart.on, run
                         resumed = await copied.take_up(run, start=start)
-                        await landing.finish(resumed)
-                        if copied.rest is None:
-                            wait.over.set()
+                        try:
+                            await landing.finish(resumed)
+                        finally:
+                            if copied.rest is None:
+                                wait.over.set()
         await run_running(phase, run, start=start, copied=copied)
 
 
