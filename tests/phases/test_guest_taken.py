@@ -34,7 +34,8 @@ from vmm.cpr.cell import Owner, OwnershipCell
 from vmm.errors import HostFileRefused
 from vmm.migration.outflow import Outflow
 from vmm.migration.stream_records import PROCESSOR, Section
-from vmm.phases.copy_control import Claim
+from vmm.phases import copying
+from vmm.phases.copy_control import Canceller, Claim
 from vmm.phases.machine import Machine
 from vmm.phases.quiesced import Pause
 from vmm.phases.running import Run
@@ -189,20 +190,25 @@ async def test_a_cancel_takes_the_offer_back(tmp_path: Path) -> None:
 async def test_a_cancel_while_the_guest_is_being_stopped_offers_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rest = Machine.rest
+    rest, offer, offers = Machine.rest, Claim.offer, []
     async with started() as source:
 
         async def cancelled(machine: Machine) -> None:
             await rest(machine)
             await source.execute("migrate_cancel")
 
+        def noted(claim: Claim) -> None:
+            offers.append(claim)
+            offer(claim)
+
         monkeypatch.setattr(Machine, "rest", cancelled)
+        monkeypatch.setattr(Claim, "offer", noted)
         with closing(OwnershipCell.create(ours=False)) as cell:
             async with destination_peer(source, tmp_path) as peer:
                 peer.sends_along = cell.fd
                 await peer.prepare()
                 await peer.ended()
-                assert cell.owner is Owner.SOURCE
+            assert not offers
             assert (await outcome(source))["status"] == "cancelled"
         await goes_on(source)
 
@@ -210,14 +216,21 @@ async def test_a_cancel_while_the_guest_is_being_stopped_offers_nothing(
 async def test_a_cancel_that_comes_with_the_word_of_the_destination_keeps_the_guest(
     told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wait_loaded = Outflow.wait_loaded
+    wait_loaded, made = Outflow.wait_loaded, list[Canceller]()
+
+    class Noted(Canceller):  # type: ignore[misc]  # to have the one of this migration
+        def __init__(self, claim: Claim) -> None:
+            super().__init__(claim)
+            made.append(self)
+
     async with started() as source:
 
         async def cancelled(flow: Outflow, late: Callable[[], None]) -> int | None:
             at = await wait_loaded(flow, late)
-            await source.execute("migrate_cancel")
+            made[0].cancel("a test")  # in the same turn of the loop
             return at
 
+        monkeypatch.setattr(copying, "Canceller", Noted)
         monkeypatch.setattr(Outflow, "wait_loaded", cancelled)
         async with destination_peer(source, tmp_path) as peer:
             await peer.prepare()
