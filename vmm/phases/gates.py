@@ -40,6 +40,7 @@ class StartingGates:
         self._loop: Final = trio.lowlevel.current_trio_token()
         self._given_up = False
         self._entries: list[int] = []
+        self._to_pass = list(range(parties))  # from which each takes one at once with nobody else, the last takes 0
         self._all_passed = threading.Lock()
         self._all_passed.acquire()
 
@@ -56,7 +57,7 @@ class StartingGates:
             raise GivenUp
         now = time.monotonic_ns()
         self._entries.append(now)
-        if len(self._entries) == len(self._gates):
+        if self._to_pass.pop() == 0:
             self._all_passed.release()
         return now
 
@@ -90,7 +91,7 @@ class Exits:
     """Counts threads that have left the guest."""
 
     def __init__(self, parties: int) -> None:
-        self._parties: Final = parties
+        self._to_come: Final = list(range(parties))  # as in `StartingGates`
         self._stops: Final[list[Stop]] = []
         self._all: Final = threading.Lock()
         self._all.acquire()
@@ -98,7 +99,7 @@ class Exits:
     def note(self, stop: Stop) -> None:
         """Note that a thread is out, and why. Called once on each."""
         self._stops.append(stop)
-        if len(self._stops) == self._parties:
+        if self._to_come.pop() == 0:
             self._all.release()
 
     def are_all_kicked(self) -> bool:
