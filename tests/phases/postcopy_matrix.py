@@ -41,8 +41,9 @@ TORN: Final = "nobody: half of it is gone"
 GUEST: Final = ("-kernel", "builtin:heartbeat", "-append", "region=8M hz=100 pages=1", "-m", "16", "-nodefaults")
 """It looks at a hundred pages a second, all of which it has not seen before."""
 SLOW: Final = {"max-bandwidth": 4096, "max-postcopy-bandwidth": 1}
-FILLED: Final = (*range(0x180, 0x200), *range(0x201, 0x300))
-"""Numbers of pages that the guest leaves alone, below those that it uses: more than are sent before the limit holds."""
+FILLED: Final = (*range(0x180, 0x200), *range(0x201, 0x300), *range(0xB00, 0x1000))
+"""Numbers of pages that the guest leaves alone, below and above those that it uses: more than are sent before the limit
+holds, which on each new connection are up to 128."""
 PAGE: Final = 4096
 
 
