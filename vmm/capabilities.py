@@ -18,6 +18,7 @@ from typing import Final, final
 
 from vmm.tokens.guest import MayInject as MayInject
 from vmm.tokens.guest import MayLoadState as MayLoadState
+from vmm.tokens.guest import MayPreviewState as MayPreviewState
 from vmm.tokens.guest import MayRestoreGuest as MayRestoreGuest
 from vmm.tokens.guest import MayRunVcpus as MayRunVcpus
 from vmm.tokens.guest import MaySaveState as MaySaveState
@@ -61,7 +62,8 @@ KINDS: Final[tuple[type[AnyToken], ...]] = (
     MayConfigureMachine, MayAppendRecipe, MayOpenKvm, MaySetNuma, MaySetMigrationCap, MaySetMigrationParam,
     MayListen, MayRestoreGuest, MayPlugDevice, MayMapGuestMemory, MayDeclareState, MayWriteGuestMemory,
     MayLoadState, MayRunVcpus, MayInject, MayStartMigration, MayCancelMigration, MaySwitchOver,
-    MaySteerPostcopy, MaySendDescriptors, MayReadDirtyLog, MaySaveState, MayReleaseGuest, MayResumeHere,
+    MaySteerPostcopy, MaySendDescriptors, MayReadDirtyLog, MayPreviewState, MaySaveState, MayReleaseGuest,
+    MayResumeHere,
 )  # fmt: skip
 """Every kind there is, in the order in which the phases come to grant them."""
 

@@ -186,6 +186,14 @@ class DirtyPages(Protocol):
         ...
 
 
+class StatePreview(Protocol):
+    """What a running machine can say of its state."""
+
+    def save_ahead(self) -> Iterable[Any]:
+        """Return sections that will hardly change until the machine stands; no one moment's, while vCPUs run."""
+        ...
+
+
 class PostcopyControl(Protocol):
     """What can be done to a guest of which a part is here, and a part there. Each raises where it cannot be done."""
 

@@ -148,6 +148,7 @@ DEVIATIONS: Final = (
     ),
     _but("migrating", "a guest that is copied may wait before it goes", more="switch-over"),
     _but("migrating", "a guest that is copied may go before all of its RAM has", more="steer-postcopy"),
+    _but("migrating", "what devices have goes ahead of a copied guest's pause", more="preview-state"),
     _but("incoming", "it is called off by what boot grants, as before", less="cancel-migration"),
     _but("running", "a machine with a guest awaits none", less="listen"),
     _but("running", "loadvm puts a saved state in place of the guest's own", more="restore-guest"),
@@ -164,6 +165,7 @@ ONLY: Final[Mapping[tuple[str, str], str]] = {
     ),
     ("migrating", "may-send-descriptors"): "updated",
     ("migrating", "may-read-dirty-log"): "copying",
+    ("migrating", "may-preview-state"): "copying",
     ("migrating", "may-switch-over"): "copying",
     ("migrating", "may-steer-postcopy"): "copying",
     # After a live update the guest comes back by a hand-over only.

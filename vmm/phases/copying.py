@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, Final, final
 import attrs
 import trio
 
-from vmm.capabilities import MayCancelMigration, MayReadDirtyLog, MaySaveState, MaySteerPostcopy, MaySwitchOver
+from vmm.capabilities import (
+    MayCancelMigration,
+    MayPreviewState,
+    MayReadDirtyLog,
+    MaySaveState,
+    MaySteerPostcopy,
+    MaySwitchOver,
+)
 from vmm.cpr.urgency import Urgency
 from vmm.errors import MigrationPeerGone, MigrationRefused, VmmError, leaves
 from vmm.migration.address import FileAddress, InetAddress, UnixAddress, VsockAddress
@@ -124,6 +131,7 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                     cancel_migration=mint(MayCancelMigration, canceller),
                     send_descriptors=None,
                     read_dirty_log=None if log is None else mint(MayReadDirtyLog, log),
+                    preview_state=None if log is None else mint(MayPreviewState, run.machine),
                     switch_over=mint(MaySwitchOver, gate),
                     steer_postcopy=mint(MaySteerPostcopy, steering),
                 )
@@ -152,8 +160,10 @@ async def run_copying(running: Phase, run: Run, plan: CopyPlan, turn: Turn[Any])
                             (steering.urgent,) = await open_channels(dial, "preempt", 1, steering.identity.hex())
                         run.machine.prepare_to_move()
                         if ram.is_live and migration.parameters["mode"] == "normal":
+                            may_preview = window.grants.preview_state
+                            assert may_preview is not None, "RAM that is live has a dirty log"
                             async with throttle.serving():
-                                await flow.precopy(precopy, None if waits is not None else run.machine.save_ahead)
+                                await flow.precopy(precopy, None if waits is not None else may_preview.save_ahead)
                         if (cell := flow.take_descriptor()) is not None:
                             claim.share(cell)
                         pause = await _copy(phase, run, copy)

@@ -18,6 +18,7 @@ from vmm.capabilities import (
     MayCreateBackend,
     MayOpenHostFile,
     MayPlugDevice,
+    MayPreviewState,
     MayReadDirtyLog,
     MaySendDescriptors,
     MaySetMigrationCap,
@@ -118,6 +119,8 @@ class MigratingGrants:
     """None where no guest is copied to a destination that runs."""
     read_dirty_log: MayReadDirtyLog | None = None
     """None where its RAM is not copied while it runs."""
+    preview_state: MayPreviewState | None = None
+    """Likewise."""
     switch_over: MaySwitchOver | None = None
     """None where the guest is not copied."""
 

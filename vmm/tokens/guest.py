@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, final
 
-from vmm.facets import Configurator, GuestRam, RunControl, StateSink, StateSource
+from vmm.facets import Configurator, GuestRam, RunControl, StatePreview, StateSink, StateSource
 from vmm.tokens.mechanism import Token
 
 if TYPE_CHECKING:
@@ -106,6 +106,18 @@ class MayLoadState(Token[StateSink]):
     def check(self, sections: Iterable[Any], ahead: Any = None) -> CheckedSections:
         """Check all of `sections`, but for those that were checked `ahead`; what is returned puts them in force."""
         return self._reach().check(sections, ahead)
+
+
+@final
+class MayPreviewState(Token[StatePreview]):
+    """May read what devices have while the guest runs, to be sent before it stands."""
+
+    __slots__ = ()
+    wire_name: ClassVar[str] = "may-preview-state"
+
+    def save_ahead(self) -> Iterable[Any]:
+        """Return sections that will hardly change until the guest stands; no one moment's, while vCPUs run."""
+        return self._reach().save_ahead()
 
 
 @final
