@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Iterable, Mapping
+    from collections.abc import Awaitable, Iterable, Iterator, Mapping
 
 
 class Board(Protocol):
@@ -91,6 +91,10 @@ class StateSink(Protocol):
 
     def check_ahead(self, sections: Iterable[Any]) -> Any:
         """Check some sections, for `check`; change nothing."""
+        ...
+
+    def load_ahead(self, section: Any, ahead: Any) -> None:
+        """Put a section in force that waits for no other, and note it for `check`."""
         ...
 
     def check(self, sections: Iterable[Any], ahead: Any = None) -> CheckedSections:
@@ -213,8 +217,8 @@ class PostcopyControl(Protocol):
 class StateSource(Protocol):
     """Gives a whole machine's state, which stands still."""
 
-    def save(self) -> Mapping[str, Any]:
-        """Return every section's content."""
+    def save(self) -> Iterator[Any]:
+        """Yield every section; each is read as it is asked for."""
         ...
 
     def ram(self) -> Any:

@@ -212,7 +212,7 @@ async def kvm_of_this_host(folder: Path) -> Mapping[str, Any]:
     """Return section `kvm` of a machine that has begun here, with its files in `folder`."""
     async with vmm.machine(recipe(str(folder))) as machine:
         await machine.execute("stop")
-        return parts(machine).state.save()["kvm"].state
+        return next(section.state for section in parts(machine).state.save() if section.name == "kvm")
 
 
 def descriptor(name: str, folder: Path, ram: bytes) -> int:

@@ -98,8 +98,7 @@ def test_saving_follows_the_order_and_tells_versions() -> None:
     board = Board()
     board.add("uart0", "cpu0", version=3).register = 5
     board.add("cpu0")
-    saved = board.registry.save()
-    assert list(saved.items()) == [("cpu0", section("cpu0", 0)), ("uart0", section("uart0", 5, version=3))]
+    assert list(board.registry.save()) == [section("cpu0", 0), section("uart0", 5, version=3)]
 
 
 def test_all_are_checked_before_any_is_applied() -> None:
@@ -194,12 +193,12 @@ def test_an_optional_section_is_left_out_where_there_is_nothing_and_need_not_com
         return lambda: loaded.append(section)
 
     registry.register("sets", 1, save=lambda: state, load=load, optional=True)
-    assert registry.save() == {}
+    assert list(registry.save()) == []
     registry.check([]).apply()
     state = {"n": 1}
-    assert registry.save() == {"sets": Section("sets", 1, {"n": 1})}
-    assert registry.save(optional=False) == {}
-    registry.check(registry.save().values()).apply()
+    assert list(registry.save()) == [Section("sets", 1, {"n": 1})]
+    assert list(registry.save(optional=False)) == []
+    registry.check(registry.save()).apply()
     assert loaded == [{"n": 1}]
     with pytest.raises(StateRejected, match="'more' is in the stream, and no device here has it"):
         registry.check([Section("more", 1, {})])
@@ -225,6 +224,42 @@ def test_a_section_that_came_again_is_checked_as_it_is_now() -> None:
     board.registry.check([section("uart0", 2)], ahead).apply()
     assert board.log == ["check uart0 version 1", "apply uart0"]
     assert uart.register == 2
+
+
+def test_a_section_is_saved_when_it_is_asked_for() -> None:
+    board = Board()
+    board.add("cpu0")
+    uart = board.add("uart0")
+    saved = board.registry.save()
+    assert next(saved) == section("cpu0", 0)
+    uart.register = 5
+    assert next(saved) == section("uart0", 5)
+
+
+def test_what_was_loaded_ahead_is_in_force_and_not_loaded_again() -> None:
+    board = Board()
+    cpu, uart = board.add("cpu0"), board.add("uart0", "cpu0")
+    sections = [section("cpu0", 1), section("uart0", 2)]
+    ahead = board.registry.check_ahead([])
+    for each in (*sections, section("elsewhere")):
+        board.registry.load_ahead(each, ahead)
+    # The port waits for the processor, and so do its checks and its load.
+    assert (cpu.register, uart.register) == (1, 0)
+    board.log.clear()
+    board.registry.check(sections, ahead).apply()
+    assert board.log == ["check uart0 version 1", "apply uart0"]
+    assert (cpu.register, uart.register) == (1, 2)
+
+
+def test_what_is_refused_is_not_loaded_ahead_though_one_before_it_was_good() -> None:
+    board = Board()
+    cpu = board.add("cpu0")
+    bad = Section("cpu0", 1, {})
+    ahead = board.registry.check_ahead([section("cpu0", 1)])
+    board.registry.load_ahead(bad, ahead)
+    assert cpu.register == 0
+    with pytest.raises(StateRejected, match="register is missing"):
+        board.registry.check([bad], ahead)
 
 
 def test_what_is_wrong_with_a_section_is_told_when_all_are_there() -> None:

@@ -87,7 +87,7 @@ async def look(machine: EmbeddedMachine, folder: Path, *, copied: bool = False) 
     if copied:
         machine._host.stores.declare_ports(built.state)
     sections: dict[str, tuple[int, dict[str, Any]]] = {
-        name: (it.version, dict(it.state)) for name, it in built.state.save().items()
+        it.name: (it.version, dict(it.state)) for it in built.state.save()
     }
     _, kvm = sections["kvm"]
     kvm["chips"] = timeless(kvm["chips"])

@@ -73,11 +73,11 @@ async def test_of_a_file_it_is_known_what_is_left(tmp_path: Path, monkeypatch: p
     take = RamWriter.take_pages
     async with empty(autostart=False) as destination:
 
-        def noting(self: RamWriter, *arguments: Any) -> None:
+        def noting(self: RamWriter, *arguments: Any, **more: Any) -> bool:
             progress = parts(destination).made.migration.progress
             assert progress is not None
             left.append(progress.ram.remaining)
-            take(self, *arguments)
+            return take(self, *arguments, **more)
 
         monkeypatch.setattr(RamWriter, "take_pages", noting)
         await destination.execute("migrate-incoming", uri=f"file:{tmp_path / 'state'}")

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 _PIECE: Final = 1 << 16
 """Bytes read at once. Of pages, most are read to where they belong, and this much is copied once more."""
 
-_REST_TURNS: Final = 32
-"""In so many turns of the loop a pass is read, or the last with all that follows: 1 MiB, with a wait for each piece."""
+_REST_BYTES: Final = 4 << 20
+"""Bytes of a pass, or of the last with all that follows, that are read in turns of the loop."""
+_REST_TURNS: Final = 256
+"""In so many turns, most of which wait for a piece that has not come."""
 _REST_PASSES: Final = 256
 """Passes that are read so. A source that has more is in no hurry, and others have to be served."""
 _MOMENT: Final = 1.0
@@ -63,7 +65,9 @@ class Inflow:
         self._size = os.fstat(self._fd).st_size - self._start if connection.is_file else None
         self._reader = self._fresh()
         self._records: deque[Record] = deque()
+        self._piece = memoryview(bytearray(_PIECE))
         self._turns = 0  # of the loop, in which the present pass was read
+        self._most = 0  # bytes that may have been read by the end of it
         self._passes = 0  # that were read on the loop
         self.absent: PageMap | None = None
         """Pages that come in frames, once the stream has ended; None where all have come in it."""
@@ -153,8 +157,7 @@ class Inflow:
 
         def work(bell: Doorbell) -> None:
             reader = self._reader
-            bulk = self._bulk().heed(bell)
-            buffer = memoryview(bytearray(_PIECE))
+            bulk, buffer = self._bulk().heed(bell), self._piece
             while not self._take_records(take, ram, bulk):
                 if reader.jump is not None:
                     os.lseek(self._fd, self._start + reader.jump, os.SEEK_SET)
@@ -180,17 +183,18 @@ class Inflow:
         Not for a file. There may be further passes before the guest stands. Where one of them is more than a little, or
         takes more than a moment to come, all from there on is read in a thread; `late` is called before.
         """
-        bulk = self._bulk()
-        buffer = memoryview(bytearray(_PIECE))
+        bulk, buffer = self._bulk(), self._piece
         async with self._explained():
-            self._turns = self._passes = 0
-            while self._turns < _REST_TURNS and self._passes < _REST_PASSES:
+            self._begin_pass(bulk)
+            self._passes = 0
+            while self._turns < _REST_TURNS and bulk.bytes < self._most and self._passes < _REST_PASSES:
                 self._turns += 1
-                if self._take_records(take, ram, bulk, whole=True):
+                if self._take_records(take, ram, bulk, here=True):
                     return
-                if (count := bulk.read_here(buffer)) is None:
+                # What is left to be taken then is pages that have not all come.
+                if (count := None if self._records else bulk.read_here(buffer)) is None:
                     with trio.move_on_after(_MOMENT) as moment:
-                        await self.wait_more()
+                        await trio.lowlevel.wait_readable(self._fd)
                     if moment.cancelled_caught:
                         break
                 elif not count:
@@ -201,28 +205,30 @@ class Inflow:
         await self.read(take, ram)
 
     def _take_records(
-        self, take: Callable[[Record], bool], ram: RamWriter | None, bulk: Bulk, *, whole: bool = False
+        self, take: Callable[[Record], bool], ram: RamWriter | None, bulk: Bulk, *, here: bool = False
     ) -> bool:
-        """Take what was read; return whether that is all. With `whole`, leave pages that have not been read all."""
+        """Take what was read; return whether that is all. With `here`, on the loop: pages are not waited for."""
         reader = self._reader
         while self._records:
             record = self._records[0]
             if isinstance(record, RamPages):
                 if ram is None:
                     raise StreamCorrupt(reason="pages of RAM, where its head was expected")
-                if whole and reader.lacking:
+                if not ram.take_pages(record, reader, bulk, wait=not here):
                     return False
                 self._records.popleft()
-                ram.take_pages(record, reader, bulk)
                 self._records.extend(reader.feed(b""))
             else:
                 self._records.popleft()
                 if isinstance(record, RamPass):
-                    self._turns = 0
+                    self._begin_pass(bulk)
                     self._passes += 1
                 if take(record):
                     return True
         return reader.ended
+
+    def _begin_pass(self, bulk: Bulk) -> None:
+        self._turns, self._most = 0, bulk.bytes + _REST_BYTES
 
     def _bulk(self) -> Bulk:
         return Bulk(self._fd, peer=self._channel is not None)

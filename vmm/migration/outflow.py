@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, Final, final
 
 import attrs
@@ -143,27 +144,30 @@ class Outflow:
             if precopy.is_worth_a_pass():  # for the wait has no limit
                 await self._in_thread(lambda bulk: precopy.go_on(writer, bulk, self._pages(precopy.ram.memory)))
 
-    async def send(self, save: Callable[[], Iterable[Section]], precopy: Precopy, late: Callable[[], None]) -> None:
+    async def send(self, state: Iterable[Section], precopy: Precopy, late: Callable[[], None]) -> None:
         """Send all the rest. The guest stands. A file is on its disk when this returns.
 
         Args:
-            save: returns the sections; called on the loop.
+            state: the sections, that of the processors first; iterated over on the loop.
             late: called where that cannot be done in a moment.
 
         Raises:
             VmmError: it did not get there.
         """
-        writer = self._announced()
-        if precopy.stand() and self._goes_alone:
-            # The way to a thread and back is longer than what little is left takes. While this side saves, the other
-            # takes the pages in.
-            bulk = self._bulk
+        writer, sections, bulk = self._announced(), self._changed(state), self._bulk
+        if self._goes_alone:
             bulk.hold()
+        if self.noticed:
+            # That of the processors, which the other side loads while this one goes on.
+            for section in islice(sections, 1):
+                self._add(section)
+                bulk.push()
+        if precopy.stand() and self._goes_alone:
+            # The way to a thread and back is longer than what little is left takes.
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
             bulk.push()
-            for section in self._changed(save()):
-                writer.section(section.name, section.version, section.state)
-                bulk.write(writer.take())
+            for section in sections:
+                self._add(section)
                 if bulk.held >= _PIECE:
                     bulk.push()
             bulk.write(writer.finish())
@@ -173,13 +177,15 @@ class Outflow:
                 await self._in_thread(lambda bulk: bulk.write([memoryview(rest)]))
             return
         late()
-        sections = list(self._changed(save()))
+        saved = list(sections)
+        kept = memoryview(bulk.release() if bulk.holds else b"")
 
         def work(bulk: Bulk) -> None:
+            bulk.write([kept])
             precopy.finish(writer, bulk, self._pages(precopy.ram.memory))
             if self._multifd is not None:
                 self._multifd.finish()
-            for section in sections:
+            for section in saved:
                 writer.section(section.name, section.version, section.state)
             bulk.write(writer.finish())
             if self._connection.is_file:
@@ -190,6 +196,12 @@ class Outflow:
     def _changed(self, sections: Iterable[Section]) -> Iterator[Section]:
         """Yield what the destination does not have as it is."""
         return (section for section in sections if self._ahead.get(section.name) != section)
+
+    def _add(self, section: Section) -> None:
+        """Write a section."""
+        writer = self._announced()
+        writer.section(section.name, section.version, section.state)
+        self._bulk.write(writer.take())
 
     async def while_there(self, wait: Callable[[], Awaitable[None]]) -> None:
         """Await `wait()`, in which nothing is sent. Raises a group of `VmmError` if the destination goes meanwhile."""

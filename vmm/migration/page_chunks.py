@@ -9,9 +9,11 @@ from vmm.errors import HostFileRefused, StreamCorrupt
 from vmm.kvm._pages import ffi, lib
 from vmm.kvm.memory import PAGE_SIZE
 from vmm.kvm.page_map import PageMap
+from vmm.migration.pump import ENDED
 from vmm.migration.ram_records import RAW, TABLE
 
 if TYPE_CHECKING:
+    from vmm.kvm._pages import CData
     from vmm.kvm.memory import GuestMemory, Region
     from vmm.migration.multifd import ChannelWriter
     from vmm.migration.multifd_intake import ChannelReader
@@ -160,6 +162,7 @@ class PageIntake:
         self._chunk: Final = ffi.new("struct tv_chunk *")
         self._buffer: Final = ffi.new("uint8_t[]", lib.TV_CHUNK_PAGES * PAGE_SIZE)
         self._packing: Final = packing
+        self._under_way: RamPages | None = None
         # What is packed may be a page larger, by the rules of the record.
         self._packed: Final = ffi.new("uint8_t[]", (lib.TV_CHUNK_PAGES + 1) * PAGE_SIZE if packing is not None else 1)
         self.received: Final = PageMap(pages)
@@ -171,14 +174,31 @@ class PageIntake:
         self.zero_pages = 0
         """Pages that came as zeros, likewise."""
 
-    def take(self, record: RamPages, reader: StreamReader | ChannelReader, bulk: Bulk) -> None:
+    def take(self, record: RamPages, reader: StreamReader | ChannelReader, bulk: Bulk, *, wait: bool = True) -> bool:
         """Take in a record's pages, which follow it on `bulk`, but for what `reader` has got of them.
+
+        Args:
+            wait: in a thread that may be stopped, until all have come.
+
+        Returns:
+            Whether all have come. If not, this is to be called with `record` again, and nothing else read until then.
 
         Raises:
             StreamCorrupt: they are none of this RAM's, or end early.
             HostFileRefused: they cannot be read, or stored.
         """
-        chunk, buffer = self._chunk, self._buffer
+        chunk = self._chunk
+        if self._under_way is not record:
+            self._begin(record, reader)
+            self._under_way = record
+        if chunk.done < chunk.content and not self._read(reader, bulk, wait=wait):
+            return False
+        self._under_way = None
+        self._keep()
+        return True
+
+    def _begin(self, record: RamPages, reader: StreamReader | ChannelReader) -> None:
+        chunk = self._chunk
         where = f"its RAM pages before offset {reader.offset}"
         wrong = lib.tv_chunk_parse(chunk, record.table, len(record.table), self._regions, self._count)
         if wrong != ffi.NULL:
@@ -186,21 +206,37 @@ class PageIntake:
         is_packed = chunk.method != RAW
         if is_packed and (self._packing is None or self._packing.method != chunk.method):
             raise StreamCorrupt(reason=f"{where} are packed in a way that its terms do not say")
-        target = self._packed if is_packed else buffer
         # Without content, what comes next may be that of a later record.
         if ahead := reader.take_content() if chunk.content else b"":
-            ffi.memmove(target, ahead, len(ahead))
+            ffi.memmove(self._target, ahead, len(ahead))
             chunk.done = len(ahead)
-        if chunk.done < chunk.content:
-            complete = bulk.read_by(lambda: int(lib.tv_chunk_read(chunk, bulk.fd, target)))
-            bulk.bytes += chunk.done - len(ahead)
-            reader.pass_content(chunk.done - len(ahead))
-            if not complete:
-                reader.close()  # which raises
-        if is_packed:
+
+    @property
+    def _target(self) -> CData:
+        """Where the content is read to."""
+        return self._buffer if self._chunk.method == RAW else self._packed
+
+    def _read(self, reader: StreamReader | ChannelReader, bulk: Bulk, *, wait: bool) -> bool:
+        """Read more of it; return whether that is all."""
+        chunk, target, before = self._chunk, self._target, self._chunk.done
+
+        def step() -> int:
+            return int(lib.tv_chunk_read(chunk, bulk.fd, target))
+
+        result = bulk.read_by(step) if wait else bulk.read_here_by(step)
+        bulk.bytes += chunk.done - before
+        reader.pass_content(chunk.done - before)
+        if result == ENDED:
+            reader.close()  # which raises
+        return result != 0
+
+    def _keep(self) -> None:
+        """Check the pages, and put them into RAM."""
+        chunk, buffer = self._chunk, self._buffer
+        if chunk.method != RAW:
             assert self._packing is not None
             size = chunk.data_pages * PAGE_SIZE
-            content = memoryview(ffi.buffer(target, chunk.content))  # type: ignore[arg-type]
+            content = memoryview(ffi.buffer(self._packed, chunk.content))  # type: ignore[arg-type]
             ffi.memmove(buffer, self._packing.unpack(content, size), size)
         lib.tv_chunk_verify(chunk, buffer, self.suspects.words)
         self.data_pages += chunk.data_pages

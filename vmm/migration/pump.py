@@ -163,13 +163,17 @@ class Bulk:
         self._look(select.POLLIN if self._peer else 0)
         self._move_by(step, select.POLLOUT, "write")
 
-    def read_by(self, step: Callable[[], int]) -> bool:
+    def read_by(self, step: Callable[[], int]) -> int:
         """Call `step` until it has read all: it returns 1 then, 0 where nothing has come, `ENDED`, or minus an errno.
 
-        Return whether all came. Raises as `read_into` does.
+        Return 1 or `ENDED`. Raises as `read_into` does.
         """
         self._look(0)
-        return self._move_by(step, select.POLLIN, "read") != ENDED
+        return self._move_by(step, select.POLLIN, "read")
+
+    def read_here_by(self, step: Callable[[], int]) -> int:
+        """Call `step` once, and return what it does. For the loop. Raises as `read_into` does."""
+        return self._checked(step(), "read")
 
     def wait_for(self, events: int) -> None:
         """Wait until one of `events`, of poll(2), is there. In a thread that may be stopped."""
@@ -180,8 +184,11 @@ class Bulk:
         self._poll(select.POLLIN if self._peer else 0, round(seconds * 1000), select.POLLIN if self._peer else 0)
 
     def _move_by(self, step: Callable[[], int], event: int, action: str) -> int:
-        while (result := step()) == 0:
+        while (result := self._checked(step(), action)) == 0:
             self._wait(event)
+        return result
+
+    def _checked(self, result: int, action: str) -> int:
         if result < 0 and result != ENDED:
             error = OSError(-result, os.strerror(-result))
             raise self.failure(action, error) from error

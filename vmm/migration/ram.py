@@ -202,9 +202,9 @@ class RamWriter:
         for (address, _), data in zip(record.runs, record.data, strict=True):
             self._may.place(address, data)
 
-    def take_pages(self, record: RamPages, reader: StreamReader, bulk: Bulk) -> None:
+    def take_pages(self, record: RamPages, reader: StreamReader, bulk: Bulk, *, wait: bool = True) -> bool:
         """Take in pages that follow their record; see `PageIntake.take`."""
-        self.intake.take(record, reader, bulk)
+        return self.intake.take(record, reader, bulk, wait=wait)
 
     def require_complete(self) -> None:
         """Raise `StreamCorrupt` unless all of RAM was among the extents, and is undamaged."""

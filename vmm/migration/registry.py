@@ -6,7 +6,7 @@ nothing has changed until all are. Then the appliers run. So a stream that is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, TypeAlias, final
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Applier: TypeAlias = Callable[[], None]
 """Puts a checked state in force. What it raises is a failure of the host; the machine cannot be used after it."""
 
-CheckedAhead: TypeAlias = Mapping[str, tuple[Section, Applier]]
-"""Sections that were checked, by name, and what puts each in force."""
+CheckedAhead: TypeAlias = dict[str, tuple[Section, Applier]]
+"""Sections that were checked, by name, and what is left to be done to put each in force."""
 
 Save: TypeAlias = Callable[[], Mapping[str, StateValue] | None]
 """Returns None only of an optional section: it has nothing, and is left out."""
@@ -137,23 +137,21 @@ class StateRegistry:
         """Return the version of every section by name, in order, but for the optional ones."""
         return {name: self._owners[name].version for name in self.order() if not self._owners[name].optional}
 
-    def save(self, *, optional: bool = True) -> dict[str, Section]:
-        """Return every section's content by name, in order, or but for the optional ones. The guest stands still."""
-        saved: dict[str, Section] = {}
+    def save(self, *, optional: bool = True) -> Iterator[Section]:
+        """Yield every section, in order, or but for the optional ones. The guest stands still until the last."""
         for name in self.order():
             owner = self._owners[name]
             if owner.optional and not optional:
                 continue
             state = owner.save()
             if state is not None:
-                saved[name] = Section(name, owner.version, state)
+                yield Section(name, owner.version, state)
             else:
                 assert owner.optional, f"section {name} was left out"
-        return saved
 
     def check_ahead(self, sections: Iterable[Section]) -> CheckedAhead:
         """Check sections before all are here, for `check`, which tells what is wrong with one. Changes nothing."""
-        checked: dict[str, tuple[Section, Applier]] = {}
+        checked: CheckedAhead = {}
         for section in sections:
             owner = self._owners.get(section.name)
             if owner is not None:
@@ -161,11 +159,23 @@ class StateRegistry:
                     checked[section.name] = section, self._check(owner, section)
         return checked
 
+    def load_ahead(self, section: Section, ahead: CheckedAhead) -> None:
+        """Put a section in force before all are here, one that waits for no other, and note it in `ahead`.
+
+        For a state that nothing but its own vCPUs would see, and the next one that is loaded replaces. One that is
+        refused is left for `check` to tell. Raises what its applier raises.
+        """
+        for _, applier in self.check_ahead([section]).values():
+            if not self._owners[section.name].after:
+                applier()
+                ahead[section.name] = section, _already
+
     def check(self, sections: Iterable[Section], ahead: CheckedAhead | None = None) -> CheckedState:
         """Check a whole machine's state. Nothing has changed when this returns or raises.
 
         Args:
-            ahead: what `check_ahead` has found: sections that are among `sections` are not looked at again.
+            ahead: what `check_ahead` and `load_ahead` have done: sections that are among `sections` are not looked at
+                again.
 
         Raises:
             StateRejected: a section is missing, has no owner here, is of a version that is not read, or its owner
@@ -218,3 +228,7 @@ class StateRegistry:
             if rest is not None:
                 return (name, *rest)
         return None
+
+
+def _already() -> None:
+    """Do nothing: it is in force."""

@@ -223,11 +223,6 @@ class StreamReader:
         return self._pending
 
     @property
-    def lacking(self) -> int:
-        """Bytes of them that have not been fed."""
-        return max(0, self._pending - len(self._buffer))
-
-    @property
     def offset(self) -> int:
         """Of the first byte that belongs to nothing yet."""
         return self._offset

@@ -46,7 +46,7 @@ from vmm.phases.quiesced import Pause, QuiescedGrants, StandingGuest
 from vmm.phases.throttle import Throttle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vmm.capabilities import Mint
     from vmm.decisions import Turn
@@ -311,7 +311,7 @@ async def _hand_on(run: Run, copy: _Copy, may: MaySaveState, pause: Pause) -> No
 
     progress, ram, parameters = copy.progress, copy.precopy.ram, copy.migration.parameters
     progress.advance(MigrationStatus.POSTCOPY_DEVICE)
-    sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
+    sections = [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save()]
     await copy.flow.hand_on(sections, ram)
     server = PageServer(may.ram(), ram.todo, lambda: int(parameters.values["max-postcopy-bandwidth"]))
     progress.follow_ram(lambda: server.statistics(ram.statistics()))
@@ -387,14 +387,15 @@ async def _give(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Ca
 async def _send(run: Run, copy: _Copy, may: MaySaveState, pause: Pause, late: Callable[[], None]) -> None:
     progress = copy.progress
 
-    def save() -> list[Section]:
-        return [*may.save().values(), Section(Pause.KIND, Pause.VERSION, pause.to_json())]
+    def saved() -> Iterator[Section]:
+        yield from may.save()
+        yield Section(Pause.KIND, Pause.VERSION, pause.to_json())
 
     if copy.left is None:
-        await copy.flow.send(save, copy.precopy, late)
+        await copy.flow.send(saved(), copy.precopy, late)
     else:
         ram = may.ram()
-        transferred = await copy.flow.leave(save(), ram, *copy.left)
+        transferred = await copy.flow.leave(list(saved()), ram, *copy.left)
         progress.ram = MigrationRamStats(transferred=transferred, downtime_bytes=transferred, total=ram.size)
     progress.advance(MigrationStatus.DEVICE)
     run.machine.made.host.events.release()

@@ -1,8 +1,9 @@
 """Phase ``incoming`` for a guest that is copied: its state and its RAM are loaded into a machine that has not run.
 
-All of the stream is checked before any of its state is put in force. RAM is the exception: it is made zero first,
+All of the stream is checked before any of its state is put in force. RAM is an exception: it is made zero first,
 written as it comes, and made zero again if the stream is refused. RAM that was left in its file is neither: it is as it
-was until the state is in force.
+was until the state is in force. So is the state of the processors, where the guest stands meanwhile: nobody sees it
+before they run, and it is put back if the stream is refused.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ class _Landing:
     def __init__(self) -> None:
         self.urgency: Final = Urgency()
         self.ahead: CheckedAhead = {}
-        """Sections that have come before it stood."""
+        """Sections that were looked at before all had come."""
+        self.is_loaded = False
+        """Whether one of them is in force."""
         self._untold: Inflow | None = None
         self._cell: OwnershipCell | None = None
 
@@ -230,6 +233,8 @@ async def _attempt(run: Run, wait: StreamWait, grants: IncomingGrants, landing: 
     await wait.arrival.flow.refuse(failure)
     if wait.exit_on_error:
         raise failure
+    if landing.is_loaded:
+        machine.processors.power_on_again()
     assert grants.write_guest_memory is not None, "minted above"
     if machine.memory.stays_for() is None:
         grants.write_guest_memory.clear()
@@ -275,11 +280,18 @@ async def _load(
         # A file may be of yesterday, or of another boot: what stood in it goes on where it stood.
         machine.processors.let_time_stand(flow.from_file)
         make_ready = None if flow.from_file else partial(_make_ready, machine, flow, grants.load_state, landing)
+
+        def soon(section: Section) -> None:
+            # The processors' comes first, and takes the longest: its load goes on while the source reads what is left.
+            if section.name in machine.processors.sections:
+                landing.is_loaded = True
+                grants.load_state.load_ahead(section, landing.ahead)
+
         pause, sections = await read_state(
-            flow, machine, grants.write_guest_memory, multifd, make_ready, landing.urgency.close
+            flow, machine, grants.write_guest_memory, multifd, make_ready, soon, landing.urgency.close
         )
         if flow.absent is not None:
-            rest = await _load_some(machine, flow, urgent, grants, sections)
+            rest = await _load_some(machine, flow, urgent, grants, sections, landing.ahead)
             # Nothing of it is closed before all of the guest is here.
             kept = stack.pop_all()
             kept.callback(wait.over.set)
@@ -311,7 +323,12 @@ async def _make_ready(
 
 
 async def _load_some(
-    machine: Machine, flow: Inflow, urgent: Connection | None, grants: IncomingGrants, sections: list[Section]
+    machine: Machine,
+    flow: Inflow,
+    urgent: Connection | None,
+    grants: IncomingGrants,
+    sections: list[Section],
+    ahead: CheckedAhead,
 ) -> IncomingPostcopy:
     """Put the state of a guest in force whose RAM is not all here, and take it over. Raises `VmmError`."""
     from vmm.kvm.faults import PagesFromLink
@@ -328,7 +345,7 @@ async def _load_some(
     machine.processors.let_time_stand(False)
     pages = PagesFromLink(memory, here, flow.fd, rush, len(machine.vcpus))
     try:
-        grants.load_state.check(sections).apply()
+        grants.load_state.check(sections, ahead).apply()
         machine.memory.begin_use()
         pages.say_loaded()
         # If it breaks now, nobody knows whose the guest is, before there is another connection.

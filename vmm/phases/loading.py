@@ -31,6 +31,7 @@ async def read_state(
     may_write: MayWriteGuestMemory | None,
     multifd: MultifdIntake | None = None,
     make_ready: Callable[[Collection[Section]], Awaitable[None]] | None = None,
+    soon: Callable[[Section], None] = lambda _section: None,
     late: Callable[[], None] = lambda: None,
 ) -> tuple[Pause, list[Section]]:
     """Read what follows the head of a stream, to its end; return how the guest was, and its devices' sections.
@@ -41,6 +42,7 @@ async def read_state(
             in place last, or with x-restore-on-demand comes when it is used.
         make_ready: awaited, where the source gives notice, when the guest is about to stand and little is left of it.
             That is read on the loop. With None it is read as all before. It is given the sections that have come.
+        soon: called with each section that comes after that, as it comes; in a thread after `late`.
         late: called if that takes more than a moment.
 
     Raises:
@@ -64,6 +66,8 @@ async def read_state(
         match record:
             case Section():
                 sections[record.name] = record
+                if stands and stands[0]:
+                    soon(record)
             case RamExtents():
                 ram.list_extents(record)
             case RamContent():

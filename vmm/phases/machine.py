@@ -85,7 +85,7 @@ class Machine:
 
     def _rehearsal(self) -> Iterator[None]:
         writer = StreamWriter("rehearsal")
-        for section in self.state.save(optional=False).values():
+        for section in self.state.save(optional=False):
             writer.section(section.name, section.version, section.state)
         yield
         reader = StreamReader()

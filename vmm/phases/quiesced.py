@@ -21,7 +21,7 @@ from vmm.phases.run_state import RunStateName, run_state_named
 from vmm.phases.session_moves import come_to_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from vmm.capabilities import MaySendDescriptors, Mint
     from vmm.cpr.cell import OwnershipCell
@@ -73,8 +73,8 @@ class StandingGuest:
     _state: StateRegistry
     _memory: GuestMemory
 
-    def save(self) -> Mapping[str, Section]:
-        """Return every section's content."""
+    def save(self) -> Iterator[Section]:
+        """Yield every section."""
         return self._state.save()
 
     def ram(self) -> GuestMemory:
@@ -203,8 +203,7 @@ async def _run_quiesced(migrating: Phase, run: Run, transfer: Transfer) -> None:
 
             async with phase.window(grants, withholds=WITHHELD) as window:
                 transfer.steps.reach("paused")
-                sections = window.grants.save_state.save()
-                for section in sections.values():
+                for section in window.grants.save_state.save():
                     told = transfer.older.applied(section)
                     writer.section(told.name, told.version, told.state)
                 watch.lap("save")

@@ -305,4 +305,4 @@ class _Save:
 
 
 def _sections(may: MaySaveState, pause: Pause) -> list[Section]:
-    return [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save().values()]
+    return [Section(Pause.KIND, Pause.VERSION, pause.to_json()), *may.save()]

@@ -8,7 +8,7 @@ from vmm.facets import Configurator, GuestRam, RunControl, StatePreview, StateSi
 from vmm.tokens.mechanism import Token
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from vmm.facets import CheckedSections
     from vmm.outside import OutsideAccess
@@ -103,6 +103,10 @@ class MayLoadState(Token[StateSink]):
         """Check some sections before all are here; return what was found, for `check`."""
         return self._reach().check_ahead(sections)
 
+    def load_ahead(self, section: Any, ahead: Any) -> None:
+        """Put a section in force that waits for no other, before all are here; note it in `ahead`."""
+        self._reach().load_ahead(section, ahead)
+
     def check(self, sections: Iterable[Any], ahead: Any = None) -> CheckedSections:
         """Check all of `sections`, but for those that were checked `ahead`; what is returned puts them in force."""
         return self._reach().check(sections, ahead)
@@ -127,8 +131,8 @@ class MaySaveState(Token[StateSource]):
     __slots__ = ()
     wire_name: ClassVar[str] = "may-save-state"
 
-    def save(self) -> Mapping[str, Any]:
-        """Return every section's content, by section name."""
+    def save(self) -> Iterator[Any]:
+        """Yield every section, that of the processors first; each is read as it is asked for."""
         return self._reach().save()
 
     def ram(self) -> Any:
