@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vmm.embedding import EmbeddedMachine
     from vmm.errors import VmmError
     from vmm.guests.heartbeat import HeartbeatReport
+    from vmm.migration.stream_records import Record
     from vmm.migration.words import WordName
 
 SIZE: Final = 16 << 20
@@ -186,9 +187,14 @@ class Peer:
         self._answers = True
         self.sends_along: int | None = None
         """A descriptor for the source, with the word that this side has made ready."""
-        self.sections: list[str] = []
-        """Names of those that have come, in order."""
+        self.records: list[Record] = []
+        """Those that have come, in order."""
         self.seen = 0
+
+    @property
+    def sections(self) -> list[str]:
+        """Return the names of the sections that have come, in order."""
+        return [record.name for record in self.records if isinstance(record, Section)]
 
     async def say(self, name: WordName, reason: str = "", at: int | None = None) -> None:
         """Say a word."""
@@ -222,7 +228,7 @@ class Peer:
         records = self._reader.feed(data)
         while self._reader.content and self._reader.take_content():
             records += self._reader.feed(b"")
-        self.sections += [record.name for record in records if isinstance(record, Section)]
+        self.records += records
         if Switchover() in records:
             self._is_prepared = True
             if self._answers:

@@ -33,6 +33,9 @@ from tests.phases.copy_kit import (
 from vmm.cpr.cell import Owner, OwnershipCell
 from vmm.errors import HostFileRefused
 from vmm.migration.outflow import Outflow
+from vmm.migration.precopy import Precopy
+from vmm.migration.pump import Bulk
+from vmm.migration.ram_records import RamPass
 from vmm.migration.stream_records import PROCESSOR, Section
 from vmm.phases import copying
 from vmm.phases.copy_control import Canceller, Claim
@@ -43,7 +46,7 @@ from vmm.phases.start import Start
 from vmm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from pathlib import Path
 
     from vmm.embedding import EmbeddedMachine
@@ -315,6 +318,68 @@ async def test_only_what_has_changed_is_sent_while_the_guest_stands(tmp_path: Pa
     assert ahead[0] == PROCESSOR
     assert sorted(ahead[1:]) == sorted(ahead_of_all)
     assert sorted(rest) == ["kvm", Pause.KIND]
+
+
+async def test_the_processors_come_first_when_the_guest_stands(tmp_path: Path) -> None:
+    async with started() as source, destination_peer(source, tmp_path) as peer:
+        await peer.prepare()
+        before = len(peer.records)
+        await peer.read_all()
+    names = [
+        record.name if isinstance(record, Section) else record.NOUN
+        for record in peer.records[before:]
+        if isinstance(record, Section | RamPass)
+    ]
+    last_pass = len(names) - 1 - names[::-1].index(RamPass.NOUN)
+    assert names[last_pass - 1] == "kvm"
+    assert set(names[: last_pass - 1]) <= {RamPass.NOUN}
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_a_guest_of_which_much_is_left_goes_too_though_its_processors_have_gone(
+    *, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand = Precopy.stand
+    if full:  # the socket, into which nothing goes at once
+        monkeypatch.setattr(Bulk, "push", lambda bulk: None)
+
+    def stands(precopy: Precopy) -> bool:
+        stand(precopy)
+        return False
+
+    monkeypatch.setattr(Precopy, "stand", stands)
+    async with started() as source, empty() as destination:
+        assert (await move(source, destination, tmp_path))["status"] == "completed"
+        await arrived(source, destination)
+
+
+async def test_processors_that_were_loaded_for_nothing_are_as_they_were(tmp_path: Path) -> None:
+    async with started() as source, empty() as destination:
+        state = parts(source).state
+        save = state.save
+        state.save = lambda *, optional=True: (  # type: ignore[method-assign]
+            torn(each) if each.name == "post-code" else each for each in save(optional=optional)
+        )
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri, exit_on_error=False)
+        await source.execute("migrate", uri=uri)
+        info = await outcome(source)
+        assert info["status"] == "failed"
+        assert "post-code" in info["error-desc"]
+        await goes_on(source)
+        await outcome(destination)
+        (kvm,) = (section.state for section in parts(destination).state.save() if section.name == "kvm")
+        assert registers(kvm) == registers(parts(destination).processors.reset_state()["kvm"])
+        state.save = save  # type: ignore[method-assign]
+        uri = f"unix:{tmp_path / 'again'}"
+        await destination.execute("migrate-incoming", uri=uri)
+        await source.execute("migrate", uri=uri)
+        await arrived(source, destination)
+
+
+def registers(kvm: Mapping[str, Any]) -> list[bytes]:
+    """Return the general registers of the vCPUs in a section, and what they do."""
+    return [vcpu[name] for vcpu in kvm["vcpus"] for name in ("regs", "mp_state")]
 
 
 def other(section: Section) -> Section:
