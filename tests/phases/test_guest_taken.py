@@ -36,10 +36,12 @@ from vmm.migration.outflow import Outflow
 from vmm.migration.precopy import Precopy
 from vmm.migration.pump import Bulk
 from vmm.migration.ram_records import RamPass
+from vmm.migration.registry import StateRegistry
 from vmm.migration.stream_records import PROCESSOR, Section
 from vmm.phases import copying
 from vmm.phases.copy_control import Canceller, Claim
 from vmm.phases.machine import Machine
+from vmm.phases.processors import KvmProcessors
 from vmm.phases.quiesced import Pause
 from vmm.phases.running import Run
 from vmm.phases.start import Start
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmm.embedding import EmbeddedMachine
+    from vmm.migration.registry import CheckedAhead
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("no_leaks")]
 
@@ -375,6 +378,35 @@ async def test_processors_that_were_loaded_for_nothing_are_as_they_were(tmp_path
         await destination.execute("migrate-incoming", uri=uri)
         await source.execute("migrate", uri=uri)
         await arrived(source, destination)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+async def test_processors_that_are_loaded_by_what_is_in_ram_wait_for_it(
+    *, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a kernel without KVM_CAP_SREGS2, which finds a part of a PAE guest's state there.
+    early: list[str] = []
+    load_ahead = StateRegistry.load_ahead
+
+    def loading(registry: StateRegistry, section: Section, ahead: CheckedAhead) -> None:
+        early.append(section.name)
+        load_ahead(registry, section, ahead)
+
+    monkeypatch.setattr(StateRegistry, "load_ahead", loading)
+    async with started() as source, empty() as destination:
+        uri = f"unix:{tmp_path / 'main'}"
+        await destination.execute("migrate-incoming", uri=uri)
+        make = KvmProcessors.make
+
+        def made(*arguments: Any) -> KvmProcessors:
+            processors = make(*arguments)
+            processors.apart_from_ram &= apart  # type: ignore[misc]
+            return processors
+
+        monkeypatch.setattr(KvmProcessors, "make", made)
+        await source.execute("migrate", uri=uri)
+        await arrived(source, destination)
+    assert early == ["kvm"] * apart
 
 
 def registers(kvm: Mapping[str, Any]) -> list[bytes]:

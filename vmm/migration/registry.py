@@ -2,6 +2,7 @@
 
 Loading is in two passes. First every section of the stream is checked, by its device, and turned into an `Applier`;
 nothing has changed until all are. Then the appliers run. So a stream that is refused leaves no half-loaded machine.
+One exception is asked for by name: `StateRegistry.load_ahead`.
 """
 
 from __future__ import annotations

@@ -282,8 +282,8 @@ async def _load(
         make_ready = None if flow.from_file else partial(_make_ready, machine, flow, grants.load_state, landing)
 
         def soon(section: Section) -> None:
-            # The processors' comes first, and takes the longest: its load goes on while the source reads what is left.
-            if section.name in machine.processors.sections:
+            # The processors' comes first, and takes the longest: its load goes on while the source sends what is left.
+            if section.name in machine.processors.sections and machine.processors.apart_from_ram:
                 landing.is_loaded = True
                 grants.load_state.load_ahead(section, landing.ahead)
 

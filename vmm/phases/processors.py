@@ -42,6 +42,10 @@ class Processors(Protocol):
     def sections(self) -> tuple[str, ...]:
         """Names of the sections of state that `declare` declares; those of devices are loaded after them."""
 
+    @property
+    def apart_from_ram(self) -> bool:
+        """Whether a load of these looks at nothing of the guest's RAM, and so may come before that."""
+
     def declare(self, may: MayDeclareState) -> None:
         """Declare what of it travels."""
 
@@ -77,6 +81,8 @@ class KvmProcessors:
         self._reset_state: Final = save_machine(vm, self._fds)
         """What KVM had made of vCPUs and chips before anything ran."""
         self._kernel: Final = KernelState(vm, self._fds)
+        # Without it KVM reads the page directory pointers of a guest with PAE out of its RAM.
+        self.apart_from_ram: Final = bool(vm.extension("KVM_CAP_SREGS2"))
 
     @classmethod
     def make(

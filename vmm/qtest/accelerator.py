@@ -69,6 +69,8 @@ class IdleProcessors:
     """vCPUs without registers or chips: nothing to reset, and no state but that of the clock and the lines."""
 
     sections: ClassVar[tuple[str, ...]] = ("qtest",)
+    apart_from_ram: ClassVar[bool] = False
+    """It is, but there is nothing to be gained by that, and `power_on_again` would not take it back."""
 
     def __init__(self, count: int, section: QtestSection) -> None:
         self.vcpus: Final = tuple(IdleCpu(index) for index in range(count))
