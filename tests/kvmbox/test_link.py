@@ -143,9 +143,10 @@ class Ram:
 
     async def ticks(self, more: int = 10) -> int:
         """Wait until the guest has ticked some more, with nothing lost; return how often it has."""
-        first: int | None = None
-        while (report := self._reader.look()) is None or report.ticks < (first or report.ticks) + more:
-            first = report.ticks if first is None and report is not None else first
+        wanted: int | None = None
+        while (report := self._reader.look()) is None or wanted is None or report.ticks < wanted:
+            if wanted is None and report is not None:
+                wanted = report.ticks + more
             await trio.sleep(0.1)
         assert report.intact, report
         return report.ticks
