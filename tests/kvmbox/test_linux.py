@@ -42,6 +42,9 @@ LATE: Final = re.compile(
 )
 """Said in a guest that had to wait for a processor. Harmless, and not rare in a box on a busy machine."""
 
+SLOW: Final = re.compile(r"trio-vmm: (saving|loading)\b.*")
+"""Said of a save or a load that takes more than five seconds, as it may in a box on a busy machine."""
+
 COUNT: Final = """\
 n=0; until read -t 0.1 word; do n=$((n + 1)); read up idle </proc/uptime; echo "count $n $up"; done; echo "read $word"
 """
@@ -212,4 +215,4 @@ async def test_linux_boots_by_pvh_resets_itself_is_saved_and_turns_the_machine_o
                 event = await monitor_again.wait_event(lambda event: event["event"] == "SHUTDOWN")
             assert event["data"] == {"guest": True, "reason": "guest-shutdown"}
             assert await machine.ended() == 0
-        assert machine.log.read_text() == ""
+        assert [line for line in machine.log.read_text().splitlines() if not SLOW.fullmatch(line)] == []
